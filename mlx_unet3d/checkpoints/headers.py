@@ -1,0 +1,255 @@
+"""Reading and writing safetensors files.
+
+`mx.load` believes the header: overlapping tensors, gaps, duplicate names and wrapped sizes pass,
+and a crafted file crashes the process. So a header is first read here, strictly, without touching
+the data; only then does MLX see the file. Format:
+https://github.com/huggingface/safetensors#format.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+
+MLX_DTYPES: dict[str, mx.Dtype] = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "I8": mx.int8,
+    "I16": mx.int16,
+    "I32": mx.int32,
+    "I64": mx.int64,
+    "U8": mx.uint8,
+    "U16": mx.uint16,
+    "U32": mx.uint32,
+    "U64": mx.uint64,
+    "BOOL": mx.bool_,
+    "C64": mx.complex64,
+}
+"""The dtypes of the format that MLX loads as what they are."""
+
+_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
+_BITS = {name: 8 * dtype.size for name, dtype in MLX_DTYPES.items()} | {
+    "F64": 64,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_DIMENSION = 2**31 - 1  # MLX shapes are int32
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor; `dtype` is the format's name, such as "F16"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The checked header of one file: its tensors, in the order of the header, and its metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check the header of a safetensors file; no tensor data is read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is something else (web page, git-lfs pointer, torch pickle, GGUF,
+            ...), was cut short, or its header breaks a rule of the format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder where a safetensors file is expected")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(512)
+        length = int.from_bytes(start[:8], "little")
+        if size < 10 or start[8:9] != b"{" or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(_why_not_safetensors(path, start, size, length))
+        file.seek(8)
+        text = file.read(length)
+    return _check_header(path, _parse(path, text), data_bytes=size - 8 - length)
+
+
+def load_tensors(path: str | Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file by name, once its header has been checked.
+
+    The arrays are lazy: each is read when it is evaluated, so evaluate them while the file is
+    unchanged.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: as `read_header`, or a dtype that MLX does not have.
+    """
+    check_dtypes(path, read_header(path))
+    return mx.load(str(path), format="safetensors")
+
+
+def check_dtypes(path: str | Path, header: Header) -> None:
+    """Raise CheckpointError if `header` has a dtype that MLX cannot load as what it is."""
+    for name, info in header.tensors.items():
+        if info.dtype not in MLX_DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has dtype {info.dtype}, which MLX does not have (it has "
+                f"{', '.join(MLX_DTYPES)}); save the file as F32, F16 or BF16"
+            )
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file and flush it to the disk.
+
+    Equal tensors make equal bytes, in whatever order they come, and memory use is the largest
+    tensor above what is already evaluated: lazy transposes are made contiguous one at a time.
+
+    Raises:
+        TypeError: an array has a dtype that the format does not have.
+    """
+    for name, array in tensors.items():
+        if array.dtype not in _NAMES:
+            raise TypeError(f"tensor {name!r} has dtype {array.dtype}, which safetensors does not have")
+    # Widest items first keeps every tensor aligned to its item size without gaps.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.size, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in order:
+        array = tensors[name]
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            file.write(memoryview(mx.contiguous(tensors[name]).reshape(-1).view(mx.uint8)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _why_not_safetensors(path: Path, start: bytes, size: int, length: int) -> str:
+    """One sentence for a file whose first bytes cannot be a safetensors header."""
+    head = start.lstrip().lower()
+    if size == 0:
+        return f"{path} is empty; download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
+        return f"{path} is a web page saved as weights; download the file itself (the `resolve` link)"
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")) or (
+        start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[8:9] != b"{"
+    ):
+        return (
+            f"{path} is a torch pickle; this package reads safetensors and never runs pickles. "
+            "Convert it with torch and safetensors.torch.save_file, or take the .safetensors file"
+        )
+    if start.startswith(b"GGUF"):
+        return f"{path} is a GGUF file; this package reads safetensors, take the .safetensors file"
+    if start.startswith(b"\x93NUMPY"):
+        return f"{path} is a NumPy array; this package reads safetensors"
+    if start[8:9] == b"{" and length > _MAX_HEADER_BYTES:
+        return (
+            f"{path}: its first 8 bytes claim a header of {length} bytes, above the limit of "
+            f"{_MAX_HEADER_BYTES}; the file is damaged, download it again"
+        )
+    if size < 10 or (start[8:9] == b"{" and length > size - 8):
+        return f"{path} is cut short: {size} bytes do not hold its header; download it again"
+    return (
+        f"{path} is not a safetensors file: it starts with {start[:16]!r}, not with a header "
+        "length and '{'; download it again or take the .safetensors file"
+    )
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"the name {twice!r} comes twice")
+        return made
+
+    def no_constants(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        for key in header:
+            key.encode()  # lone surrogates are not text
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: its header is not valid JSON ({error}); the file is damaged, download it again"
+        ) from error
+    return header
+
+
+def _check_header(path: Path, header: dict[str, Any], data_bytes: int) -> Header:
+    def bad(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {what}; the file is damaged, download or convert it again")
+
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise bad(f"its metadata must map text to text, not {str(metadata)[:80]}")
+
+    tensors: dict[str, TensorInfo] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise bad(f"tensor {name!r} lacks one of dtype, shape, data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _BITS:
+            raise bad(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        if not _naturals(shape) or any(n > _MAX_DIMENSION for n in shape):
+            raise bad(f"tensor {name!r} has shape {shape!r}; sizes go from 0 to 2**31 - 1")
+        if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise bad(f"tensor {name!r} has data_offsets {offsets!r}, not [begin, end]")
+        begin, end = offsets
+        bits = math.prod(shape) * _BITS[dtype]
+        if bits != 8 * (end - begin):
+            raise bad(
+                f"tensor {name!r} of {dtype} {tuple(shape)} takes {bits / 8:g} bytes, its "
+                f"data_offsets {offsets} span {end - begin}"
+            )
+        tensors[name] = TensorInfo(dtype, tuple(shape), end - begin)
+        spans.append((begin, end, name))
+
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            kind = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise bad(f"tensor {name!r} {kind}: it begins at byte {begin}, not {position}")
+        position = end
+    if position > data_bytes:
+        raise CheckpointError(
+            f"{path} is cut short: its header promises {position} bytes of tensors, it has "
+            f"{data_bytes}; download it again"
+        )
+    if position < data_bytes:
+        raise bad(f"{data_bytes - position} bytes follow the last tensor")
+    return Header(tensors, metadata)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)

@@ -1,0 +1,154 @@
+"""Holding a checkpoint against the parameters of a model, before any data is read."""
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from .headers import MLX_DTYPES, Header, TensorInfo
+from .layouts import file_shapes
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A parameter of the model: shape, dtype and layout (see `layouts`)."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    layout: str
+
+
+def file_format(headers: Mapping[Path, Header]) -> str:
+    """The tensor layout of the files, "mlx" or "diffusers", by their metadata.
+
+    Raises:
+        CheckpointError: files of both layouts, or of a framework that lays tensors out in a third
+            way.
+    """
+    formats = {}
+    for path, header in headers.items():
+        named = header.metadata.get("format", "pt")
+        if named not in ("mlx", "pt"):
+            raise CheckpointError(
+                f"{path} is in the layout of {named!r} by its metadata; this package reads the "
+                "layouts of torch ('pt') and MLX ('mlx'): save the weights from torch"
+            )
+        formats["mlx" if named == "mlx" else "diffusers"] = path
+    if len(formats) > 1:
+        mixed = " and ".join(f"{path.name} ({name})" for name, path in sorted(formats.items()))
+        raise CheckpointError(
+            f"shards of two layouts stand side by side: {mixed}; download or convert them again"
+        )
+    return next(iter(formats))
+
+
+def majority_dtype(headers: Mapping[Path, Header]) -> tuple[mx.Dtype | None, dict[str, int]]:
+    """The floating dtype with the most bytes, and the bytes of each by its name in the header."""
+    nbytes: dict[str, int] = {}
+    for header in headers.values():
+        for info in header.tensors.values():
+            if _is_floating(info.dtype):
+                nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
+    return (MLX_DTYPES[max(nbytes, key=nbytes.__getitem__)] if nbytes else None), nbytes
+
+
+def match(
+    what: str,
+    expected: Mapping[str, Expected],
+    headers: Mapping[Path, Header],
+    layout: str,
+    rename: Callable[[str, Collection[str]], str | None],
+) -> dict[str, str]:
+    """Parameter name of each key of the files, without the keys that `rename` drops (None).
+
+    Args:
+        what: the checkpoint and the model, for the message.
+        expected: the parameters of the model.
+        headers: the checked headers by file.
+        layout: "mlx" or "diffusers", see `file_format`.
+        rename: parameter name of a key, given all the keys.
+
+    Raises:
+        CheckpointError: keys are missing, unexpected, of the wrong shape or kind, or come twice.
+    """
+    infos = {key: info for header in headers.values() for key, info in header.tensors.items()}
+    keys = frozenset(infos)
+    names: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for key in sorted(infos):
+        name = rename(key, keys)
+        if name is None:
+            continue
+        if name in sources:
+            raise CheckpointError(
+                f"{what}: {sources[name]!r} and {key!r} are both the parameter {name!r}; remove one"
+            )
+        names[key], sources[name] = name, key
+
+    missing = sorted(expected.keys() - sources.keys())
+    unexpected = sorted(key for key, name in names.items() if name not in expected)
+    wrong, other_layout = [], 0
+    for name in sorted(expected.keys() & sources.keys()):
+        info, want = infos[sources[name]], expected[name]
+        reason = _misfit(info, want, layout)
+        if reason is not None:
+            wrong.append(f"{sources[name]} {reason}")
+            other = "mlx" if layout == "diffusers" else "diffusers"
+            other_layout += _misfit(info, want, other) is None
+    if not (missing or unexpected or wrong):
+        return names
+
+    counts = [
+        f"{len(found)} {kind}"
+        for found, kind in (
+            (missing, "missing"),
+            (unexpected, "unexpected"),
+            (wrong, "that do not fit"),
+        )
+        if found
+    ]
+    lines = [f"{what}: of {len(expected)} parameters and {len(infos)} tensors, {', '.join(counts)}"]
+    lines += _listing("missing", missing, unexpected)
+    lines += _listing("unexpected", unexpected, missing)
+    lines += _listing("do not fit", wrong, [])
+    if wrong and other_layout == len(wrong):
+        said, other = ("mlx", "diffusers") if layout == "mlx" else ("diffusers", "mlx")
+        lines.append(
+            f"All of these would fit in the {other} layout, while the file's metadata says {said}: "
+            "correct its 'format' ('mlx' or 'pt') or convert it again."
+        )
+    else:
+        lines.append("Check that config.json and the weights belong together and to this class.")
+    raise CheckpointError("\n".join(lines))
+
+
+def _misfit(info: TensorInfo, want: Expected, layout: str) -> str | None:
+    """Why a tensor cannot be the parameter; None where it can."""
+    shapes = file_shapes(want.layout, want.shape) if layout == "diffusers" else [want.shape]
+    if info.shape not in shapes:
+        return f"is {info.shape}, must be {shapes[0]}"
+    floating = mx.issubdtype(want.dtype, mx.floating)
+    if _is_floating(info.dtype) != floating:
+        return f"has dtype {info.dtype}, must be {'floating' if floating else want.dtype}"
+    return None
+
+
+def _is_floating(name: str) -> bool:
+    return name in MLX_DTYPES and mx.issubdtype(MLX_DTYPES[name], mx.floating)
+
+
+def _listing(title: str, items: list[str], candidates: list[str]) -> list[str]:
+    if not items:
+        return []
+    lines = [f"{title} ({len(items)}):"]
+    for item in items[:_SHOWN]:
+        near = difflib.get_close_matches(item, candidates, n=1)
+        lines.append(f"  {item}" + (f"  (nearest: {near[0]})" if near else ""))
+    if len(items) > _SHOWN:
+        lines.append(f"  ... and {len(items) - _SHOWN} more")
+    return lines

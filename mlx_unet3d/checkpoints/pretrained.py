@@ -1,0 +1,325 @@
+"""The base of all networks: made from a config, loaded from and saved to a checkpoint folder."""
+
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import CheckpointError
+from .config import ModelConfig, read_json
+from .headers import Header, check_dtypes, load_tensors, read_header
+from .layouts import parameter_layouts, to_diffusers, to_mlx
+from .matching import Expected, file_format, majority_dtype, match
+from .source import find_folder, read_component_config, weight_files
+from .storage import checksum, parse_size, write_component
+
+Model = TypeVar("Model", bound="PretrainedModel")
+
+FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+DIFFUSERS_VERSION = "0.42.1"
+"""The version of the config format that is written."""
+
+_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+
+
+class PretrainedModel(nn.Module):
+    """A network with a config; diffusers' `ModelMixin` and `ConfigMixin`.
+
+    A subclass sets `config_class`, takes the fields of it as keyword arguments of `__init__`, and
+    sets `self.config` there. Its parameters are named as in diffusers' files, apart from what
+    `rename_key` undoes.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    weights_stem: ClassVar[str] = "diffusion_pytorch_model"
+    class_names: ClassVar[tuple[str, ...]] = ()
+    """The `_class_name`s that it reads, its own name where empty; the first is written."""
+
+    config: ModelConfig
+    weights_checksum: str | None = None
+    """Fingerprint of the files that it was loaded from, see `checksum`; None if there are none."""
+
+    @classmethod
+    def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
+        """Parameter name of the `key` of a file that has `keys`; None drops the tensor.
+
+        The hook for legacy names. A parameter name must come back unchanged, so that renaming
+        twice is renaming once.
+        """
+        return key
+
+    @classmethod
+    def from_config(cls: type[Model], config: Mapping[str, Any], **overrides: Any) -> Model:
+        """An untrained model; `overrides` replace values of the config.
+
+        Raises:
+            CheckpointError: the config is that of another class.
+            TypeError: an override is not a field of the config.
+        """
+        cls._check_class_name(config, "the config")
+        made = cls.config_class.from_dict(config)
+        unknown = sorted(overrides.keys() - set(made))
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__} has no config key {', '.join(unknown)}; it has {', '.join(made)}"
+            )
+        return cls(**cls.config_class.from_dict({**made, **overrides}))
+
+    @classmethod
+    def load_config(
+        cls,
+        path_or_id: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> dict[str, Any]:
+        """The `config.json` of a folder or hub id as it is, see `find_folder`."""
+        return read_component_config(
+            path_or_id,
+            "config.json",
+            subfolder=subfolder,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_id: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: mx.Dtype | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Model:
+        """Load a model, in evaluation mode, from a diffusers folder or one in the MLX layout.
+
+        The files' own metadata tells the layout. Names and shapes are all checked before any
+        tensor is read; tensors are then read one at a time, so the peak is the model and about one
+        tensor.
+
+        Args:
+            path_or_id: folder, or hub id `owner/name`.
+            subfolder: the folder of the component inside it, such as "unet".
+            revision: branch, tag or commit on the hub; only for hub ids.
+            variant: weight files such as "fp16", see `weight_files`; None takes the plain ones.
+            dtype: float32, float16 or bfloat16 for all floating parameters; None keeps the files'.
+                Files of mixed floating dtypes then load, with a warning, in the one that has the
+                most bytes.
+            local_files_only: look in the hub's cache and nowhere else.
+            token: hub token; None takes the one that `hf auth login` stored.
+            cache_dir: the hub's cache; None is its usual place.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError: see `find_folder` and
+                `weight_files`.
+            CheckpointError: the files are damaged, or not those of this class and config.
+        """
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype={dtype} must be mx.float32, mx.float16 or mx.bfloat16")
+        folder = find_folder(
+            path_or_id,
+            subfolder=subfolder,
+            revision=revision,
+            variant=variant,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+            stem=cls.weights_stem,
+        )
+        config = read_json(folder / "config.json")
+        cls._check_class_name(config, str(folder / "config.json"))
+        headers = {path: read_header(path) for path in weight_files(folder, cls.weights_stem, variant)}
+        for path, header in headers.items():
+            check_dtypes(path, header)
+        layout = file_format(headers)
+
+        # MLX is lazy: the random start values are replaced before anything computes them.
+        quantization = config.pop("quantization", None)
+        model = cls.from_config(config)
+        if quantization is not None:
+            model._quantize_as(quantization, headers, layout, folder)
+        names = match(
+            f"{folder} does not fit {cls.__name__}",
+            model._expected(),
+            headers,
+            layout,
+            cls.rename_key,
+        )
+        target = dtype if dtype is not None else _common_dtype(folder, headers)
+        model._load(headers, names, layout, target)
+        model.weights_checksum = checksum(list(headers))
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        layout: str = "mlx",
+        variant: str | None = None,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = True,
+    ) -> list[Path]:
+        """Write `config.json` and safetensors files; returns the weight files.
+
+        A save that fails leaves the folder as it was, or without loadable weights if it is cut off
+        at the very end; weight files of an earlier save of the same variant are replaced.
+
+        Args:
+            folder: made if need be.
+            layout: "mlx", or "diffusers" for files that diffusers loads too.
+            variant: infix of the file names, such as "fp16".
+            max_shard_size: bytes, or text such as "5GB", above which the weights are divided over
+                files.
+            overwrite: False raises where there is a checkpoint.
+
+        Raises:
+            ValueError: unknown layout, or "diffusers" for a quantized model.
+            FileExistsError: `overwrite=False` and the folder has a config or weights of the
+                variant.
+        """
+        if layout not in ("mlx", "diffusers"):
+            raise ValueError(f"layout={layout!r} must be 'mlx' or 'diffusers'")
+        quantization = self._quantization()
+        tensors = dict(tree_flatten(self.parameters()))
+        if layout == "diffusers":
+            if quantization is not None:
+                raise ValueError("diffusers does not read MLX's quantized weights; save with layout='mlx'")
+            layouts = parameter_layouts(self)
+            tensors = {
+                name: to_diffusers(layouts.get(name, "identity"), array) for name, array in tensors.items()
+            }
+        config = {
+            **self.config,
+            "_class_name": (self.class_names or (type(self).__name__,))[0],
+            "_diffusers_version": DIFFUSERS_VERSION,
+        }
+        if quantization is not None:
+            config["quantization"] = quantization
+        return write_component(
+            Path(folder).expanduser(),
+            config,
+            tensors,
+            stem=self.weights_stem,
+            variant=variant,
+            metadata={"format": "mlx" if layout == "mlx" else "pt"},
+            max_shard_bytes=parse_size(max_shard_size),
+            overwrite=overwrite,
+        )
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the first floating parameter."""
+        for _, array in tree_flatten(self.parameters()):
+            if mx.issubdtype(array.dtype, mx.floating):
+                return array.dtype
+        raise ValueError(f"{type(self).__name__} has no floating parameters, so it has no dtype")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters; those packed in a quantized weight count one by one.
+
+        Args:
+            only_trainable: leave out frozen parameters.
+            exclude_embeddings: leave out the tables of embedding layers.
+        """
+        total = 0
+        for module in self.modules():
+            own = module.trainable_parameters() if only_trainable else module.parameters()
+            packed = isinstance(module, _QUANTIZED)
+            for name, array in own.items():
+                if not isinstance(array, mx.array) or (packed and name in ("scales", "biases")):
+                    continue
+                if exclude_embeddings and isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+                    continue
+                total += array.size * 32 // module.bits if packed and name == "weight" else array.size
+        return total
+
+    @classmethod
+    def _check_class_name(cls, config: Mapping[str, Any], where: str) -> None:
+        known = cls.class_names or (cls.__name__,)
+        name = config.get("_class_name")
+        if name is not None and name not in known:
+            raise CheckpointError(
+                f"{where} is for the class {name}, not {' or '.join(known)}; use the class of that "
+                "name, or the subfolder of the component"
+            )
+
+    def _expected(self) -> dict[str, Expected]:
+        layouts = parameter_layouts(self)
+        return {
+            name: Expected(tuple(array.shape), array.dtype, layouts.get(name, "identity"))
+            for name, array in tree_flatten(self.parameters())
+        }
+
+    def _load(
+        self,
+        headers: Mapping[Path, Header],
+        names: Mapping[str, str],
+        layout: str,
+        dtype: mx.Dtype | None,
+    ) -> None:
+        layouts = parameter_layouts(self) if layout == "diffusers" else {}
+        loaded = []
+        for path in headers:
+            tensors = load_tensors(path)
+            for key in list(tensors):
+                # Out of the dict, so that the array as read is freed once it is cast and turned.
+                array = tensors.pop(key)
+                if key not in names:
+                    continue
+                if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
+                    array = array.astype(dtype)
+                array = to_mlx(layouts.get(names[key], "identity"), array)
+                mx.eval(array)
+                loaded.append((names[key], array))
+        self.load_weights(loaded, strict=True)
+
+    def _quantize_as(self, settings: Any, headers: Mapping[Path, Header], layout: str, folder: Path) -> None:
+        """Give the layers that the files hold quantized their quantized class."""
+        known = {"group_size", "bits", "mode"}
+        if not isinstance(settings, dict) or not settings.keys() <= known or layout != "mlx":
+            raise CheckpointError(
+                f"{folder}: quantization={settings!r} must hold group_size, bits and mode, and "
+                "needs weights in the MLX layout; convert the checkpoint again"
+            )
+        keys = {key for header in headers.values() for key in header.tensors}
+        nn.quantize(
+            self,
+            **settings,
+            class_predicate=lambda path, module: hasattr(module, "to_quantized") and f"{path}.scales" in keys,
+        )
+
+    def _quantization(self) -> dict[str, Any] | None:
+        """Settings of the quantized layers, None where there are none."""
+        found = {(m.group_size, m.bits, m.mode) for m in self.modules() if isinstance(m, _QUANTIZED)}
+        if len(found) > 1:
+            raise ValueError(
+                f"layers quantized in {len(found)} ways cannot be saved together; quantize all in one way"
+            )
+        if not found:
+            return None
+        group_size, bits, mode = found.pop()
+        return {"group_size": group_size, "bits": bits, "mode": mode}
+
+
+def _common_dtype(folder: Path, headers: Mapping[Path, Header]) -> mx.Dtype | None:
+    dtype, nbytes = majority_dtype(headers)
+    if len(nbytes) > 1:
+        sizes = ", ".join(f"{count} bytes of {name}" for name, count in sorted(nbytes.items()))
+        warnings.warn(
+            f"{folder} mixes floating dtypes ({sizes}); loading all as {dtype}, pass dtype= to choose",
+            stacklevel=3,
+        )
+    return dtype
