@@ -1,0 +1,193 @@
+"""How an `Attention` uses its projections: explicit, fused, sliced, and with added keys and values.
+
+A processor is called as `processor(attn, hidden_states, encoder_hidden_states=None, attention_mask=None,
+scale=1.0)` with (B, S, C) or (B, H, W, C) states and returns their shape. Names and meanings are those of
+diffusers' `models/attention_processor.py`; the xformers names run MLX's fused attention.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from .attention import Attention, TextContext
+
+
+def explicit_attention(
+    attn: Attention, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None
+) -> mx.array:
+    """Softmax attention of (B, heads, S, D) with all scores in memory; `mask` (B, 1 or S, L)."""
+    if mask is not None:
+        mask = mask[:, None]  # over heads
+    return attn.attention_probs(query, key, mask) @ value
+
+
+def fused_attention(
+    attn: Attention, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None
+) -> mx.array:
+    """The same by `mx.fast.scaled_dot_product_attention`."""
+    if mask is not None:
+        mask = mask[:, None].astype(query.dtype)
+    return mx.fast.scaled_dot_product_attention(query, key, value, scale=attn.scale, mask=mask)
+
+
+class SlicedAttention:
+    """The explicit attention on `slice_size` of the B * heads matrices at a time, the rest included."""
+
+    def __init__(self, slice_size: int):
+        if not isinstance(slice_size, int) or isinstance(slice_size, bool) or slice_size < 1:
+            raise ValueError(f"slice_size={slice_size!r} must be an integer of at least 1")
+        self.slice_size = slice_size
+
+    def __call__(
+        self,
+        attn: Attention,
+        query: mx.array,
+        key: mx.array,
+        value: mx.array,
+        mask: mx.array | None,
+    ) -> mx.array:
+        batch, heads, queries, dim = query.shape
+        if mask is not None:
+            mask = mx.repeat(mask, heads, axis=0)  # (B, 1, L) -> (B * heads, 1, L)
+        # (B, heads, L, D) -> (B * heads, L, D)
+        query, key, value = (x.reshape(batch * heads, -1, dim) for x in (query, key, value))
+        slices = []
+        for start in range(0, batch * heads, self.slice_size):
+            part = slice(start, start + self.slice_size)
+            part_mask = None if mask is None else mask[part]
+            slices.append(attn.attention_probs(query[part], key[part], part_mask) @ value[part])
+        return mx.concatenate(slices).reshape(batch, heads, queries, dim)
+
+
+class AttnProcessor:
+    """Explicit scores and softmax; honours `upcast_attention` and `upcast_softmax`."""
+
+    added_kv = False
+    takes_text_context = True
+    attention = staticmethod(explicit_attention)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: mx.array,
+        encoder_hidden_states: mx.array | TextContext | None = None,
+        attention_mask: mx.array | None = None,
+        scale: float = 1.0,
+    ) -> mx.array:
+        x = hidden_states.reshape(hidden_states.shape[0], -1, hidden_states.shape[-1])  # (B, S, C)
+        if "group_norm" in attn:
+            x = attn.group_norm(x)
+        if encoder_hidden_states is None and "to_qkv" in attn and attn.lora is None:
+            query, key, value = mx.split(attn.to_qkv(x), 3, axis=-1)
+        else:
+            context = x if encoder_hidden_states is None else encoder_hidden_states
+            query = attn.project("to_q", x, scale)
+            key, value = attn.project_keys_values(context, scale)
+        query, key, value = map(attn.split_heads, (query, key, value))
+        y = attn.merge_heads(self.attention(attn, query, key, value, attention_mask))
+        y = attn.project_out(y, scale).reshape(hidden_states.shape)
+        if attn.residual_connection:
+            y = y + hidden_states
+        return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
+
+
+class AttnProcessor2_0(AttnProcessor):
+    """MLX's fused attention, never holding the scores in memory on a GPU; the default. It accumulates in
+    fp32, so the upcast flags change nothing."""
+
+    attention = staticmethod(fused_attention)
+
+
+class FusedAttnProcessor2_0(AttnProcessor2_0):
+    """The fused attention on fused projections; set by `fuse_qkv_projections`."""
+
+
+class SlicedAttnProcessor(AttnProcessor):
+    """The explicit attention, `slice_size` (>= 1) of the batch * heads score matrices at a time."""
+
+    def __init__(self, slice_size: int):
+        self.attention = SlicedAttention(slice_size)
+
+    @property
+    def slice_size(self) -> int:
+        return self.attention.slice_size
+
+
+class AttnAddedKVProcessor:
+    """Keys and values of a second context put before the input's own; adds the skip itself (unCLIP)."""
+
+    added_kv = True
+    attention = staticmethod(explicit_attention)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: mx.array,
+        encoder_hidden_states: mx.array | None = None,
+        attention_mask: mx.array | None = None,
+        scale: float = 1.0,
+    ) -> mx.array:
+        x = hidden_states.reshape(hidden_states.shape[0], -1, hidden_states.shape[-1])  # (B, S, C)
+        context = x if encoder_hidden_states is None else attn.norm_context(encoder_hidden_states)
+        if "group_norm" in attn:
+            x = attn.group_norm(x)
+        query = attn.project("to_q", x, scale)
+        key = attn.project("add_k_proj", context, scale)
+        value = attn.project("add_v_proj", context, scale)
+        if not attn.only_cross_attention:
+            # (B, L, E) and (B, S, E) -> (B, L + S, E)
+            key = mx.concatenate([key, attn.project("to_k", x, scale)], axis=1)
+            value = mx.concatenate([value, attn.project("to_v", x, scale)], axis=1)
+        query, key, value = map(attn.split_heads, (query, key, value))
+        y = attn.merge_heads(self.attention(attn, query, key, value, attention_mask))
+        return attn.project_out(y, scale).reshape(hidden_states.shape) + hidden_states
+
+
+class AttnAddedKVProcessor2_0(AttnAddedKVProcessor):
+    """The fused form of `AttnAddedKVProcessor`."""
+
+    attention = staticmethod(fused_attention)
+
+
+class SlicedAttnAddedKVProcessor(AttnAddedKVProcessor):
+    """The sliced form of `AttnAddedKVProcessor`."""
+
+    def __init__(self, slice_size: int):
+        self.attention = SlicedAttention(slice_size)
+
+    @property
+    def slice_size(self) -> int:
+        return self.attention.slice_size
+
+
+def refuse_attention_op(attention_op: Callable | None) -> None:
+    """xformers' operators do not exist here; accepting one would be a switch without effect."""
+    if attention_op is not None:
+        raise ValueError(
+            f"attention_op={attention_op!r}: xformers operators do not run on MLX; leave it None to use "
+            "MLX's fused attention"
+        )
+
+
+class XFormersAttnProcessor(AttnProcessor2_0):
+    """The fused attention under xformers' name; `attention_op` must be None."""
+
+    def __init__(self, attention_op: Callable | None = None):
+        refuse_attention_op(attention_op)
+
+
+class XFormersAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
+    """The fused added-KV attention under xformers' name; `attention_op` must be None."""
+
+    def __init__(self, attention_op: Callable | None = None):
+        refuse_attention_op(attention_op)
+
+
+def processor_path(attention_path: str) -> str:
+    """Key of an attention layer's processor in `attn_processors`."""
+    return f"{attention_path}.processor"
+
+
+Processor = Any
+"""Anything callable as described at the top of this file."""

@@ -1,0 +1,53 @@
+"""Time embeddings: a sinusoid of the timestep and the two-layer MLP behind it."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .activations import get_activation
+
+
+def timestep_sinusoid(timesteps: mx.array, dim: int, max_period: float = 10_000.0) -> mx.array:
+    """Sinusoid of (B,) timesteps -> (B, dim) in fp32: cosines first, then sines.
+
+    Equals diffusers' `Timesteps(dim, flip_sin_to_cos=True, downscale_freq_shift=0)`; for odd `dim` the
+    last column is zero. The timesteps stay in fp32: bf16 cannot tell 999 from 1000.
+    """
+    half = dim // 2
+    # In fp32 on purpose: at t = 999 the rounding of a frequency shows in the fifth digit of its cosine,
+    # and the networks were trained on torch's rounding.
+    exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angles = timesteps.astype(mx.float32)[:, None] * mx.array(np.exp(exponent))[None]
+    columns = [mx.cos(angles), mx.sin(angles)]
+    if dim % 2:
+        columns.append(mx.zeros((angles.shape[0], 1), dtype=mx.float32))
+    return mx.concatenate(columns, axis=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """MLP over the sinusoid, (B, in_channels) -> (B, time_embed_dim); diffusers' class of that name.
+
+    `cond_proj_dim` adds a projection of a second condition (B, cond_proj_dim), such as the guidance
+    embedding of consistency models, to the input.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        time_embed_dim: int,
+        act_fn: str = "silu",
+        cond_proj_dim: int | None = None,
+    ):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, time_embed_dim)
+        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
+        if cond_proj_dim is not None:
+            self.cond_proj = nn.Linear(cond_proj_dim, in_channels, bias=False)
+        self.act = get_activation(act_fn)
+
+    def __call__(self, sample: mx.array, condition: mx.array | None = None) -> mx.array:
+        if condition is not None:
+            sample = sample + self.cond_proj(condition)
+        return self.linear_2(self.act(self.linear_1(sample)))

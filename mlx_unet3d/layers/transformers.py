@@ -1,0 +1,88 @@
+"""Transformers over the pixels of a frame and over the frames of a pixel.
+
+Sources: diffusers' `Transformer2DModel` and `TransformerTemporalModel` with linear projections, as
+UNet3DConditionModel uses them. Letters as in `resnet`.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .attention import BasicTransformerBlock, TextContext
+from .normalization import group_norm
+
+
+class Transformer2DModel(nn.Module):
+    """Attention among the pixels of each frame and from them to the text.
+
+    Args:
+        heads, dim_head: the inner width is their product; it may differ from `channels`.
+        channels: of the input and output.
+        cross_attention_dim: channels of the text; None for self-attention only.
+        norm_num_groups: groups of the norm in front (eps 1e-6).
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        dim_head: int,
+        channels: int,
+        cross_attention_dim: int | None = None,
+        norm_num_groups: int = 32,
+    ):
+        super().__init__()
+        inner = heads * dim_head
+        self.norm = group_norm(norm_num_groups, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, inner)
+        self.transformer_blocks = [BasicTransformerBlock(inner, heads, dim_head, cross_attention_dim)]
+        self.proj_out = nn.Linear(inner, channels)
+
+    def __call__(
+        self,
+        x: mx.array,
+        context: mx.array | TextContext | None = None,
+        context_mask: mx.array | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> mx.array:
+        """(N, H, W, C), a context (B, L, D) with B dividing N, its mask (B, 1, L) -> (N, H, W, C)."""
+        n, height, width, channels = x.shape
+        # (N, H, W, C) -> (N, H*W, C)
+        h = self.proj_in(self.norm(x).reshape(n, height * width, channels))
+        for block in self.transformer_blocks:
+            h = block(h, context, context_mask, cross_attention_kwargs)
+        return x + self.proj_out(h).reshape(x.shape)
+
+
+class TransformerTemporalModel(nn.Module):
+    """Attention among the frames of each pixel, twice; it knows no frame order.
+
+    The statistics of the norm in front (eps 1e-6) run over all frames and pixels of a sample.
+    """
+
+    def __init__(self, heads: int, dim_head: int, channels: int, norm_num_groups: int = 32):
+        super().__init__()
+        inner = heads * dim_head
+        self.norm = group_norm(norm_num_groups, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, inner)
+        self.transformer_blocks = [BasicTransformerBlock(inner, heads, dim_head, double_self_attention=True)]
+        self.proj_out = nn.Linear(inner, channels)
+
+    def __call__(
+        self,
+        x: mx.array,
+        num_frames: int,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> mx.array:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        n, height, width, channels = x.shape
+        batch, pixels = n // num_frames, height * width
+        # (N, H, W, C) -> (B, F, L, C) -> (B*L, F, C)
+        h = self.norm(x.reshape(batch, num_frames, pixels, channels))
+        h = h.transpose(0, 2, 1, 3).reshape(batch * pixels, num_frames, channels)
+        h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, cross_attention_kwargs=cross_attention_kwargs)
+        # (B*L, F, C) -> (B, L, F, C) -> (N, H, W, C)
+        h = self.proj_out(h).reshape(batch, pixels, num_frames, channels)
+        return x + h.transpose(0, 2, 1, 3).reshape(x.shape)
