@@ -1,0 +1,150 @@
+"""The configuration of a scheduler: its constructor arguments, and how they pass to another class."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+# The release of diffusers whose defaults and results the schedulers have; saved configs name it.
+DIFFUSERS_VERSION = "0.42.1"
+
+# Arguments of diffusers schedulers that are not here. A config file may well hold them.
+FOREIGN_KEYS = frozenset({"noise_sampler_seed", "rho", "sigma_data", "sigma_schedule"})
+
+
+class SchedulerConfig(Mapping[str, Any]):
+    """The arguments that a scheduler runs with: read-only, by item (`config["beta_end"]`) or attribute.
+
+    Attributes:
+        class_name: the scheduler class they belong to.
+        given: the names that were passed; the others hold the class's defaults. Only these go on to
+            another class in `from_config`, which puts its own defaults for the rest.
+        carried: arguments of other scheduler classes that came along with the config. They have no
+            effect here, and are kept so that a way back to those classes loses nothing.
+    """
+
+    def __init__(
+        self,
+        class_name: str,
+        values: Mapping[str, Any],
+        given: frozenset[str],
+        carried: Mapping[str, Any] | None = None,
+    ) -> None:
+        frozen = {name: _frozen(value) for name, value in values.items()}
+        vars(self).update(
+            class_name=class_name,
+            given=given,
+            carried={name: _frozen(value) for name, value in (carried or {}).items()},
+            _values=frozen,
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getattr__(self, name: str) -> Any:
+        values = vars(self).get("_values", {})  # empty while a copy or an unpickling is under way
+        if name in values:
+            return values[name]
+        raise AttributeError(f"{vars(self).get('class_name')} has no argument {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"a config is read-only, so {name}={value!r} cannot be set; make a new scheduler with "
+            f"from_config(config, {name}={value!r})"
+        )
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.items())
+        return f"{self.class_name}({arguments})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All arguments, the carried ones too, as diffusers writes them to scheduler_config.json."""
+        values = {name: _plain(value) for name, value in {**self.carried, **self}.items()}
+        return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION, **values}
+
+    def replaced(self, **values: Any) -> SchedulerConfig:
+        """The same config with other values for some of its own arguments."""
+        return SchedulerConfig(self.class_name, {**self, **values}, self.given, self.carried)
+
+    def carrying(self, carried: Mapping[str, Any]) -> SchedulerConfig:
+        """The same config with other arguments to keep for other classes."""
+        return SchedulerConfig(self.class_name, self, self.given, carried)
+
+
+def configured(init: Callable[..., None]) -> Callable[..., None]:
+    """Make a constructor record its arguments as `self.config` before its body runs.
+
+    A scheduler's arguments are its configuration and nothing else, so the signature is the one
+    place where their names and defaults stand.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        given = frozenset(bound.arguments) - {"self"}
+        bound.apply_defaults()
+        values = {name: value for name, value in bound.arguments.items() if name != "self"}
+        self.config = SchedulerConfig(type(self).__name__, values, given)
+        init(*bound.args, **bound.kwargs)
+
+    return wrapper
+
+
+def argument_names(cls: type) -> frozenset[str]:
+    """The names of a scheduler's constructor arguments."""
+    return frozenset(inspect.signature(cls.__init__).parameters) - {"self"}
+
+
+def split_config(
+    config: Mapping[str, Any], own: frozenset[str], known: frozenset[str], class_name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a config into the arguments for a class and those to carry for others.
+
+    Args:
+        config: a `SchedulerConfig`, or a dict as read from scheduler_config.json.
+        own: the argument names of the class.
+        known: the argument names of all scheduler classes.
+        class_name: named in the warning.
+
+    Returns:
+        (arguments, carried). Names that no scheduler has are left out, with one warning.
+    """
+    if isinstance(config, SchedulerConfig):
+        values = {name: value for name, value in config.items() if name in config.given}
+        values.update(config.carried)
+    else:
+        defaulted = config.get("_use_default_values", ())  # a live diffusers config says so
+        values = {name: value for name, value in config.items() if name not in defaulted}
+        values = {name: value for name, value in values.items() if not name.startswith("_")}
+    arguments = {name: value for name, value in values.items() if name in own}
+    carried = {name: value for name, value in values.items() if name in known - own}
+    unknown = sorted(values.keys() - own - known)
+    if unknown:
+        warnings.warn(
+            f"the scheduler config holds {', '.join(map(repr, unknown))}, which no scheduler "
+            f"knows; {class_name} runs without. Check the spelling in scheduler_config.json.",
+            stacklevel=3,
+        )
+    return arguments, carried
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,106 @@
+"""LCM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from .arrays import SchedulerOutput, Timestep, output, upcast
+from .base import Scheduler
+from .config import configured
+
+if TYPE_CHECKING:
+    from ..noise import NoiseSource
+
+SIGMA_DATA = 0.5
+
+
+class LCMScheduler(Scheduler):
+    """Multistep sampling of latent consistency models (Luo et al. 2023, arXiv:2310.04378, algorithm
+    3).
+
+    Equals diffusers' LCMScheduler; `pred_original_sample` is its `denoised`. The timesteps are
+    those of the distillation, `original_inference_steps` evenly spaced ones, so `timestep_spacing`,
+    `steps_offset` and `set_alpha_to_one` change nothing here, as in diffusers; they are in the
+    config for other classes.
+    """
+
+    @configured
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Sequence[float] | None = None,
+        original_inference_steps: int = 50,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        timestep_scaling: float = 10.0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 1 <= original_inference_steps <= num_train_timesteps:
+            raise ValueError(
+                f"original_inference_steps={original_inference_steps} must be from 1 to "
+                f"num_train_timesteps={num_train_timesteps}"
+            )
+
+    @property
+    def uses_noise(self) -> bool:
+        """Each step but the last draws noise."""
+        return self.num_inference_steps != 1
+
+    def _lay_out(self, steps: int) -> None:
+        config = self.config
+        original = config.original_inference_steps
+        if steps > original:
+            raise ValueError(
+                f"num_inference_steps={steps} is more than the original_inference_steps={original} "
+                "that the model was distilled on; use fewer"
+            )
+        stride = config.num_train_timesteps // original
+        distilled = np.arange(original, 0, -1) * stride - 1
+        places = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)
+        self.timesteps = distilled[places]
+
+    def step(
+        self,
+        model_output: mx.array,
+        timestep: Timestep,
+        sample: mx.array,
+        *,
+        noise: NoiseSource | None = None,
+    ) -> SchedulerOutput:
+        """See `Scheduler.step`."""
+        index = self._current_index(timestep)
+        t = int(self.timesteps[index])
+        now = self._alpha_bar(t)
+
+        dtype = sample.dtype
+        model_output, sample = upcast(model_output, sample)
+        x0, _ = self._x0_and_epsilon(model_output, sample, math.sqrt(now), math.sqrt(1 - now))
+        x0 = self._clip_or_threshold(x0)
+
+        # The consistency function's boundary condition: the identity at t = 0 (eq. 9).
+        scaled = t * self.config.timestep_scaling
+        skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+        x0 = scaled / math.sqrt(scaled**2 + SIGMA_DATA**2) * x0 + skip * sample
+
+        x = x0
+        if index + 1 < len(self.timesteps):
+            prev = self._alpha_bar(int(self.timesteps[index + 1]))
+            x = math.sqrt(prev) * x0 + math.sqrt(1 - prev) * self._draw(noise, sample.shape)
+        self._step_index = index + 1
+        return output(x, x0, dtype)
