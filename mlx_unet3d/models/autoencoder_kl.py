@@ -1,0 +1,387 @@
+"""AutoencoderKL: images to latents of an eighth of the size, and back; one frame at a time.
+
+Source: diffusers' class of that name; Rombach et al., arXiv:2112.10752. Letters: N frames, H W
+pixels, h w latent pixels, C channels, c latent channels.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..checkpoints import ModelConfig, PretrainedModel
+from ..layers.activations import get_activation
+from ..layers.resnet import PointwiseConv2d
+from ..layers.vae_blocks import Decoder, Encoder, in_chunks, tiled
+from ..noise import NoiseSource
+
+# MLX indexes arrays on the GPU by 32-bit integers in places.
+_MAX_ELEMENTS = 2**31 - 1
+
+# Largest activation of one evaluation where the caller does not say: 256 MB in fp32, of which a
+# convolution needs several more as scratch.
+_CHUNK_ELEMENTS = 2**26
+
+# Names of the attention in files from before mid-2023.
+_LEGACY_SEGMENTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass
+class AutoencoderKLConfig(ModelConfig):
+    """The keys of `config.json`; defaults are those of diffusers."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, int] = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        for key, known in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
+            names = getattr(self, key)
+            if len(names) != len(self.block_out_channels):
+                raise ValueError(
+                    f"{key}={names} must have one entry for each of "
+                    f"block_out_channels={self.block_out_channels}"
+                )
+            for name in names:
+                if name != known:
+                    raise ValueError(f"{key} has {name!r}; AutoencoderKL supports {known!r} only")
+        for key in ("latents_mean", "latents_std"):
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key}={getattr(self, key)}: latents normalized channel by channel are not "
+                    "supported; only scaling_factor and shift_factor are"
+                )
+        for key in (
+            "in_channels",
+            "out_channels",
+            "layers_per_block",
+            "latent_channels",
+            "norm_num_groups",
+        ):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key}={value!r} must be an integer of at least 1")
+        if not self.scaling_factor > 0:
+            raise ValueError(f"scaling_factor={self.scaling_factor!r} must be greater than 0")
+        get_activation(self.act_fn)
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """The distribution of latents given images: a normal one for each element, independent.
+
+    Attributes:
+        mean: (N, c, h, w).
+        logvar: logarithm of the variance, clamped to [-30, 20]; (N, c, h, w).
+    """
+
+    mean: mx.array
+    logvar: mx.array
+
+    @classmethod
+    def from_moments(cls, moments: mx.array) -> "DiagonalGaussian":
+        """From the encoder's output (N, 2c, h, w), means first."""
+        mean, logvar = mx.split(moments, 2, axis=1)
+        return cls(mean, mx.clip(logvar, -30.0, 20.0))
+
+    @property
+    def std(self) -> mx.array:
+        """Standard deviation, (N, c, h, w)."""
+        return mx.exp(0.5 * self.logvar)
+
+    def sample(self, noise: NoiseSource) -> mx.array:
+        """A draw (N, c, h, w); with `noise_source(seed)` that of diffusers'
+        `latent_dist.sample(generator)`."""
+        return self.mean + self.std * noise(self.mean.shape).astype(self.mean.dtype)
+
+    def mode(self) -> mx.array:
+        """The likeliest latents, which are the means."""
+        return self.mean
+
+
+class AutoencoderKL(PretrainedModel):
+    """The image autoencoder of Stable Diffusion and ModelScope; diffusers' class of that name.
+
+    Args:
+        in_channels, out_channels: of images, usually 3.
+        down_block_types, up_block_types: "DownEncoderBlock2D" and "UpDecoderBlock2D", one a level.
+        block_out_channels: channels a level, finest first; multiples of `norm_num_groups`. The
+            latents are 2^(levels - 1) times smaller than the images each way.
+        layers_per_block: resnets of an encoder block; decoder blocks have one more.
+        act_fn: activation of the resnets.
+        latent_channels: c.
+        norm_num_groups: groups of the group norms.
+        sample_size: pixels of the training images, and of a tile.
+        scaling_factor, shift_factor: between latents and what a UNet works on; see `scale_latents`.
+        latents_mean, latents_std: must be None.
+        force_upcast: what the checkpoint asks of pipelines in half precision; the model itself
+            computes in the dtype of its weights.
+        use_quant_conv, use_post_quant_conv: the 1x1 convolutions around the latents.
+        mid_block_add_attention: attention between the two resnets of the mid blocks.
+
+    Raises ValueError where these do not fit together.
+    """
+
+    config_class = AutoencoderKLConfig
+    weights_stem = "diffusion_pytorch_model"
+    class_names = ("AutoencoderKL",)
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
+        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
+        block_out_channels: Sequence[int] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int | tuple[int, int] = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = AutoencoderKLConfig(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=tuple(down_block_types),
+            up_block_types=tuple(up_block_types),
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            sample_size=sample_size,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            latents_mean=None if latents_mean is None else tuple(latents_mean),
+            latents_std=None if latents_std is None else tuple(latents_std),
+            force_upcast=force_upcast,
+            use_quant_conv=use_quant_conv,
+            use_post_quant_conv=use_post_quant_conv,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        common = (
+            self.config.block_out_channels,
+            layers_per_block,
+            norm_num_groups,
+            act_fn,
+            mid_block_add_attention,
+        )
+        self.encoder = Encoder(in_channels, latent_channels, *common)
+        self.decoder = Decoder(latent_channels, out_channels, *common)
+        if use_quant_conv:
+            self.quant_conv = PointwiseConv2d(2 * latent_channels, 2 * latent_channels)
+        if use_post_quant_conv:
+            self.post_quant_conv = PointwiseConv2d(latent_channels, latent_channels)
+
+        self.spatial_factor = 2 ** (len(self.config.block_out_channels) - 1)
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_size = sample_size if isinstance(sample_size, int) else sample_size[0]
+        self.tile_latent_min_size = self.tile_sample_min_size // self.spatial_factor
+
+    # Encoding and decoding.
+
+    def encode(self, x: mx.array, *, chunk_size: int | None = None) -> DiagonalGaussian:
+        """Distribution of the latents of images.
+
+        Args:
+            x: images (N, in_channels, H, W) in [-1, 1], H and W at least `spatial_factor`; what is
+                left over when they are no multiples of it has no latent of its own.
+            chunk_size: frames an evaluation, at least 1; the result is the same. None for 1 where
+                slicing is enabled, else for `frames_per_chunk`. With more frames than that, this
+                call evaluates its pieces, which `mx.grad` and `mx.compile` do not allow; pass N for
+                them.
+
+        Returns the distribution, (N, c, H // spatial_factor, W // spatial_factor), in the dtype of
+        the network, whatever the dtype of `x`.
+        Raises ValueError for shapes and sizes out of range.
+        """
+        self._check_input("x", x, self.config.in_channels)
+        height, width = x.shape[2:]
+        if min(height, width) < self.spatial_factor:
+            raise ValueError(
+                f"x is {width}x{height}; an image needs at least "
+                f"{self.spatial_factor}x{self.spatial_factor} pixels"
+            )
+        chunk_size = self._checked_chunk_size(chunk_size, height, width)
+        moments = in_chunks(self._encode_chunk, x.astype(self.dtype), chunk_size)
+        return DiagonalGaussian.from_moments(moments)
+
+    def decode(self, z: mx.array, *, chunk_size: int | None = None) -> mx.array:
+        """Images of latents, which must be `unscale_latents`ed where a UNet made them.
+
+        Args:
+            z: latents (N, c, h, w).
+            chunk_size: frames an evaluation, as in `encode`.
+
+        Returns images (N, out_channels, h * spatial_factor, w * spatial_factor), about [-1, 1] and
+        not clipped, in the dtype of the network.
+        Raises ValueError for shapes and sizes out of range.
+        """
+        self._check_input("z", z, self.config.latent_channels)
+        height, width = (size * self.spatial_factor for size in z.shape[2:])
+        chunk_size = self._checked_chunk_size(chunk_size, height, width)
+        return in_chunks(self._decode_chunk, z.astype(self.dtype), chunk_size)
+
+    def scale_latents(self, latents: mx.array) -> mx.array:
+        """Latents of this autoencoder as a UNet wants them: (latents - shift_factor) *
+        scaling_factor."""
+        if self.config.shift_factor is not None:
+            latents = latents - self.config.shift_factor
+        return latents * self.config.scaling_factor
+
+    def unscale_latents(self, latents: mx.array) -> mx.array:
+        """The inverse of `scale_latents`."""
+        latents = latents * (1 / self.config.scaling_factor)
+        if self.config.shift_factor is not None:
+            latents = latents + self.config.shift_factor
+        return latents
+
+    def _encode_chunk(self, x: mx.array) -> mx.array:
+        """(N, C, H, W) -> moments (N, 2c, h, w)."""
+        x = x.transpose(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        if self.use_tiling and max(x.shape[1:3]) > self.tile_sample_min_size:
+            moments = tiled(self._encode, x, self.tile_sample_min_size, self.tile_latent_min_size)
+        else:
+            moments = self._encode(x)
+        return moments.transpose(0, 3, 1, 2)  # (N, h, w, 2c) -> (N, 2c, h, w)
+
+    def _decode_chunk(self, z: mx.array) -> mx.array:
+        """(N, c, h, w) -> (N, C, H, W)."""
+        z = z.transpose(0, 2, 3, 1)  # (N, c, h, w) -> (N, h, w, c)
+        if self.use_tiling and max(z.shape[1:3]) > self.tile_latent_min_size:
+            x = tiled(self._decode, z, self.tile_latent_min_size, self.tile_sample_min_size)
+        else:
+            x = self._decode(z)
+        return x.transpose(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+
+    def _encode(self, x: mx.array) -> mx.array:
+        if min(x.shape[1:3]) < self.spatial_factor:
+            raise ValueError(
+                f"the last tile is {x.shape[2]}x{x.shape[1]} pixels, less than the latent's "
+                f"{self.spatial_factor}; crop or pad to a multiple of {self.spatial_factor}, or "
+                "disable_tiling()"
+            )
+        moments = self.encoder(x)
+        return self.quant_conv(moments) if "quant_conv" in self else moments
+
+    def _decode(self, z: mx.array) -> mx.array:
+        return self.decoder(self.post_quant_conv(z) if "post_quant_conv" in self else z)
+
+    def _check_input(self, name: str, x: mx.array, channels: int) -> None:
+        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
+            raise ValueError(
+                f"{name} has shape {x.shape}; it must be (frames, {channels}, height, width), not empty"
+            )
+        if not mx.issubdtype(x.dtype, mx.floating):
+            raise ValueError(f"{name} is {x.dtype}; it must be floating point")
+
+    # Memory.
+
+    def frames_per_chunk(self, height: int, width: int) -> int:
+        """Frames of `height` x `width` pixels that are evaluated at once where nothing else is
+        said.
+
+        As many as keep the largest activation within 2^26 elements (256 MB in fp32), and at least
+        one: 4 frames of 256x256, one of 576x320 and more, for Stable Diffusion's autoencoder.
+        """
+        return max(1, _CHUNK_ELEMENTS // self._elements_per_frame(height, width))
+
+    def enable_slicing(self) -> None:
+        """Evaluate frame by frame: least memory, same result."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Evaluate `frames_per_chunk` frames at once."""
+        self.use_slicing = False
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Compute frames larger than `tile_sample_min_size` tile by tile and blend them where they
+        overlap.
+
+        Memory then depends on the tile alone. The result differs visibly from that of whole frames,
+        as group norms and attention see one tile only; it is diffusers' tiled result.
+        """
+        self.use_tiling = use_tiling
+
+    def disable_tiling(self) -> None:
+        """Compute whole frames."""
+        self.use_tiling = False
+
+    def _elements_per_frame(self, height: int, width: int) -> int:
+        """Elements of the largest activation that a frame of this many pixels takes in either
+        direction."""
+        if self.use_tiling:
+            height = min(height, self.tile_sample_min_size)
+            width = min(width, self.tile_sample_min_size)
+        widths = self.config.block_out_channels
+        elements = 0
+        for level in range(len(widths)):
+            # A level's pixels also carry the channels of the next coarser one, which was upsampled.
+            channels = max(widths[level : level + 2])
+            pixels = -(-height // 2**level) * -(-width // 2**level)
+            elements = max(elements, channels * pixels)
+        if self.config.mid_block_add_attention:
+            elements = max(elements, pixels**2)  # scores, where attention is not fused
+        return elements
+
+    def _checked_chunk_size(self, chunk_size: int | None, height: int, width: int) -> int:
+        per_frame = self._elements_per_frame(height, width)
+        most = _MAX_ELEMENTS // per_frame
+        if most == 0:
+            advice = (
+                "reduce tile_sample_min_size and tile_latent_min_size"
+                if self.use_tiling
+                else "call enable_tiling()"
+            )
+            raise ValueError(
+                f"one frame of {width}x{height} needs an array of {per_frame} elements, more than "
+                f"the 2^31 - 1 that MLX can index; {advice}"
+            )
+        if chunk_size is None:
+            return 1 if self.use_slicing else min(most, self.frames_per_chunk(height, width))
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1, or None")
+        if chunk_size > most:
+            raise ValueError(
+                f"chunk_size={chunk_size} frames of {width}x{height} need an array of "
+                f"{chunk_size * per_frame} elements, more than the 2^31 - 1 that MLX can index; "
+                f"use at most {most}, or None"
+            )
+        return chunk_size
+
+    @classmethod
+    def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
+        """Name of a file's tensor `key` here: the attentions of old files have other names."""
+        path, _, parameter = key.rpartition(".")
+        parent, _, segment = path.rpartition(".")
+        if segment in _LEGACY_SEGMENTS and ".mid_block.attentions." in f".{parent}.":
+            return f"{parent}.{_LEGACY_SEGMENTS[segment]}.{parameter}"
+        return key
