@@ -1,0 +1,256 @@
+"""write_video, read_video and read_metadata: which format, is it possible, and whole files only."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import PIL
+from PIL import features
+
+from . import gif, images, mp4
+from .frames import DEFAULT_FPS, MAX_FPS, Frames, check_fps, check_frames
+from .metadata import MetadataValue, decode_metadata, encode_metadata
+
+SUFFIXES = {
+    ".gif": "gif",
+    ".webp": "webp",
+    ".png": "png",
+    ".apng": "png",
+    ".mp4": "mp4",
+}
+READ_ONLY_SUFFIXES = {".m4v": "mp4", ".mov": "mp4"}  # the same container
+
+# What a folder of frames may hold besides when it is written anew; macOS leaves the second.
+OWN_FILES = re.compile(r"\d{5,}\.png|\.DS_Store")
+
+PathLike = str | os.PathLike[str]
+
+
+def write_video(
+    path: PathLike,
+    frames: Frames,
+    fps: float = DEFAULT_FPS,
+    metadata: Mapping[str, MetadataValue] | None = None,
+    loop: int = 0,
+    *,
+    overwrite: bool = True,
+) -> Path:
+    """Writes a clip in the format that the suffix names; the file appears whole or not at all.
+
+    - `.gif`: one palette of 256 colours for all frames, ordered dithering; at most 50 fps.
+    - `.webp`: lossy at quality 90; small and near.
+    - `.png`, `.apng`: animated PNG, lossless.
+    - `.mp4`: H.264 (yuv420p, BT.709) by ffmpeg; an odd last row or column is cut off with a warning.
+    - no suffix, a slash at the end, or a folder that is there: 00000.png, ... in that folder, lossless.
+      Frames of an earlier clip in it are replaced; a folder with anything else in it is refused.
+
+    Args:
+        path: where to; its parent folder must be there.
+        frames: uint8 (F, H, W, 3), red green blue; see `to_uint8`.
+        fps: frames a second, 0.1 to 240. GIF counts in 10 ms and WebP and PNG in 1 ms: frames
+            of two lengths take turns there, so that the rate holds over the clip.
+        metadata: what made the clip; goes into the file as flat JSON, see `read_metadata`.
+        loop: 0 repeats forever, n shows the clip n times. Only 0 for .mp4 and folders, which
+            leave that to the player.
+        overwrite: False refuses a path where something is.
+
+    Returns:
+        The path written.
+
+    Raises:
+        TypeError, ValueError: frames, fps, loop or metadata that cannot be written.
+        OSError: as `check_writable`.
+        RuntimeError: ffmpeg failed; holds the last lines of what it said.
+    """
+    check_frames(frames)
+    check_writable(path, fps=fps, metadata=metadata, loop=loop, overwrite=overwrite)
+    kind, target = _kind(path), Path(path)
+    comment = None if metadata is None else encode_metadata(metadata)
+    if kind == "folder":
+        with _whole_folder(target) as folder:
+            images.write_folder(folder, frames, fps, comment)
+        return target
+    with _whole_file(target) as file:
+        if kind == "mp4":
+            mp4.write_mp4(file, frames, fps, comment)
+        else:
+            writers = {"gif": gif.write_gif, "webp": images.write_webp, "png": images.write_png}
+            writers[kind](file, frames, fps, comment, loop)
+    return target
+
+
+def check_writable(
+    path: PathLike,
+    *,
+    fps: float = DEFAULT_FPS,
+    metadata: Mapping[str, MetadataValue] | None = None,
+    loop: int = 0,
+    overwrite: bool = True,
+) -> None:
+    """Raises what `write_video` would raise after the long wait for the frames.
+
+    Raises:
+        ValueError: the suffix is unknown or nothing here can encode it, or a value is out of range.
+        TypeError: a value has the wrong type.
+        FileNotFoundError, NotADirectoryError, PermissionError: the parent folder is missing, no
+            folder, or closed to writing.
+        IsADirectoryError: the path has the suffix of a file and is a folder.
+        FileExistsError: the path is there and `overwrite` False, or it is a folder with more in
+            it than frames.
+    """
+    kind, target = _kind(path), Path(path)
+    check_fps(fps, gif.MAX_FPS if kind == "gif" else MAX_FPS)
+    if isinstance(loop, bool) or not isinstance(loop, int):
+        raise TypeError(f"loop={loop!r} is a {type(loop).__name__}; give an integer")
+    if not 0 <= loop < 2**16:
+        raise ValueError(f"loop={loop} is out of range; use 0 (forever) <= loop < 65536")
+    if loop != 0 and kind in ("mp4", "folder"):
+        raise ValueError(f"loop={loop}: {target} holds no loop count; use 0, or .gif, .webp or .png")
+    if metadata is not None:
+        encode_metadata(metadata)
+    _check_place(target, kind, overwrite)
+    if kind == "mp4":
+        mp4.find_encoder()
+    if kind == "webp" and not features.check("webp"):
+        raise ValueError(f"{target}: this Pillow was built without WebP; write .gif or .png")
+
+
+def _check_place(target: Path, kind: str, overwrite: bool) -> None:
+    parent = (target.resolve() if kind == "folder" else target.absolute()).parent
+    if not parent.exists():
+        raise FileNotFoundError(f"{parent} is missing; make that folder first, for {target.name}")
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file; {target.name} needs a folder there")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{parent} is closed to writing; give another folder")
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} is there; give another path, or allow to overwrite")
+    if kind != "folder":
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder; remove it, or give another name")
+    elif not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; a folder of frames needs another name")
+    else:
+        others = sorted(p.name for p in target.iterdir() if not OWN_FILES.fullmatch(p.name))
+        if others:
+            raise FileExistsError(
+                f"{target} holds more than frames ({', '.join(others[:3])}"
+                f"{', ...' if len(others) > 3 else ''}), and writing replaces the whole folder; "
+                "give an empty or a new one"
+            )
+
+
+def read_video(path: PathLike) -> tuple[Frames, float]:
+    """Reads a clip: GIF, WebP, PNG, a folder of PNG files, MP4 or MOV (by ffmpeg).
+
+    Returns:
+        uint8 frames (F, H, W, 3) and the frames a second. Frames held longer than the others are
+        repeated, so that the rate is even; 8.0 stands for files that state none.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: unknown suffix, a damaged file, or no ffmpeg for MP4.
+    """
+    kind, source = _existing(path)
+    if kind == "folder":
+        return images.read_folder(source)
+    return mp4.read_mp4(source) if kind == "mp4" else images.read_animation(source)
+
+
+def read_metadata(path: PathLike) -> dict[str, MetadataValue]:
+    """The `metadata` that `write_video` put into a file or folder; needs no ffmpeg.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the file holds none, so it was not made by this program.
+    """
+    kind, source = _existing(path)
+    if kind == "mp4":
+        return decode_metadata(mp4.read_comment(source), source)
+    image = images.png_files(source)[0] if kind == "folder" else source
+    return decode_metadata(images.read_comment(image), source)
+
+
+def encoders() -> dict[str, str | None]:
+    """What writes each format here, with its version; None where nothing does."""
+    pillow = f"Pillow {PIL.__version__}"
+    webp = f"{pillow}, libwebp {features.version('webp')}" if features.check("webp") else None
+    ffmpegs = [ffmpeg for ffmpeg in mp4.installed() if ffmpeg.has_x264]
+    video = f"ffmpeg {ffmpegs[0].version} ({ffmpegs[0].executable})" if ffmpegs else None
+    return {".gif": pillow, ".webp": webp, ".png": pillow, ".mp4": video}
+
+
+def _kind(path: PathLike, suffixes: Mapping[str, str] = SUFFIXES) -> str:
+    text, suffix = os.fspath(path), Path(path).suffix.lower()
+    if text.endswith(("/", os.sep)):
+        return "folder"
+    if suffix in suffixes:
+        return suffixes[suffix]
+    if suffix == "" or Path(path).is_dir():
+        return "folder"
+    raise ValueError(
+        f"{text} has the unknown suffix {suffix!r}; use {', '.join(suffixes)}, "
+        "or a slash at the end for a folder of .png files"
+    )
+
+
+def _existing(path: PathLike) -> tuple[str, Path]:
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} is missing")
+    if source.is_dir():
+        return "folder", source
+    kind = _kind(path, SUFFIXES | READ_ONLY_SUFFIXES)
+    if kind == "folder":
+        raise ValueError(f"{source} has no suffix; use {', '.join(SUFFIXES | READ_ONLY_SUFFIXES)}")
+    return kind, source
+
+
+@contextlib.contextmanager
+def _whole_file(target: Path) -> Iterator[Path]:
+    """A file beside the target that takes its place when the body ends well, and goes otherwise."""
+    partial = target.with_name(f".{secrets.token_hex(8)}.partial{target.suffix}")
+    try:
+        yield partial
+        _flush(partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """As `_whole_file`, for a folder; one that was there is moved aside until the new one stands."""
+    target = target.resolve()  # renames what a link points to, not the link
+    token = secrets.token_hex(8)
+    partial, old = (target.with_name(f".{token}.{name}") for name in ("partial", "old"))
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _flush(file)
+        replaced = target.exists()
+        if replaced:
+            target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced:
+                old.rename(target)
+            raise
+        if replaced:
+            shutil.rmtree(old)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def _flush(file: Path) -> None:
+    with file.open("r+b") as opened:
+        os.fsync(opened.fileno())

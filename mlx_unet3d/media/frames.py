@@ -1,0 +1,93 @@
+"""The frames that files are made of: uint8 (F, H, W, 3), red green blue, and their times."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import NonFiniteError
+
+Frames = NDArray[np.uint8]
+
+# The rate of ModelScope's clips; also what is taken for files that state none.
+DEFAULT_FPS = 8.0
+MIN_FPS, MAX_FPS = 0.1, 240.0
+
+
+def to_uint8(frames: NDArray[np.floating] | mx.array) -> Frames:
+    """Float frames in [0, 1], of any shape, as uint8: `round(255 * x)`, halves to even.
+
+    Raises:
+        TypeError: not a float array.
+        NonFiniteError: a value is infinite or NaN.
+        ValueError: a value is outside [0, 1] by more than half a level of 255.
+    """
+    if isinstance(frames, mx.array):
+        if not mx.issubdtype(frames.dtype, mx.floating):
+            raise TypeError(f"frames are {frames.dtype}; give floats in [0, 1]")
+        frames = np.array(frames.astype(mx.float32))
+    if not isinstance(frames, np.ndarray) or not np.issubdtype(frames.dtype, np.floating):
+        kind = getattr(frames, "dtype", type(frames).__name__)
+        raise TypeError(f"frames are {kind}; give an array of floats in [0, 1]")
+    frames = frames.astype(np.float32, copy=False)
+    finite = np.isfinite(frames)
+    if not finite.all():
+        raise NonFiniteError(
+            f"{finite.size - np.count_nonzero(finite)} of {finite.size} pixel values are infinite "
+            "or NaN; decode in float32"
+        )
+    low, high = (float(frames.min()), float(frames.max())) if frames.size else (0.0, 0.0)
+    if low < -0.5 / 255 or high > 1 + 0.5 / 255:
+        raise ValueError(
+            f"pixel values span [{low:.4g}, {high:.4g}]; the range is [0, 1]: from [-1, 1] take x / 2 + 0.5"
+        )
+    return np.rint(np.clip(frames, 0, 1) * np.float32(255)).astype(np.uint8)
+
+
+def check_frames(frames: Frames) -> None:
+    """Raises TypeError or ValueError unless frames are uint8 (F, H, W, 3) with something in them."""
+    if not isinstance(frames, np.ndarray):
+        raise TypeError(f"frames are a {type(frames).__name__}; give a uint8 NumPy array")
+    if frames.dtype != np.uint8:
+        raise TypeError(f"frames are {frames.dtype}; files hold uint8: use to_uint8(frames)")
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames have the shape {frames.shape}; give (frames, height, width, 3)")
+
+
+def check_fps(fps: float, highest: float = MAX_FPS) -> None:
+    """Raises TypeError or ValueError unless `MIN_FPS <= fps <= highest`."""
+    if isinstance(fps, bool) or not isinstance(fps, (int, float, Fraction)):
+        raise TypeError(f"fps={fps!r} is a {type(fps).__name__}; give a number")
+    if not (math.isfinite(fps) and MIN_FPS <= fps <= highest):
+        raise ValueError(f"fps={fps} is out of range; use {MIN_FPS:g} <= fps <= {highest:g}")
+
+
+def durations(count: int, fps: float, unit: int) -> list[int]:
+    """Milliseconds of each of `count` frames, multiples of `unit`, that never drift from the rate.
+
+    Every frame ends at the multiple next to its true end: at 8 frames a second and a unit of 10,
+    130 and 120 take turns.
+    """
+    period = 1000 / Fraction(fps) / unit
+    ends = [math.floor(i * period + Fraction(1, 2)) for i in range(count + 1)]
+    return [unit * (end - start) for start, end in itertools.pairwise(ends)]
+
+
+def even_rate(times: Sequence[float], unit: int) -> tuple[list[int], float]:
+    """Undoes `durations`: how often to repeat each frame for an even rate, and that rate.
+
+    Encoders merge equal neighbours into one longer frame, and other programs hold frames as they
+    please; a time within one `unit` of the shortest counts as one period.
+    """
+    if all(time <= 0 for time in times):
+        return [1] * len(times), DEFAULT_FPS
+    known = [time if time > 0 else 100 for time in times]  # what viewers make of a 0
+    shortest = min(known)
+    single = [time for time in known if time <= shortest + unit]
+    period = sum(single) / len(single)
+    repeats = [max(1, round(time / period)) for time in known]
+    return repeats, 1000 * sum(repeats) / sum(known)
