@@ -1,0 +1,45 @@
+"""3D-UNet video diffusion in MLX: diffusers' UNet3DConditionModel and what surrounds it."""
+
+from . import blas
+
+blas.preload()  # before anything imports mlx.core
+
+from .layers.attention import TextContext  # noqa: E402
+from .models.autoencoder_kl import AutoencoderKL  # noqa: E402
+from .models.clip_text import CLIPTextModel  # noqa: E402
+from .models.unet_3d_condition import UNet3DConditionModel, UNet3DConditionOutput  # noqa: E402
+from .pipelines import DenoisingStep, TextToVideoPipeline, VideoOutput, VideoToVideoPipeline  # noqa: E402
+from .schedulers import (  # noqa: E402
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from .tokenizer import CLIPTokenizer  # noqa: E402
+from .version import __version__  # noqa: E402
+
+__all__ = [
+    "AutoencoderKL",
+    "CLIPTextModel",
+    "CLIPTokenizer",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DenoisingStep",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "TextContext",
+    "TextToVideoPipeline",
+    "UNet3DConditionModel",
+    "UNet3DConditionOutput",
+    "UniPCMultistepScheduler",
+    "VideoOutput",
+    "VideoToVideoPipeline",
+    "__version__",
+]

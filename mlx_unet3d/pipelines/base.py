@@ -1,0 +1,336 @@
+"""What text-to-video and video-to-video share: components, prompts, decoding, output forms."""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..checkpoints import PretrainedModel, read_component_config
+from ..errors import CheckpointError, NonFiniteError
+from ..models.autoencoder_kl import AutoencoderKL
+from ..models.clip_text import CLIPTextModel
+from ..models.outputs import ModelOutput
+from ..models.unet_3d_condition import UNet3DConditionModel
+from ..noise import NoiseSource, noise_source
+from ..schedulers import Scheduler, scheduler_from_config
+from ..tokenizer import CLIPTokenizer
+from .denoising import DenoisingStep, fold_frames
+
+Pipeline = TypeVar("Pipeline", bound="VideoPipeline")
+
+OUTPUT_TYPES = ("np", "pil", "mlx", "latent")
+
+# Pipelines over the same five components; which of ours to use is the caller's choice.
+_PIPELINE_NAMES = (
+    "TextToVideoSDPipeline",
+    "TextToVideoMSPipeline",
+    "VideoToVideoSDPipeline",
+)
+_COMPONENTS = {
+    "unet": ("diffusers", "UNet3DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+}
+
+
+@dataclass
+class VideoOutput(ModelOutput):
+    """`frames` by `output_type`: "np", float32 in [0, 1] (B, F, H, W, 3); "mlx", the same as mx.array;
+    "pil", B lists of F images; "latent", (B, C, F, h, w) as mx.array."""
+
+    frames: Any
+
+
+class BatchNoise:
+    """Noise for a batch: one source for all of it, or one a sample, each drawing its own rows."""
+
+    def __init__(self, seed: int | Sequence[int], rng: str, batch: int):
+        seeds = list(seed) if isinstance(seed, list | tuple) else [seed]
+        if len(seeds) not in (1, batch):
+            raise ValueError(f"seed has {len(seeds)} entries for {batch} videos; give one, or one each")
+        self.sources: list[NoiseSource] = [noise_source(s, rng) for s in seeds]
+
+    def __call__(self, shape: tuple[int, ...]) -> mx.array:
+        rows = shape[0] // len(self.sources)
+        return mx.concatenate([source((rows, *shape[1:])) for source in self.sources])
+
+
+class VideoPipeline:
+    """A text encoder, a 3D UNet, a VAE and a scheduler, and what turns a prompt into frames.
+
+    Args:
+        unet, vae, text_encoder, tokenizer, scheduler: the components; `from_pretrained` reads all.
+
+    Raises ValueError where the components do not fit together.
+    """
+
+    def __init__(
+        self,
+        unet: UNet3DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler: Scheduler,
+    ):
+        self.unet, self.vae = unet, vae
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.scheduler = scheduler
+        unet_config, latent_channels = unet.config, vae.config.latent_channels
+        if not unet_config.in_channels == unet_config.out_channels == latent_channels:
+            raise ValueError(
+                f"the unet takes {unet_config.in_channels} and returns {unet_config.out_channels} channels, "
+                f"the vae has {latent_channels}; these parts do not belong together"
+            )
+        width = text_encoder.config.hidden_size
+        if unet_config.cross_attention_dim != width:
+            raise ValueError(
+                f"the unet attends to text of {unet_config.cross_attention_dim} channels "
+                f"(cross_attention_dim), the text encoder has {width}; these parts do not belong together"
+            )
+        self.vae_scale_factor = vae.spatial_factor
+        checksums = [str(part.weights_checksum) for part in (unet, vae, text_encoder)]
+        self.weights_checksum = hashlib.sha256("/".join(checksums).encode()).hexdigest()[:16]
+        """Fingerprint of the files of the three networks; for records of what made a video."""
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Pipeline],
+        path_or_id: str | Path,
+        *,
+        dtype: mx.Dtype | None = None,
+        vae_dtype: mx.Dtype | None = mx.float32,
+        revision: str | None = None,
+        variant: str | None = None,
+        local_files_only: bool = False,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Pipeline:
+        """Read a diffusers pipeline folder, or one that `save_pretrained` wrote, or a hub id of one.
+
+        Args:
+            dtype: of the UNet and the text encoder; None for that of their files.
+            vae_dtype: of the VAE, which is prone to overflow in half precision; None as above.
+            revision, variant, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
+
+        Raises FileNotFoundError, CheckpointError.
+        """
+        where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
+        index = read_component_config(path_or_id, "model_index.json", **where)
+        name = index.get("_class_name")
+        if name not in _PIPELINE_NAMES:
+            raise CheckpointError(
+                f"{path_or_id}: model_index.json describes a {name!r}; this pipeline reads "
+                f"{', '.join(_PIPELINE_NAMES)}"
+            )
+        missing = [part for part in (*_COMPONENTS, "scheduler") if part not in index]
+        if missing:
+            raise CheckpointError(
+                f"{path_or_id}: model_index.json has no {', '.join(missing)}; the pipeline needs it"
+            )
+
+        def load(kind: type[PretrainedModel], subfolder: str, dtype: mx.Dtype | None) -> Any:
+            return kind.from_pretrained(
+                path_or_id, subfolder=subfolder, variant=variant, dtype=dtype, **where
+            )
+
+        config = read_component_config(path_or_id, "scheduler_config.json", subfolder="scheduler", **where)
+        return cls(
+            scheduler=scheduler_from_config(config),
+            tokenizer=CLIPTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **where),
+            text_encoder=load(CLIPTextModel, "text_encoder", dtype),
+            vae=load(AutoencoderKL, "vae", vae_dtype),
+            unet=load(UNet3DConditionModel, "unet", dtype),
+        )
+
+    def save_pretrained(self, folder: str | Path, *, layout: str = "mlx") -> None:
+        """Write all components and `model_index.json`, that last: a failed save cannot be loaded.
+
+        `layout="diffusers"` makes a folder that diffusers' TextToVideoSDPipeline reads.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model_index.json").unlink(missing_ok=True)
+        for name in ("unet", "vae", "text_encoder"):
+            getattr(self, name).save_pretrained(folder / name, layout=layout)
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        index: dict[str, Any] = {"_class_name": _PIPELINE_NAMES[0], "_diffusers_version": "0.42.1"}
+        index |= {name: list(source) for name, source in _COMPONENTS.items()}
+        index["scheduler"] = ["diffusers", type(self.scheduler).__name__]
+        write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+
+    # Prompts.
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        guidance_scale: float = 9.0,
+        prompt_embeds: mx.array | None = None,
+        negative_prompt_embeds: mx.array | None = None,
+        clip_skip: int | None = None,
+    ) -> mx.array:
+        """Text states for `denoise`: (2B, L, D), negative first, or (B, L, D) for a scale of at most 1.
+
+        `clip_skip` counts layers to leave out at the end of the text encoder, for the positive prompt.
+        """
+        positive = self._states("prompt", prompt, prompt_embeds, clip_skip)
+        if guidance_scale <= 1:
+            return positive
+        batch = positive.shape[0]
+        if negative_prompt is None and negative_prompt_embeds is None:
+            negative_prompt = ""
+        if isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt] * batch
+        negative = self._states("negative_prompt", negative_prompt, negative_prompt_embeds, None)
+        if negative.shape != positive.shape:
+            raise ValueError(
+                f"negative prompts give states {tuple(negative.shape)}, prompts {tuple(positive.shape)}; "
+                "give one negative prompt, or one a prompt"
+            )
+        return mx.concatenate([negative, positive])
+
+    def _states(
+        self,
+        name: str,
+        text: str | Sequence[str] | None,
+        states: mx.array | None,
+        clip_skip: int | None,
+    ) -> mx.array:
+        if (text is None) == (states is None):
+            raise ValueError(f"give either {name} or {name}_embeds, and not both")
+        if states is not None:
+            width = self.unet.config.cross_attention_dim
+            if states.ndim != 3 or states.shape[2] != width:
+                raise ValueError(
+                    f"{name}_embeds has shape {tuple(states.shape)}; it must be (batch, tokens, {width})"
+                )
+            return states
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
+            raise TypeError(f"{name}={text!r} must be a string or a list of strings")
+        ids = mx.array(self.tokenizer(list(texts)))
+        states = self.text_encoder(ids, clip_skip=clip_skip)
+        mx.eval(states)
+        return states
+
+    # Frames.
+
+    def decode(self, latents: mx.array, *, progress: bool = False) -> np.ndarray:
+        """See `decode_latents`."""
+        return decode_latents(self.vae, latents, progress=progress)
+
+    def _output(self, latents: mx.array, output_type: str, progress: bool) -> Any:
+        if output_type == "latent":
+            return latents
+        frames = self.decode(latents, progress=progress)
+        if output_type == "mlx":
+            return mx.array(frames)
+        if output_type == "pil":
+            pixels = (frames * 255).round().astype(np.uint8)
+            return [[Image.fromarray(image) for image in video] for video in pixels]
+        return frames
+
+    # What the calls of the pipelines share.
+
+    def _check_call(
+        self,
+        num_inference_steps: int,
+        guidance_scale: float,
+        eta: float,
+        output_type: str = "np",
+        callback_steps: int = 1,
+    ) -> None:
+        check_count("num_inference_steps", num_inference_steps)
+        check_count("callback_steps", callback_steps)
+        if not np.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta} must lie between 0 and 1")
+        if eta and not self.scheduler.uses_eta:
+            raise ValueError(
+                f"eta={eta} means nothing to {type(self.scheduler).__name__}; use DDIMScheduler or leave it 0"
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}")
+
+    def _finish(
+        self,
+        steps: Iterator[DenoisingStep],
+        output_type: str,
+        return_dict: bool,
+        callback: Callable[[int, float, mx.array], None] | None,
+        callback_steps: int,
+        progress: bool,
+    ) -> "VideoOutput | tuple[Any]":
+        latents = None
+        with tqdm(desc="denoise", unit="step", disable=not progress) as bar:
+            for record in steps:
+                bar.total = record.total
+                bar.update()
+                latents = record.latents
+                if callback is not None and record.step % callback_steps == 0:
+                    callback(record.step, record.timestep, latents)
+        frames = self._output(latents, output_type, progress)
+        return VideoOutput(frames) if return_dict else (frames,)
+
+
+def decode_latents(vae: AutoencoderKL, latents: mx.array, *, progress: bool = False) -> np.ndarray:
+    """Latents (B, C, F, h, w) -> frames (B, F, H, W, 3) in [0, 1], float32, some frames at a time.
+
+    Raises NonFiniteError where the VAE overflows.
+    """
+    batch, channels = latents.shape[:2]
+    if channels != vae.config.latent_channels:
+        raise ValueError(f"latents have {channels} channels, the vae takes {vae.config.latent_channels}")
+    folded = vae.unscale_latents(fold_frames(latents))
+    n = folded.shape[0]
+    height, width = (size * vae.spatial_factor for size in folded.shape[-2:])
+    chunk = 1 if vae.use_slicing else vae.frames_per_chunk(height, width)
+    chunks = []
+    with tqdm(total=n, desc="decode", unit="frame", disable=not progress) as bar:
+        for start in range(0, n, chunk):
+            images = vae.decode(folded[start : start + chunk]).astype(mx.float32)
+            # Before clipping, which would turn an infinity into plain black or white.
+            if not math.isfinite(mx.abs(images).max().item()):
+                raise NonFiniteError(
+                    f"a frame from {start} on is not finite with the VAE in {vae.dtype}; decode in single "
+                    "precision: --vae-dtype float32, or from_pretrained(..., vae_dtype=mx.float32)"
+                )
+            images = mx.clip(images / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)  # (N, 3, H, W) -> (N, H, W, 3)
+            chunks.append(np.array(images))
+            bar.update(len(chunks[-1]))
+    frames = np.concatenate(chunks)
+    return frames.reshape(batch, n // batch, *frames.shape[1:])
+
+
+def check_count(name: str, value: Any) -> None:
+    """ValueError unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file beside its place, then put it there."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

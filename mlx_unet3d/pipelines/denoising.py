@@ -1,0 +1,97 @@
+"""The one denoising loop under all pipelines, as a generator of step records."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import NonFiniteError
+from ..layers.attention import TextContext
+from ..models.unet_3d_condition import UNet3DConditionModel
+from ..noise import NoiseSource
+from ..schedulers import Scheduler
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """What is known after a step.
+
+    Attributes:
+        step: 0 to total - 1.
+        total: number of steps of the run.
+        timestep: where the step started, usually 999 to 0.
+        latents: (B, C, F, h, w) in fp32, evaluated; the input of the next step.
+        denoised: the same shape; the current guess of the finished latents, for previews.
+    """
+
+    step: int
+    total: int
+    timestep: float
+    latents: mx.array
+    denoised: mx.array
+
+
+def fold_frames(video: mx.array) -> mx.array:
+    """(B, C, F, h, w) -> (B*F, C, h, w), the form that schedulers and VAE take."""
+    batch, channels, frames, height, width = video.shape
+    return video.transpose(0, 2, 1, 3, 4).reshape(batch * frames, channels, height, width)
+
+
+def unfold_frames(images: mx.array, batch: int) -> mx.array:
+    """(B*F, C, h, w) -> (B, C, F, h, w)."""
+    n, channels, height, width = images.shape
+    return images.reshape(batch, n // batch, channels, height, width).transpose(0, 2, 1, 3, 4)
+
+
+def denoise(
+    unet: UNet3DConditionModel,
+    scheduler: Scheduler,
+    latents: mx.array,
+    text_states: mx.array,
+    *,
+    guidance_scale: float,
+    first_step: int = 0,
+    eta: float = 0.0,
+    noise: NoiseSource | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+) -> Iterator[DenoisingStep]:
+    """Denoise `latents` (B, C, F, h, w) from `scheduler.timesteps[first_step]` to the end.
+
+    `text_states` is (2B, L, D), negative prompts first, where `guidance_scale` > 1, and (B, L, D)
+    otherwise: then the network runs once a step. The latents stay in fp32; the network gets its dtype.
+
+    Raises NonFiniteError at the step where an infinity or NaN appears.
+    """
+    batch = latents.shape[0]
+    guided = guidance_scale > 1
+    context = TextContext(text_states.astype(unet.dtype))
+    timesteps = scheduler.timesteps[first_step:]
+    latents = latents.astype(mx.float32)
+    for i, timestep in enumerate(timesteps.tolist()):
+        model_input = scheduler.scale_model_input(latents, timestep).astype(unet.dtype)
+        if guided:
+            model_input = mx.concatenate([model_input, model_input])
+        prediction = unet(
+            model_input, timestep, context, cross_attention_kwargs=cross_attention_kwargs
+        ).sample.astype(mx.float32)
+        if guided:
+            negative, positive = mx.split(prediction, 2)
+            prediction = negative + guidance_scale * (positive - negative)
+
+        options = {"eta": eta} if scheduler.uses_eta else {}
+        latents, denoised = (
+            unfold_frames(x, batch)
+            for x in scheduler.step(
+                fold_frames(prediction), timestep, fold_frames(latents), noise=noise, **options
+            )
+        )
+        mx.eval(latents, denoised)
+        if not math.isfinite(mx.abs(latents).max().item()):
+            raise NonFiniteError(
+                f"the latents are not finite after step {i + 1} of {len(timesteps)} (timestep {timestep}) "
+                f"with a network in {unet.dtype}; run it in single precision: --dtype float32, or "
+                "from_pretrained(..., dtype=mx.float32)"
+            )
+        yield DenoisingStep(i, len(timesteps), timestep, latents, denoised)

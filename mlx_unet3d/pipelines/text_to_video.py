@@ -1,0 +1,144 @@
+"""Text to video with a 3D UNet: diffusers' TextToVideoSDPipeline."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .base import BatchNoise, VideoOutput, VideoPipeline, check_count
+from .denoising import DenoisingStep, denoise
+
+
+class TextToVideoPipeline(VideoPipeline):
+    """Videos from prompts, by classifier-free guided diffusion (ModelScope text-to-video, ZeroScope)."""
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 16,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 9.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        eta: float = 0.0,
+        seed: int | Sequence[int] = 0,
+        latents: mx.array | None = None,
+        prompt_embeds: mx.array | None = None,
+        negative_prompt_embeds: mx.array | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback: Callable[[int, float, mx.array], None] | None = None,
+        callback_steps: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        rng: str = "torch",
+        progress: bool = False,
+    ) -> VideoOutput | tuple[Any]:
+        """Make videos.
+
+        Args:
+            prompt: one, or one a video; or `prompt_embeds` (B, L, D) instead.
+            height, width: in pixels, multiples of 8; default: what the UNet was trained on.
+            num_frames: F >= 1. The network has no limit; quality falls away from the trained number.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: strength of the prompt; at most 1: one pass a step, without negative prompt.
+            negative_prompt: what to avoid; one, or one a prompt; or `negative_prompt_embeds`.
+            eta: noise of DDIM, 0 to 1; only with a DDIMScheduler.
+            seed: of the noise; with a list, each video is what its seed alone would make.
+            latents: (B, C, F, h, w) to start from instead of noise, before `init_noise_sigma`.
+            output_type: "np", "pil", "mlx" or "latent", see `VideoOutput`.
+            return_dict: False for a tuple.
+            callback: called as callback(step, timestep, latents), every `callback_steps` steps.
+            cross_attention_kwargs: keywords for the attention processors, such as the LoRA `scale`.
+            clip_skip: layers of the text encoder to leave out at its end.
+            rng: "torch" draws the numbers of torch's CPU generator, so that a seed gives the same video
+                as in diffusers; "mlx" those of MLX.
+            progress: show progress bars.
+
+        Raises ValueError or TypeError for arguments out of range, NonFiniteError when numbers overflow.
+        """
+        self._check_call(num_inference_steps, guidance_scale, eta, output_type, callback_steps)
+        steps = self.steps(
+            self.encode_prompt(
+                prompt,
+                negative_prompt,
+                guidance_scale=guidance_scale,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                clip_skip=clip_skip,
+            ),
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            seed=seed,
+            latents=latents,
+            cross_attention_kwargs=cross_attention_kwargs,
+            rng=rng,
+        )
+        return self._finish(steps, output_type, return_dict, callback, callback_steps, progress)
+
+    def steps(
+        self,
+        text_states: mx.array,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 16,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 9.0,
+        eta: float = 0.0,
+        seed: int | Sequence[int] = 0,
+        latents: mx.array | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        rng: str = "torch",
+    ) -> Iterator[DenoisingStep]:
+        """The denoising loop alone, on what `encode_prompt` returned for the same `guidance_scale`.
+
+        Arguments as for the call. Checks them at once; each step runs when its record is asked for, so
+        a loop over it can show progress, preview `denoised`, or stop.
+        """
+        self._check_call(num_inference_steps, guidance_scale, eta)
+        check_count("num_frames", num_frames)
+        batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
+        shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
+        noise = BatchNoise(seed, rng, batch)
+        if latents is None:
+            latents = noise(shape)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}; with these settings it must be {shape}"
+            )
+        self.scheduler.set_timesteps(num_inference_steps)
+        return denoise(
+            self.unet,
+            self.scheduler,
+            latents * self.scheduler.init_noise_sigma,
+            text_states,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            noise=noise,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Size of the latents for a size in pixels, or for the default; ValueError where there is none."""
+        size, factor = self.unet.config.sample_size, self.vae_scale_factor
+        if size is None and (height is None or width is None):
+            raise ValueError("height and width: the unet's config has no sample_size, so give both")
+        default = size if isinstance(size, tuple) else (size, size)
+        latent = []
+        for name, value, trained in zip(("height", "width"), (height, width), default, strict=True):
+            if value is None:
+                latent.append(trained)
+                continue
+            check_count(name, value)
+            if value % factor:
+                down, up = value // factor * factor, -(-value // factor) * factor
+                nearest = f"{down} or {up}" if down else f"{up}"
+                raise ValueError(f"{name}={value} must be a multiple of {factor}; use {nearest}")
+            latent.append(value // factor)
+        return tuple(latent)

@@ -1,0 +1,164 @@
+"""Video to video with a 3D UNet: diffusers' VideoToVideoSDPipeline, ZeroScope XL's second pass."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from .base import BatchNoise, VideoOutput, VideoPipeline
+from .denoising import DenoisingStep, denoise, fold_frames, unfold_frames
+
+
+class VideoToVideoPipeline(VideoPipeline):
+    """Videos from videos and prompts: noise is added to the input and removed again."""
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        video: Any = None,
+        strength: float = 0.6,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 15.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        eta: float = 0.0,
+        seed: int | Sequence[int] = 0,
+        prompt_embeds: mx.array | None = None,
+        negative_prompt_embeds: mx.array | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback: Callable[[int, float, mx.array], None] | None = None,
+        callback_steps: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        rng: str = "torch",
+        progress: bool = False,
+    ) -> VideoOutput | tuple[Any]:
+        """Make videos of the size of the input.
+
+        Args:
+            prompt: one, or one a video; or `prompt_embeds` (B, L, D) instead.
+            video: frames (F, H, W, 3) or (B, F, H, W, 3), uint8 or floats in [0, 1], as NumPy array; a
+                list of images; or latents (B, C, F, h, w) as mx.array. H and W are multiples of 8.
+            strength: how much to change, above 0 and at most 1: that share of the steps is run.
+
+        The other arguments are those of `TextToVideoPipeline`.
+
+        Raises ValueError or TypeError for arguments out of range, NonFiniteError when numbers overflow.
+        """
+        self._check_call(num_inference_steps, guidance_scale, eta, output_type, callback_steps)
+        steps = self.steps(
+            self.encode_prompt(
+                prompt,
+                negative_prompt,
+                guidance_scale=guidance_scale,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                clip_skip=clip_skip,
+            ),
+            video,
+            strength=strength,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            seed=seed,
+            cross_attention_kwargs=cross_attention_kwargs,
+            rng=rng,
+        )
+        return self._finish(steps, output_type, return_dict, callback, callback_steps, progress)
+
+    def steps(
+        self,
+        text_states: mx.array,
+        video: Any,
+        *,
+        strength: float = 0.6,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 15.0,
+        eta: float = 0.0,
+        seed: int | Sequence[int] = 0,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        rng: str = "torch",
+    ) -> Iterator[DenoisingStep]:
+        """The denoising loop alone; see `TextToVideoPipeline.steps`."""
+        self._check_call(num_inference_steps, guidance_scale, eta)
+        batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
+        noise = BatchNoise(seed, rng, batch)
+        self.scheduler.set_timesteps(num_inference_steps)
+        run = min(int(num_inference_steps * strength), num_inference_steps) if 0 < strength <= 1 else 0
+        if run < 1:
+            raise ValueError(
+                f"strength={strength} with num_inference_steps={num_inference_steps} leaves no step to run; "
+                f"use a strength from {1 / num_inference_steps:.3g} to 1"
+            )
+        first = (num_inference_steps - run) * self.scheduler.order
+
+        clean = self._encode_video(video, batch, noise)  # (N, C, h, w)
+        self.scheduler.set_begin_index(first)
+        start = self.scheduler.timesteps[first : first + 1]
+        latents = self.scheduler.add_noise(clean, noise(tuple(clean.shape)), start)
+        return denoise(
+            self.unet,
+            self.scheduler,
+            unfold_frames(latents, batch),
+            text_states,
+            guidance_scale=guidance_scale,
+            first_step=first,
+            eta=eta,
+            noise=noise,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )
+
+    def _encode_video(self, video: Any, batch: int, noise: BatchNoise) -> mx.array:
+        """-> latents (B*F, C, h, w)."""
+        channels = self.vae.config.latent_channels
+        if isinstance(video, mx.array):
+            if video.ndim != 5 or video.shape[:2] != (batch, channels):
+                raise ValueError(
+                    f"video has shape {tuple(video.shape)}; an mx.array must hold latents "
+                    f"({batch}, {channels}, frames, height, width)"
+                )
+            return fold_frames(video).astype(mx.float32)
+        pixels = as_pixels(video)
+        factor = self.vae_scale_factor
+        if pixels.shape[0] != batch or pixels.shape[2] % factor or pixels.shape[3] % factor:
+            raise ValueError(
+                f"video has shape {pixels.shape}; it must be ({batch}, frames, height, width, 3), one a "
+                f"prompt, with height and width multiples of {factor}: resize or crop it"
+            )
+        # (B, F, H, W, 3) in [0, 1] -> (B*F, 3, H, W) in [-1, 1]
+        images = mx.array(pixels.reshape(-1, *pixels.shape[2:])).transpose(0, 3, 1, 2) * 2 - 1
+        latents = self.vae.encode(images).sample(noise)
+        return self.vae.scale_latents(latents.astype(mx.float32))
+
+
+def as_pixels(video: Any) -> np.ndarray:
+    """Frames in any accepted form -> float32 (B, F, H, W, 3) in [0, 1]; TypeError or ValueError else."""
+    if video is None:
+        raise ValueError("video is None; give frames (F, H, W, 3), a list of images, or latents")
+    if isinstance(video, list | tuple):
+        if not video:
+            raise ValueError("video is an empty list; it must have at least one frame")
+        images = [f.convert("RGB") if isinstance(f, Image.Image) else f for f in video]
+        shapes = {np.shape(image) for image in images}
+        if len(shapes) > 1:
+            raise ValueError(f"the frames of video differ in shape: {sorted(shapes)}")
+        video = np.stack([np.asarray(image) for image in images])
+    if not isinstance(video, np.ndarray):
+        raise TypeError(
+            f"video is a {type(video).__name__}; give a NumPy array, a list of images or an mx.array"
+        )
+    if video.ndim == 4:
+        video = video[None]
+    if video.ndim != 5 or video.shape[-1] != 3 or 0 in video.shape:
+        raise ValueError(f"video has shape {video.shape}; it must be (frames, height, width, 3)")
+    if video.dtype == np.uint8:
+        return video.astype(np.float32) / 255
+    if not np.issubdtype(video.dtype, np.floating):
+        raise TypeError(f"video is {video.dtype}; it must be uint8, or floats in [0, 1]")
+    if not (video.min() >= 0 and video.max() <= 1):
+        raise ValueError(
+            f"video has values from {video.min():.3g} to {video.max():.3g}; floats must lie in [0, 1]"
+        )
+    return video.astype(np.float32)

@@ -1,0 +1,327 @@
+"""Pipelines without torch: what they return, take and refuse."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from mlx_unet3d import (
+    DPMSolverMultistepScheduler,
+    TextToVideoPipeline,
+    UNet3DConditionModel,
+    VideoToVideoPipeline,
+)
+from mlx_unet3d.errors import CheckpointError, NonFiniteError
+from mlx_unet3d.pipelines.video_to_video import as_pixels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def pipe(folder):
+    return TextToVideoPipeline.from_pretrained(folder)
+
+
+@pytest.fixture
+def video_pipe(folder):
+    return VideoToVideoPipeline.from_pretrained(folder)
+
+
+SHORT = dict(num_frames=3, num_inference_steps=2)
+
+
+def test_output_types(pipe):
+    frames = pipe("a cat", **SHORT).frames
+    assert frames.shape == (1, 3, 32, 32, 3)  # the trained size, 4 * 8
+    assert frames.dtype == np.float32
+    assert 0 <= frames.min() < frames.max() <= 1
+    array = pipe("a cat", output_type="mlx", **SHORT).frames
+    assert isinstance(array, mx.array)
+    assert np.array_equal(np.array(array), frames)
+    images = pipe("a cat", output_type="pil", **SHORT).frames
+    assert np.array_equal(np.asarray(images[0][1]), (frames[0, 1] * 255).round())
+    latents = pipe("a cat", output_type="latent", **SHORT).frames
+    assert latents.shape == (1, 4, 3, 4, 4)
+    assert np.array_equal(pipe.decode(latents), frames)
+    (same,) = pipe("a cat", return_dict=False, **SHORT)
+    assert np.array_equal(same, frames)
+
+
+def test_seeds(pipe):
+    a, again, b = (pipe("a cat", seed=seed, **SHORT).frames for seed in (0, 0, 1))
+    assert np.array_equal(a, again)
+    assert not np.allclose(a, b, atol=1e-3)
+    both = pipe(["a cat", "a cat"], seed=[0, 1], **SHORT).frames
+    assert np.abs(both[0] - a[0]).max() < 1e-4
+    assert np.abs(both[1] - b[0]).max() < 1e-4
+    other = pipe("a cat", rng="mlx", **SHORT).frames
+    assert np.array_equal(other, pipe("a cat", rng="mlx", **SHORT).frames)
+    assert not np.allclose(other, a, atol=1e-3)
+
+
+def test_seeds_of_an_ancestral_sampler(pipe):
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipe.scheduler.config, algorithm_type="sde-dpmsolver++"
+    )
+    single = pipe("a cat", seed=1, **SHORT).frames
+    both = pipe(["a cat", "a cat"], seed=[0, 1], **SHORT).frames
+    assert np.abs(both[1] - single[0]).max() < 1e-4
+
+
+def test_prompts_and_guidance_matter(pipe):
+    base = pipe("a cat", guidance_scale=5, **SHORT).frames
+    for change in (
+        dict(prompt="a dog"),
+        dict(negative_prompt="rain"),
+        dict(guidance_scale=0),
+        dict(guidance_scale=1.5),
+        dict(clip_skip=1),
+        dict(num_frames=4),
+        dict(num_inference_steps=3),
+        dict(eta=0.5),
+    ):
+        settings = {"prompt": "a cat", "guidance_scale": 5, **SHORT, **change}
+        frames = pipe(**settings).frames
+        assert frames.shape != base.shape or np.abs(frames - base).max() > 1e-4, change
+
+
+def test_no_guidance_is_one_pass(pipe, monkeypatch):
+    batches = []
+    forward = UNet3DConditionModel.__call__
+
+    def counting(self, sample, *args, **kwargs):
+        batches.append(sample.shape[0])
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet3DConditionModel, "__call__", counting)
+    pipe("a cat", guidance_scale=1, **SHORT)
+    assert batches == [1, 1]
+    pipe("a cat", guidance_scale=1.01, **SHORT)
+    assert batches == [1, 1, 2, 2]
+
+
+def test_step_records(pipe):
+    states = pipe.encode_prompt("a cat")
+    assert states.shape == (2, 77, 12)
+    records = list(pipe.steps(states, num_frames=3, num_inference_steps=4))
+    assert [r.step for r in records] == [0, 1, 2, 3]
+    assert {r.total for r in records} == {4}
+    assert [r.timestep for r in records] == pipe.scheduler.timesteps.tolist()
+    assert all(r.latents.shape == r.denoised.shape == (1, 4, 3, 4, 4) for r in records)
+    assert mx.array_equal(pipe("a cat", 32, 32, 3, 4, output_type="latent").frames, records[-1].latents)
+
+    # A consumer may stop early, and the next run starts afresh.
+    steps = pipe.steps(states, num_frames=3, num_inference_steps=4)
+    next(steps)
+    steps.close()
+    again = list(pipe.steps(states, num_frames=3, num_inference_steps=4))
+    assert mx.array_equal(again[-1].latents, records[-1].latents)
+
+
+def test_callback(pipe):
+    seen = []
+    pipe("a cat", 32, 32, 2, 5, callback=lambda *record: seen.append(record), callback_steps=2)
+    assert [step for step, _, _ in seen] == [0, 2, 4]
+    assert all(latents.shape == (1, 4, 2, 4, 4) for _, _, latents in seen)
+
+
+def test_latents_are_taken(pipe):
+    start = mx.random.normal((1, 4, 3, 4, 4), key=mx.random.key(3))
+    a = pipe("a cat", latents=start, **SHORT).frames
+    assert np.array_equal(a, pipe("a cat", latents=start, seed=5, **SHORT).frames)
+    with pytest.raises(ValueError, match="latents has shape"):
+        pipe("a cat", latents=start[:, :, :2], **SHORT)
+
+
+def test_overflow_stops_at_its_step(pipe):
+    pipe.unet.conv_out.bias = mx.array([0.0, 0.0, float("inf"), 0.0])
+    seen = []
+    with pytest.raises(NonFiniteError, match=r"step 1 of 2.*--dtype float32"):
+        pipe("a cat", callback=lambda *record: seen.append(record), **SHORT)
+    assert not seen
+    pipe.vae.decoder.conv_out.bias = mx.array([0.0, float("nan"), 0.0])
+    with pytest.raises(NonFiniteError, match="vae-dtype"):
+        pipe.decode(mx.zeros((1, 4, 2, 4, 4)))
+
+
+def test_decoding_in_chunks_is_decoding_at_once(pipe, monkeypatch):
+    latents = mx.random.normal((2, 4, 3, 4, 4), key=mx.random.key(1))
+    expected = pipe.decode(latents)
+    sizes = []
+    decode = type(pipe.vae).decode
+
+    def counting(self, z, **kwargs):
+        sizes.append(z.shape[0])
+        return decode(self, z, **kwargs)
+
+    monkeypatch.setattr(type(pipe.vae), "decode", counting)
+    monkeypatch.setattr(type(pipe.vae), "frames_per_chunk", lambda *_: 4)
+    assert np.abs(pipe.decode(latents) - expected).max() < 1e-5
+    assert sizes == [4, 2]
+    pipe.vae.enable_slicing()
+    assert np.abs(pipe.decode(latents) - expected).max() < 1e-5
+    assert sizes == [4, 2] + [1] * 6
+
+
+BAD_CALLS = {
+    "height": (dict(height=30), ValueError, "height=30 must be a multiple of 8; use 24 or 32"),
+    "small": (dict(width=4), ValueError, "use 8"),
+    "no_frames": (dict(num_frames=0), ValueError, "num_frames=0"),
+    "no_steps": (dict(num_inference_steps=0), ValueError, "num_inference_steps=0"),
+    "many_steps": (dict(num_inference_steps=2000), ValueError, "2000"),
+    "half_steps": (dict(num_inference_steps=2.5), ValueError, "num_inference_steps=2.5"),
+    "guidance": (dict(guidance_scale=float("nan")), ValueError, "guidance_scale=nan"),
+    "eta": (dict(eta=1.5), ValueError, "eta=1.5"),
+    "output": (dict(output_type="tensor"), ValueError, "output_type='tensor'"),
+    "no_prompt": (dict(prompt=None), ValueError, "either prompt or prompt_embeds"),
+    "both": (dict(prompt_embeds=mx.zeros((1, 77, 12))), ValueError, "not both"),
+    "embeds": (dict(prompt=None, prompt_embeds=mx.zeros((1, 77, 8))), ValueError, "prompt_embeds has"),
+    "type": (dict(prompt=3), TypeError, "prompt=3"),
+    "empty": (dict(prompt=[]), TypeError, "prompt="),
+    "negatives": (dict(negative_prompt=["a", "b"]), ValueError, "one negative prompt"),
+    "seed": (dict(seed=1.5), TypeError, "1.5"),
+    "seeds": (dict(seed=[1, 2]), ValueError, "seed has 2 entries for 1 videos"),
+    "rng": (dict(rng="cuda"), ValueError, "cuda"),
+    "callback_steps": (dict(callback_steps=0), ValueError, "callback_steps=0"),
+    "clip_skip": (dict(clip_skip=5), ValueError, "clip_skip"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_calls(pipe, name):
+    change, error, message = BAD_CALLS[name]
+    with pytest.raises(error, match=message):
+        pipe(**{"prompt": "a cat", **SHORT, **change})
+
+
+def test_eta_needs_ddim(pipe):
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="means nothing to DPMSolverMultistepScheduler"):
+        pipe("a cat", eta=0.5, **SHORT)
+
+
+def test_parts_must_fit(pipe):
+    wide = tiny.randomize(UNet3DConditionModel(**tiny.UNET | {"in_channels": 8}))
+    with pytest.raises(ValueError, match="takes 8 and returns 4 channels"):
+        TextToVideoPipeline(wide, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
+    other = tiny.randomize(UNet3DConditionModel(**tiny.UNET | {"cross_attention_dim": 16}))
+    with pytest.raises(ValueError, match="attends to text of 16 channels"):
+        TextToVideoPipeline(other, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
+
+
+# Video to video.
+
+
+def clip(frames=3, size=(32, 24)):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (frames, *size, 3), dtype=np.uint8)
+
+
+def test_video_to_video(video_pipe):
+    args = dict(prompt="a cat", num_inference_steps=4)
+    frames = video_pipe(video=clip(), **args).frames
+    assert frames.shape == (1, 3, 32, 24, 3)
+    weak = video_pipe(video=clip(), strength=0.25, **args).frames
+    assert not np.allclose(weak, frames, atol=1e-3)
+    images = [Image.fromarray(image) for image in clip()]
+    assert np.array_equal(video_pipe(video=images, **args).frames, frames)
+    two = np.stack([clip(), clip()[::-1]])
+    both = video_pipe(["a cat", "a cat"], two, num_inference_steps=4, seed=[0, 1]).frames
+    assert np.abs(both[0] - frames[0]).max() < 1e-4
+
+
+def test_video_to_video_runs_its_share_of_the_steps(video_pipe):
+    states = video_pipe.encode_prompt("a cat")
+    for strength, count in [(0.1, 1), (0.5, 5), (0.99, 9), (1, 10)]:
+        records = list(video_pipe.steps(states, clip(), strength=strength, num_inference_steps=10))
+        assert len(records) == count
+        assert records[0].timestep == video_pipe.scheduler.timesteps[10 - count]
+
+
+BAD_VIDEOS = {
+    "none": (None, ValueError, "video is None"),
+    "empty": ([], ValueError, "empty list"),
+    "size": (clip(size=(30, 24)), ValueError, "multiples of 8"),
+    "grey": (clip()[..., 0], ValueError, "must be"),
+    "text": ("clip.mp4", TypeError, "is a str"),
+    "integers": (clip().astype(np.int32), TypeError, "must be uint8"),
+    "range": (clip().astype(np.float32), ValueError, r"must lie in \[0, 1\]"),
+    "nan": (np.full((2, 32, 24, 3), np.nan, np.float32), ValueError, r"must lie in \[0, 1\]"),
+    "mixed": ([clip()[0], clip(size=(24, 24))[0]], ValueError, "differ in shape"),
+    "latents": (mx.zeros((1, 5, 2, 4, 4)), ValueError, "must hold latents"),
+    "two": (np.stack([clip(), clip()]), ValueError, "one a prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VIDEOS)
+def test_bad_videos(video_pipe, name):
+    video, error, message = BAD_VIDEOS[name]
+    with pytest.raises(error, match=message):
+        video_pipe("a cat", video, num_inference_steps=2)
+
+
+@pytest.mark.parametrize("strength", [0, -1, 0.1, 1.5, float("nan")])
+def test_bad_strength(video_pipe, strength):
+    with pytest.raises(ValueError, match="leaves no step to run"):
+        video_pipe("a cat", clip(), strength=strength, num_inference_steps=4)
+
+
+def test_pixels_of_any_form():
+    frames = clip()
+    expected = frames[None].astype(np.float32) / 255
+    for form in (frames, frames[None], list(frames), frames / 255, [Image.fromarray(f) for f in frames]):
+        assert np.abs(as_pixels(form) - expected).max() < 1e-6
+
+
+# Folders.
+
+
+def test_reload_is_the_same(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, layout="diffusers")
+    again = TextToVideoPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(again("a cat", **SHORT).frames, pipe("a cat", **SHORT).frames)
+    assert again.weights_checksum != pipe.weights_checksum  # other files
+
+
+def test_half_precision(folder):
+    pipe = TextToVideoPipeline.from_pretrained(folder, dtype=mx.float16)
+    assert (pipe.unet.dtype, pipe.text_encoder.dtype, pipe.vae.dtype) == (mx.float16,) * 2 + (mx.float32,)
+    latents = pipe("a cat", output_type="latent", **SHORT).frames
+    assert latents.dtype == mx.float32  # the sampler's arithmetic
+    full = TextToVideoPipeline.from_pretrained(folder)("a cat", output_type="latent", **SHORT).frames
+    assert mx.abs(latents - full).max() < 0.1
+
+
+def test_bad_folders(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
+        TextToVideoPipeline.from_pretrained(folder / "unet")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(CheckpointError, match="describes a 'StableDiffusionPipeline'"):
+        TextToVideoPipeline.from_pretrained(copy)
+    del index["vae"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"has no vae"):
+        TextToVideoPipeline.from_pretrained(copy)
+
+
+def test_failed_save_does_not_load(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(pipe.vae), "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        pipe.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        TextToVideoPipeline.from_pretrained(tmp_path)

@@ -1,0 +1,94 @@
+"""A pipeline of tiny networks with seeded weights, and its folder, made by this package alone."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_unet3d import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTokenizer,
+    DDIMScheduler,
+    TextToVideoPipeline,
+    UNet3DConditionModel,
+)
+
+UNET = dict(
+    block_out_channels=(8, 16),
+    down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+    up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    cross_attention_dim=12,
+    attention_head_dim=4,
+    layers_per_block=1,
+    norm_num_groups=4,
+    sample_size=4,
+)
+VAE = dict(
+    block_out_channels=(4, 4, 4, 8),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    norm_num_groups=2,
+    sample_size=32,
+)
+TEXT = dict(
+    hidden_size=12,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    hidden_act="gelu",
+)
+SCHEDULER = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+
+
+def randomize(model, seed=0):
+    """Seeded weights, with no layer at its neutral start: temporal convolutions begin as the identity."""
+    rng = np.random.default_rng(seed)
+
+    def change(p):
+        if p.ndim == 1:
+            return p
+        return mx.array(rng.normal(0, (p.size // p.shape[0]) ** -0.5, p.shape).astype(np.float32))
+
+    model.update(tree_map(change, model.parameters()))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A CLIP vocabulary of single characters, padded with "!" (0) as ModelScope's; returns its size."""
+    letters = [chr(c) for c in range(33, 127)]
+    words = letters + [f"{c}</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!"}
+    special["unk_token"] = "<|endoftext|>"
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    config = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return len(words)
+
+
+def write_pipeline(folder: Path) -> Path:
+    """A pipeline folder in the MLX layout."""
+    words = write_tokenizer(folder / "tokenizer")
+    pipe = TextToVideoPipeline(
+        unet=randomize(UNet3DConditionModel(**UNET), 0),
+        vae=randomize(AutoencoderKL(**VAE), 1),
+        text_encoder=randomize(CLIPTextModel(vocab_size=words, **TEXT), 2),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", subfolder=None),
+        scheduler=DDIMScheduler(**SCHEDULER),
+    )
+    pipe.save_pretrained(folder)
+    return folder
