@@ -1,0 +1,262 @@
+"""mlx-unet3d generate: a prompt, or a prompt and a video -> a video."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .. import __version__, media
+from ..latents import save_latents
+from ..pipelines import DenoisingStep, TextToVideoPipeline, VideoToVideoPipeline
+from ..schedulers import SCHEDULERS, scheduler_from_config
+from . import options
+
+# What a file remembers and `--from` takes up again, with the default of each. None: the model's own.
+_DEFAULTS: dict[str, Any] = {
+    "prompt": None,
+    "negative_prompt": None,
+    "num_frames": 16,
+    "height": None,
+    "width": None,
+    "steps": 50,
+    "guidance": None,
+    "seed": 0,
+    "rng": "torch",
+    "scheduler": None,
+    "eta": 0.0,
+    "clip_skip": None,
+    "dtype": None,
+    "vae_dtype": "float32",
+    "fps": 8.0,
+    "model": None,
+    "video": None,
+    "strength": 0.6,
+}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="make a video of a prompt",
+        description="Make a video of a prompt, or with --video change one.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("prompt", nargs="?", help="what to show")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="video.gif",
+        help=".gif, .webp, .png (animated), .mp4, or a folder/ of images (default: video.gif)",
+    )
+    parser.add_argument("--from", dest="replay", type=Path, metavar="FILE", help="take settings from a video")
+    parser.add_argument("--overwrite", action="store_true", default=False, help="replace an existing output")
+    parser.add_argument(
+        "--keep-latents", action="store_true", default=False, help="keep them beside the video"
+    )
+
+    group = parser.add_argument_group("video")
+    group.add_argument("--num-frames", type=options.count, help="default: 16")
+    group.add_argument("--height", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
+    group.add_argument("--width", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
+    group.add_argument("--fps", type=options.rate, help="frames a second of the file (default: 8)")
+    group.add_argument("--num-videos", type=options.count, default=1, help="so many seeds, counting up")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--negative-prompt", help="what to avoid")
+    group.add_argument("--steps", type=options.count, help="default: 50")
+    group.add_argument("--guidance", type=options.number, help="default: 9, with --video 15; 1: none")
+    group.add_argument("--seed", type=int, help="default: 0")
+    group.add_argument("--rng", choices=("torch", "mlx"), help="torch: the noise of diffusers (default)")
+    group.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help=f"{', '.join(SCHEDULERS)}, or a diffusers class (default: the model's)",
+    )
+    group.add_argument("--eta", type=options.number, help="noise of DDIM, 0 to 1 (default: 0)")
+    group.add_argument("--clip-skip", type=options.count, help="layers of the text encoder to leave out")
+
+    group = parser.add_argument_group("video to video")
+    group.add_argument("--video", metavar="FILE", help="video to change; sets the number of frames")
+    group.add_argument("--strength", type=options.number, help="how much to change, to 1 (default: 0.6)")
+
+    options.add_model_options(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=options.DTYPES,
+        help="of the network (default: float16 on a GPU, float32 on a CPU)",
+    )
+    parser.set_defaults(run=run, revision=None, variant=None, local_files_only=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = collect_settings(args)
+    outputs = output_paths(args.output, settings["seed"], args.num_videos)
+    for output in outputs:
+        media.check_writable(output, fps=settings["fps"], metadata=settings, overwrite=args.overwrite)
+    if settings["scheduler"] is not None:
+        check_scheduler(settings["scheduler"])
+    video = None if settings["video"] is None else read_frames(settings)
+    options.advise()
+
+    with options.stage("load"):
+        pipe = load(args, settings)
+    with options.stage("prompt"):
+        states = pipe.encode_prompt(
+            settings["prompt"],
+            settings["negative_prompt"],
+            guidance_scale=settings["guidance"],
+            clip_skip=settings["clip_skip"],
+        )
+        check_size(pipe, settings)
+        pipe.text_encoder = None  # its memory is wanted from here on
+        mx.clear_cache()
+
+    kept = []
+    for i, output in enumerate(outputs):
+        own = settings | {"seed": settings["seed"] + i}
+        with options.stage(f"denoise, seed {own['seed']}"):
+            latents = denoise(pipe, states, video, own, output)
+        kept.append((output, own, options.latents_path(output)))
+        save_latents(kept[-1][2], latents, own)
+    pipe.unet = None
+    mx.clear_cache()
+
+    for output, own, latents_file in kept:
+        latents = mx.load(str(latents_file))["latents"]
+        try:
+            with options.stage("decode"):
+                frames = media.to_uint8(pipe.decode(latents, progress=True)[0])
+            media.write_video(output, frames, fps=own["fps"], metadata=own)
+        except BaseException:
+            options.say(f"the latents are in {latents_file}: mlx-unet3d decode {latents_file}")
+            raise
+        if not args.keep_latents:
+            latents_file.unlink()
+        print(output)
+    return 0
+
+
+def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Defaults, then what a replayed file says, then the command line."""
+    settings = dict(_DEFAULTS)
+    if "replay" in args:
+        found = media.read_metadata(args.replay)
+        known = {key: value for key, value in found.items() if key in _DEFAULTS}
+        if "prompt" not in known:
+            raise ValueError(f"{args.replay} has no settings of mlx-unet3d in it; give a video that it made")
+        settings |= known
+        settings["replayed_weights"] = found.get("weights")
+    settings |= {key: value for key, value in vars(args).items() if key in _DEFAULTS and value is not None}
+    if settings["prompt"] is None:
+        raise ValueError("there is no prompt; give one, or --from a video")
+    if settings["model"] is None:
+        raise ValueError("there is no model; give --model a pipeline folder or a hub id")
+    if settings["guidance"] is None:
+        settings["guidance"] = 9.0 if settings["video"] is None else 15.0
+    if settings["dtype"] is None:
+        settings["dtype"] = "float16" if mx.default_device() == mx.gpu else "float32"
+    return settings
+
+
+def output_paths(output: str, seed: int, count: int) -> list[str]:
+    """One path a video; with the seed in the name where there are several."""
+    if count == 1:
+        return [output]
+    # A slash at the end asks for a folder, whatever the name looks like.
+    stem, suffix = (output.rstrip("/"), "/") if output.endswith("/") else os.path.splitext(output)
+    return [f"{stem}_seed{seed + i}{suffix}" for i in range(count)]
+
+
+def check_scheduler(name: str) -> None:
+    """ValueError for an unknown name, before anything is loaded."""
+    scheduler_from_config({"_class_name": "DDIMScheduler"}, name)
+
+
+def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipeline | VideoToVideoPipeline:
+    kind = TextToVideoPipeline if settings["video"] is None else VideoToVideoPipeline
+    pipe = kind.from_pretrained(
+        settings["model"],
+        dtype=options.DTYPES[settings["dtype"]],
+        vae_dtype=options.DTYPES[settings["vae_dtype"]],
+        **options.where(args),
+    )
+    if settings["scheduler"] is not None:
+        pipe.scheduler = scheduler_from_config(pipe.scheduler.config, settings["scheduler"])
+    settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
+    settings["weights"] = pipe.weights_checksum
+    replayed = settings.pop("replayed_weights", None)
+    if replayed not in (None, settings["weights"]):
+        options.say("the weights are not those of the replayed video: the result will differ")
+    settings |= {"program": f"mlx-unet3d {__version__}", "mlx": mx.__version__}
+    return pipe
+
+
+def check_size(pipe: TextToVideoPipeline | VideoToVideoPipeline, settings: dict[str, Any]) -> None:
+    if settings["video"] is None:
+        size = pipe.latent_size(settings["height"], settings["width"])
+        settings["height"], settings["width"] = (n * pipe.vae_scale_factor for n in size)
+
+
+def read_frames(settings: dict[str, Any]) -> np.ndarray:
+    """The input video (F, H, W, 3), resized where a size is asked for."""
+    frames, _ = media.read_video(settings["video"])
+    height = settings["height"] if settings["height"] is not None else frames.shape[1]
+    width = settings["width"] if settings["width"] is not None else frames.shape[2]
+    settings |= {"height": height, "width": width, "num_frames": len(frames)}
+    if (height, width) == frames.shape[1:3]:
+        return frames
+    size = (width, height)
+    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in frames])
+
+
+def denoise(
+    pipe: TextToVideoPipeline | VideoToVideoPipeline,
+    states: mx.array,
+    video: np.ndarray | None,
+    settings: dict[str, Any],
+    output: str,
+) -> mx.array:
+    """Run the loop with a progress bar; on Ctrl-C leave what there is on disk."""
+    latest = None
+    try:
+        with tqdm(desc="denoise", unit="step") as bar:
+            for record in steps(pipe, states, video, settings):
+                latest = record
+                bar.total = record.total
+                bar.update()
+    except KeyboardInterrupt:
+        if latest is not None:
+            path = options.latents_path(output)
+            # The guess of the finished latents: the noisy ones would decode to noise.
+            save_latents(path, latest.denoised, settings | {"steps_done": latest.step + 1})
+            options.say(
+                f"stopped after step {latest.step + 1} of {latest.total}. To see how far it came:\n"
+                f"  mlx-unet3d decode {path}"
+            )
+        raise
+    return latest.latents
+
+
+def steps(
+    pipe: TextToVideoPipeline | VideoToVideoPipeline,
+    states: mx.array,
+    video: np.ndarray | None,
+    settings: dict[str, Any],
+) -> Iterator[DenoisingStep]:
+    common = dict(
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance"],
+        eta=settings["eta"],
+        seed=settings["seed"],
+        rng=settings["rng"],
+    )
+    if isinstance(pipe, VideoToVideoPipeline):
+        return pipe.steps(states, video, strength=settings["strength"], **common)
+    size = {key: settings[key] for key in ("num_frames", "height", "width")}
+    return pipe.steps(states, **size, **common)

@@ -1,0 +1,23 @@
+"""mlx-unet3d info: what a checkpoint is and what would be used of it."""
+
+import argparse
+from pathlib import Path
+
+from ..checkpoints import describe
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="say what a checkpoint is",
+        description="Read the configs and the headers of the weight files of a pipeline or a component.",
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="folder of a pipeline or of a component")
+    parser.add_argument("--variant", help="weight files to look at, such as fp16")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    for line in describe(args.path, variant=args.variant):
+        print(line)
+    return 0

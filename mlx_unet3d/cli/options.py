@@ -1,0 +1,87 @@
+"""What several sub-commands share: kinds of arguments, dtypes, output names, stage reports."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import blas
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def count(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
+    return value
+
+
+def rate(text: str) -> float:
+    """A finite number above 0."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="PATH_OR_ID", help="pipeline folder, or hub id owner/name")
+    group.add_argument("--revision", help="branch, tag or commit on the hub")
+    group.add_argument("--variant", help="weight files to read, such as fp16")
+    group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
+    group.add_argument(
+        "--vae-dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the decoder, which overflows in float16 with some checkpoints (default: float32)",
+    )
+
+
+def where(args: argparse.Namespace) -> dict:
+    """Keywords of `from_pretrained` that say where the files are."""
+    return dict(revision=args.revision, variant=args.variant, local_files_only=args.local_files_only)
+
+
+def advise() -> None:
+    """One line for users who could have it 20 times faster."""
+    advice = blas.advice()
+    if advice:
+        print(f"mlx-unet3d: {advice}", file=sys.stderr)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Prints time and peak memory of a stage when it is done."""
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    say(f"{name}: {seconds:.1f} s, peak memory {mx.get_peak_memory() / 1e9:.2f} GB")
+
+
+LATENTS_SUFFIX = ".latents.safetensors"
+
+
+def latents_path(output: str) -> Path:
+    """Where the latents of a video are kept until it is written."""
+    return Path(output.rstrip("/") + LATENTS_SUFFIX)
