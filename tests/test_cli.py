@@ -148,6 +148,11 @@ def test_video_to_video(model):
     resized = ["--video", "in.png", "--height", "40", "--width", "48"]
     assert generate(model, "-o", "big.png", *resized) == 0
     assert media.read_video("big.png")[0].shape == (3, 40, 48, 3)
+    # All frames of the input, or the first of them.
+    for frames in ([], ["--num-frames", "2"]):
+        arguments = ["a cat", "--video", "in.png", "--steps", "2", "--model", str(model), *frames]
+        assert main(["generate", *arguments, "-o", "cut.png", "--overwrite"]) == 0
+        assert len(media.read_video("cut.png")[0]) == (2 if frames else 3)
 
 
 def test_latents_before_decoding(model, monkeypatch, capsys):
@@ -404,6 +409,7 @@ BAD_ARGUMENTS = {
     "no parent folder": (["-o", "missing/out.gif"], "missing"),
     "clip skip": (["--clip-skip", "9"], "clip_skip"),
     "no video": (["--video", "missing.gif"], "missing.gif"),
+    "strength alone": (["--strength", "0.5"], "give --video too"),
     "replay": (["--from", "missing.gif"], "missing.gif"),
     "unknown flag": (["--fast"], "--fast"),
 }
@@ -453,6 +459,13 @@ def test_info_of_nothing(tmp_path, capsys):
     assert main(["info", str(tmp_path)]) == 2
     assert "neither model_index.json" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "missing")]) == 2
+
+
+def test_more_frames_than_the_video_has(model, capsys):
+    media.write_video("in.png", np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
+    assert generate(model, "-o", "out.gif", "--video", "in.png") == 2
+    assert "--num-frames 3: in.png has only 2 frames" in capsys.readouterr().err
+    assert os.listdir() == ["in.png"]
 
 
 def test_foreign_video_cannot_be_replayed(capsys):

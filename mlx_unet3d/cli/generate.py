@@ -17,11 +17,12 @@ from ..pipelines import DenoisingStep, TextToVideoPipeline, VideoToVideoPipeline
 from ..schedulers import SCHEDULERS, scheduler_from_config
 from . import options
 
-# What a file remembers and `--from` takes up again, with the default of each. None: the model's own.
+# What a file remembers and `--from` takes up again, with the default of each. None: the model's own, or
+# what follows from the other settings.
 _DEFAULTS: dict[str, Any] = {
     "prompt": None,
     "negative_prompt": None,
-    "num_frames": 16,
+    "num_frames": None,
     "height": None,
     "width": None,
     "steps": 50,
@@ -61,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
 
     group = parser.add_argument_group("video")
-    group.add_argument("--num-frames", type=options.count, help="default: 16")
+    group.add_argument("--num-frames", type=options.count, help="default: 16, with --video all of its frames")
     group.add_argument("--height", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
     group.add_argument("--width", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
     group.add_argument("--fps", type=options.rate, help="frames a second of the file (default: 8)")
@@ -82,7 +83,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--clip-skip", type=options.count, help="layers of the text encoder to leave out")
 
     group = parser.add_argument_group("video to video")
-    group.add_argument("--video", metavar="FILE", help="video to change; sets the number of frames")
+    group.add_argument("--video", metavar="FILE", help="video to change, to --height and --width if given")
     group.add_argument("--strength", type=options.number, help="how much to change, to 1 (default: 0.6)")
 
     options.add_model_options(parser)
@@ -157,8 +158,12 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("there is no prompt; give one, or --from a video")
     if settings["model"] is None:
         raise ValueError("there is no model; give --model a pipeline folder or a hub id")
+    if "strength" in args and settings["video"] is None:
+        raise ValueError(f"--strength {args.strength:g} says how much to change a video; give --video too")
     if settings["guidance"] is None:
         settings["guidance"] = 9.0 if settings["video"] is None else 15.0
+    if settings["num_frames"] is None and settings["video"] is None:
+        settings["num_frames"] = 16
     if settings["dtype"] is None:
         settings["dtype"] = "float16" if mx.default_device() == mx.gpu else "float32"
     return settings
@@ -204,8 +209,15 @@ def check_size(pipe: TextToVideoPipeline | VideoToVideoPipeline, settings: dict[
 
 
 def read_frames(settings: dict[str, Any]) -> np.ndarray:
-    """The input video (F, H, W, 3), resized where a size is asked for."""
+    """The input video (F, H, W, 3), its first frames where a number is asked for, resized for a size."""
     frames, _ = media.read_video(settings["video"])
+    if settings["num_frames"] is not None:
+        if settings["num_frames"] > len(frames):
+            raise ValueError(
+                f"--num-frames {settings['num_frames']}: {settings['video']} has only {len(frames)} frames; "
+                "ask for as many or fewer"
+            )
+        frames = frames[: settings["num_frames"]]
     height = settings["height"] if settings["height"] is not None else frames.shape[1]
     width = settings["width"] if settings["width"] is not None else frames.shape[2]
     settings |= {"height": height, "width": width, "num_frames": len(frames)}
