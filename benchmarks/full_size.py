@@ -4,7 +4,8 @@
 
 Writes a pipeline of ModelScope's size with seeded weights into FOLDER (1.41 B UNet, 23-layer ViT-H text
 encoder, 83.7 M VAE; 7.4 GB in fp32), runs diffusers on it, then `mlx-unet3d generate`, each in a process
-of its own, and prints time, peak memory and the PSNR of the frames. Needs the [parity] extra and 16 GB.
+of its own, and prints time, peak memory, the PSNR of the frames, and the error of one forward of the UNet
+on (1, 4, 16, 32, 32) relative to its largest output. Needs the [parity] extra and 16 GB.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-PROMPT, SEED = "a panda surfing a wave", 7
+PROMPT, SEED, TIMESTEP = "a panda surfing a wave", 7, 500
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -88,6 +89,9 @@ def reference(folder: Path, steps: int, out: Path) -> None:
     frames = pipe(PROMPT, num_inference_steps=steps, generator=generator).frames
     np.save(out, frames[0])
     report("diffusers", time.perf_counter() - start)
+    sample, text = map(torch.from_numpy, forward_inputs())
+    with torch.no_grad():
+        np.save(out.with_name("forward.npy"), pipe.unet(sample, TIMESTEP, text).sample.numpy())
 
 
 def ours(folder: Path, steps: int, out: Path) -> None:
@@ -99,6 +103,27 @@ def ours(folder: Path, steps: int, out: Path) -> None:
     if status:
         sys.exit(status)
     report("mlx-unet3d", time.perf_counter() - start)
+
+    import mlx.core as mx
+
+    from mlx_unet3d import UNet3DConditionModel
+
+    unet = UNet3DConditionModel.from_pretrained(folder, subfolder="unet")
+    sample, text = map(mx.array, forward_inputs())
+    prediction, expected = (
+        np.array(unet(sample, TIMESTEP, text).sample),
+        np.load(out.with_name("forward.npy")),
+    )
+    error = np.abs(prediction - expected).max() / np.abs(expected).max()
+    print(f"one forward of {unet.num_parameters():,} parameters: relative error {error:.1e}", flush=True)
+
+
+def forward_inputs() -> tuple[np.ndarray, np.ndarray]:
+    """Latents (B, C, F, H, W) and text states (B, L, D)."""
+    rng = np.random.default_rng(SEED)
+    shapes = (1, 4, 16, 32, 32), (1, 77, 1024)
+    sample, text = (rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    return sample, text
 
 
 def report(name: str, seconds: float) -> None:
