@@ -1,0 +1,108 @@
+"""The README's commands and programs run as they stand, the examples too.
+
+The checkpoint of the README is a tiny untrained one here, in a hub cache as a download leaves it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from mlx_unet3d import TextToVideoPipeline, media
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HUB_ID = "damo-vilab/text-to-video-ms-1.7b"
+BY_CI = ("Install", "Tests")  # sections whose commands `.ci/run` runs
+
+
+def sections() -> dict[str, str]:
+    parts = re.split(r"^## (.+)\n", README, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the examples, and the environment in which the hub is a cache and nothing else."""
+    folder = tmp_path_factory.mktemp("readme")
+    snapshot = folder / "hub" / f"models--{HUB_ID.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    tiny.write_pipeline(snapshot)
+    pipe = TextToVideoPipeline.from_pretrained(snapshot)
+    for name in ("unet", "vae", "text_encoder"):
+        getattr(pipe, name).save_pretrained(snapshot / name, variant="fp16")
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    scripts = Path(sys.executable).parent
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONWARNINGS": "error",
+    }
+    return folder, environment
+
+
+def run(place, command: str | list[str]) -> str:
+    folder, environment = place
+    done = subprocess.run(
+        command, cwd=folder, env=environment, shell=isinstance(command, str), capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_commands(place):
+    commands = [
+        line
+        for name, text in sections().items()
+        if name not in BY_CI
+        for block in blocks(text, "sh")
+        for line in block.splitlines()
+    ]
+    assert any(line.startswith("mlx-unet3d generate") for line in commands)
+    for command in commands:
+        if ".mp4" in command and media.encoders()[".mp4"] is None:
+            continue
+        printed = run(place, command)
+        for name in re.findall(r"-o (\S+)", command):
+            # Several videos have their seeds in their names.
+            assert all((place[0] / line).exists() for line in printed.split()), printed
+            assert Path(name).stem in printed
+    assert media.read_metadata(place[0] / "panda.gif")["prompt"] == "a panda surfing a wave"
+
+
+def test_the_rest_of_the_commands_is_run_by_ci():
+    script = (ROOT / ".ci" / "run").read_text()
+    for name in BY_CI:
+        assert blocks(sections()[name], "sh")
+        assert f"readme_commands.py {name}" in script
+
+
+@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
+def test_programs(place, number):
+    run(place, [sys.executable, "-c", blocks(README, "python")[number]])
+
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples(place, name):
+    assert run(place, [sys.executable, f"examples/{name}", "--frames", "3"])
+    assert name in (place[0] / "examples" / name).read_text()  # its command stands in its docstring
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
