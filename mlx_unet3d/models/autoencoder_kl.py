@@ -18,9 +18,9 @@ from ..noise import NoiseSource
 # MLX indexes arrays on the GPU by 32-bit integers in places.
 _MAX_ELEMENTS = 2**31 - 1
 
-# Largest activation of one evaluation where the caller does not say: 256 MB in fp32, of which a
+# Largest activation of one evaluation where the caller does not say: 64 MB in fp32, of which a
 # convolution needs several more as scratch.
-_CHUNK_ELEMENTS = 2**26
+_CHUNK_ELEMENTS = 2**24
 
 # Names of the attention in files from before mid-2023.
 _LEGACY_SEGMENTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -309,8 +309,8 @@ class AutoencoderKL(PretrainedModel):
         """Frames of `height` x `width` pixels that are evaluated at once where nothing else is
         said.
 
-        As many as keep the largest activation within 2^26 elements (256 MB in fp32), and at least
-        one: 4 frames of 256x256, one of 576x320 and more, for Stable Diffusion's autoencoder.
+        As many as keep the largest activation within 2^24 elements (64 MB in fp32), and at least
+        one: 4 frames of 128x128, one of 256x256 and more, for Stable Diffusion's autoencoder.
         """
         return max(1, _CHUNK_ELEMENTS // self._elements_per_frame(height, width))
 
