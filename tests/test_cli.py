@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,16 @@ import tiny
 
 from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel, media
 from mlx_unet3d.cli import main
-from mlx_unet3d.latents import load_latents
+from mlx_unet3d.latents import load_latents, save_latents
 from mlx_unet3d.models.autoencoder_kl import AutoencoderKL
-from mlx_unet3d.schedulers import DDIMScheduler
+from mlx_unet3d.schedulers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+    scheduler_from_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -178,23 +186,31 @@ def test_latents_before_decoding(model, monkeypatch, capsys):
 
 def test_keep_latents(model):
     assert generate(model, "-o", "out.png", "--keep-latents") == 0
-    latents, settings = load_latents("out.png.latents.safetensors")
+    latents, settings, predictions = load_latents("out.png.latents.safetensors")
+    assert not predictions
     assert latents.shape == (1, 4, 3, 4, 4)
     assert settings["prompt"] == "a cat"
 
 
-def test_interruption_leaves_latents(model, monkeypatch, capsys):
-    step = DDIMScheduler.step
+@contextmanager
+def cut_off(monkeypatch, scheduler, step_number, error):
+    """The sampler fails at one step."""
+    step = scheduler.step
     calls = []
 
-    def interrupted(self, *args, **kwargs):
+    def failing(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) == step_number:
+            raise error
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DDIMScheduler, "step", interrupted)
+        patch.setattr(scheduler, "step", failing)
+        yield
+
+
+def test_interruption_leaves_latents(model, monkeypatch, capsys):
+    with cut_off(monkeypatch, DDIMScheduler, 3, KeyboardInterrupt()):
         assert generate(model, "-o", "out.png", "--steps", "5") == 130
     error = capsys.readouterr().err
     assert "stopped after step 2 of 5" in error
@@ -202,6 +218,103 @@ def test_interruption_leaves_latents(model, monkeypatch, capsys):
     assert main(["decode", "out.png.latents.safetensors"]) == 0
     assert media.read_video("out.png")[0].shape == (3, 32, 32, 3)
     assert media.read_metadata("out.png")["steps_done"] == 2
+
+
+RESUMED = {
+    "ddim": (DDIMScheduler, ["--eta", "0.8"]),
+    "dpm++": (DPMSolverMultistepScheduler, []),
+    "dpm++-sde": (DPMSolverMultistepScheduler, []),
+    "unipc": (UniPCMultistepScheduler, []),
+    "pndm": (PNDMScheduler, []),
+    "euler-a": (EulerAncestralDiscreteScheduler, []),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_run_is_the_uninterrupted_one(model, monkeypatch, capsys, name):
+    """Whatever the sampler remembers and draws; and stopped twice."""
+    scheduler, extra = RESUMED[name]
+    arguments = ["--steps", "6", "--scheduler", name, "--seed", "4", *extra]
+    assert generate(model, "-o", "whole.png", *arguments) == 0
+    with cut_off(monkeypatch, scheduler, 3, KeyboardInterrupt()):
+        assert generate(model, "-o", "out.png", *arguments) == 130
+    file = "out.png.latents.safetensors"
+    assert f"mlx-unet3d generate --resume {file}" in capsys.readouterr().err
+    forwards = []
+    forward = UNet3DConditionModel.__call__
+
+    def counting(self, *args, **kwargs):
+        forwards.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(UNet3DConditionModel, "__call__", counting)
+    with cut_off(monkeypatch, scheduler, 5, RuntimeError("GPU timeout")):
+        assert main(["generate", "--resume", file]) == 1
+    assert main(["generate", "--resume", file]) == 0
+    assert set(os.listdir()) == {"whole.png", "out.png"}
+    assert np.array_equal(media.read_video("out.png")[0], media.read_video("whole.png")[0])
+    assert media.read_metadata("out.png") == media.read_metadata("whole.png")
+    # Steps 3 to 5 (the last cut off in the sampler), then 5 to the end: none of the first two again.
+    sampler = TextToVideoPipeline.from_pretrained(model).scheduler
+    sampler = scheduler_from_config(sampler.config, name)
+    sampler.set_timesteps(6)
+    assert len(forwards) == 3 + len(sampler.timesteps) - 4
+
+
+def test_what_resume_refuses(model, tmp_path, monkeypatch, capsys):
+    with cut_off(monkeypatch, DDIMScheduler, 2, KeyboardInterrupt()):
+        assert generate(model, "-o", "out.png", "--steps", "3") == 130
+    file = "out.png.latents.safetensors"
+    for arguments, message in [
+        (["a dog"], "leave out --prompt"),
+        (["--steps", "4"], "leave out --steps"),
+        (["--num-videos", "2"], "--num-videos"),
+        (["-o", "missing/out.png"], "missing"),
+    ]:
+        assert main(["generate", "--resume", file, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["generate", "--resume", "missing.latents.safetensors"]) == 2
+    tiny.randomize(UNet3DConditionModel(**tiny.UNET), 5).save_pretrained(tmp_path / "unet")
+    other = shutil.copytree(model, tmp_path / "other")
+    shutil.rmtree(other / "unet")
+    shutil.move(tmp_path / "unet", other / "unet")
+    latents, settings, predictions = load_latents(file)
+    save_latents(file, latents, settings | {"model": str(other)}, predictions)
+    assert main(["generate", "--resume", file]) == 2
+    assert "are not those of the run" in capsys.readouterr().err
+    assert generate(model, "-o", "done.png", "--keep-latents") == 0
+    assert main(["generate", "--resume", "done.png.latents.safetensors"]) == 2
+    assert "holds finished latents" in capsys.readouterr().err
+
+
+def test_interrupted_later_video_keeps_the_earlier(model, monkeypatch, capsys):
+    with cut_off(monkeypatch, DDIMScheduler, 4, KeyboardInterrupt()):
+        assert generate(model, "-o", "out.png", "--num-videos", "2") == 130
+    error = capsys.readouterr().err
+    assert "mlx-unet3d decode out_seed0.png.latents.safetensors" in error
+    assert "mlx-unet3d generate --resume out_seed1.png.latents.safetensors" in error
+    assert main(["decode", "out_seed0.png.latents.safetensors"]) == 0
+    assert main(["generate", "--resume", "out_seed1.png.latents.safetensors"]) == 0
+    for seed in (0, 1):
+        assert np.array_equal(media.read_video(f"out_seed{seed}.png")[0], api_frames(model, seed=seed))
+
+
+def test_variant_and_decoder_dtype_are_remembered(model, tmp_path):
+    half = shutil.copytree(model, tmp_path / "half")
+    pipe = TextToVideoPipeline.from_pretrained(model)
+    for name in ("unet", "vae", "text_encoder"):
+        shutil.rmtree(half / name)
+        getattr(pipe, name).save_pretrained(half / name, variant="fp16")
+    arguments = ["--variant", "fp16", "--vae-dtype", "bfloat16", "--keep-latents"]
+    assert generate(half, "-o", "out.png", *arguments) == 0
+    assert main(["generate", "--from", "out.png", "-o", "again.png"]) == 0
+    assert main(["decode", "out.png.latents.safetensors", "-o", "decoded.png"]) == 0
+    frames, _ = media.read_video("out.png")
+    for name in ("again.png", "decoded.png"):
+        assert np.array_equal(media.read_video(name)[0], frames)
+    # Another model has files of its own.
+    assert main(["generate", "--from", "out.png", "-o", "other.png", "--model", str(model)]) == 0
+    assert main(["decode", "out.png.latents.safetensors", "-o", "more.png", "--model", str(model)]) == 0
 
 
 def test_overflow_is_no_black_video(model, tmp_path, capsys):

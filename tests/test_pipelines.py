@@ -125,6 +125,19 @@ def test_step_records(pipe):
     assert mx.array_equal(again[-1].latents, records[-1].latents)
 
 
+def test_going_on_from_predictions(pipe):
+    states = pipe.encode_prompt("a cat")
+    settings = dict(num_frames=3, num_inference_steps=5, eta=0.7, seed=[3])
+    whole = list(pipe.steps(states, **settings))
+    start = [record.prediction for record in whole[:2]]
+    again = list(pipe.steps(states, **settings, predictions=start))
+    assert len(again) == 5
+    assert mx.array_equal(again[-1].latents, whole[-1].latents)
+    for wrong in ([p[:, :, :2] for p in start], [start[0]] * 6):
+        with pytest.raises(ValueError, match="go on with the settings"):
+            list(pipe.steps(states, **settings, predictions=wrong))
+
+
 def test_callback(pipe):
     seen = []
     pipe("a cat", 32, 32, 2, 5, callback=lambda *record: seen.append(record), callback_steps=2)
@@ -296,7 +309,7 @@ def test_half_precision(folder):
     latents = pipe("a cat", output_type="latent", **SHORT).frames
     assert latents.dtype == mx.float32  # the sampler's arithmetic
     full = TextToVideoPipeline.from_pretrained(folder)("a cat", output_type="latent", **SHORT).frames
-    assert mx.abs(latents - full).max() < 0.1
+    assert mx.abs(latents - full).max() < 0.02 * mx.abs(full).max()
 
 
 def test_bad_folders(folder, tmp_path):

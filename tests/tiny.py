@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_map_with_path
 
 from mlx_unet3d import (
     AutoencoderKL,
@@ -54,12 +54,13 @@ def randomize(model, seed=0):
     """Seeded weights, with no layer at its neutral start: temporal convolutions begin as the identity."""
     rng = np.random.default_rng(seed)
 
-    def change(p):
-        if p.ndim == 1:
-            return p
-        return mx.array(rng.normal(0, (p.size // p.shape[0]) ** -0.5, p.shape).astype(np.float32))
+    def change(path, p):
+        if path.endswith("weight") and p.ndim == 1:
+            return p  # of a norm: one
+        scale = 0.1 if p.ndim == 1 else (p.size // p.shape[0]) ** -0.5
+        return mx.array(rng.normal(0, scale, p.shape).astype(np.float32))
 
-    model.update(tree_map(change, model.parameters()))
+    model.update(tree_map_with_path(change, model.parameters()))
     model.eval()
     mx.eval(model.parameters())
     return model

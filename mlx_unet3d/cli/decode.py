@@ -13,7 +13,7 @@ from . import options
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "decode",
-        help="make a video of latents that an interrupted run left",
+        help="make a video of latents that a run left",
         description="Decode latents that `generate` left on disk, with the model named in them.",
     )
     parser.add_argument("latents", type=Path, metavar="LATENTS", help="a .latents.safetensors file")
@@ -24,22 +24,25 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    latents, settings = load_latents(args.latents)
+    latents, settings, _ = load_latents(args.latents)
     if latents.shape[0] != 1:
         raise ValueError(f"{args.latents} holds {latents.shape[0]} videos; decode takes one")
-    model = args.model if args.model is not None else settings.get("model")
+    where = {key: settings.get(key) for key in ("model", "revision", "variant")}
+    if args.model is not None:
+        where = {"model": args.model, "revision": None, "variant": None}
+    where |= {key: getattr(args, key) for key in ("revision", "variant") if getattr(args, key) is not None}
+    model = where.pop("model")
     if model is None:
         raise ValueError(f"{args.latents} does not name its model; give --model")
-    output = args.output
-    if output is None:
-        output = str(args.latents).removesuffix(options.LATENTS_SUFFIX)
-        if output in (str(args.latents), ""):
-            raise ValueError(f"{args.latents}: the name tells no output; give --output")
+    output = args.output if args.output is not None else options.output_of(args.latents)
     fps = args.fps if args.fps is not None else settings.get("fps", 8.0)
     media.check_writable(output, fps=fps)
     options.advise()
-    dtype = options.DTYPES[args.vae_dtype]
-    vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=dtype, **options.where(args))
+    dtype = options.DTYPES[args.vae_dtype or settings.get("vae_dtype", "float32")]
+    with options.stage("load"):
+        vae = AutoencoderKL.from_pretrained(
+            model, subfolder="vae", dtype=dtype, local_files_only=args.local_files_only, **where
+        )
     with options.stage("decode"):
         frames = decode_latents(vae, latents, progress=True)
     media.write_video(output, media.to_uint8(frames[0]), fps=fps, metadata=settings | {"fps": fps})

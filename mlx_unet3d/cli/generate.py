@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__, media
-from ..latents import save_latents
+from ..errors import NonFiniteError
+from ..latents import load_latents, save_latents
 from ..pipelines import DenoisingStep, TextToVideoPipeline, VideoToVideoPipeline
 from ..schedulers import SCHEDULERS, scheduler_from_config
 from . import options
@@ -36,6 +37,8 @@ _DEFAULTS: dict[str, Any] = {
     "vae_dtype": "float32",
     "fps": 8.0,
     "model": None,
+    "revision": None,
+    "variant": None,
     "video": None,
     "strength": 0.6,
 }
@@ -52,10 +55,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        default="video.gif",
+        default=None,
         help=".gif, .webp, .png (animated), .mp4, or a folder/ of images (default: video.gif)",
     )
     parser.add_argument("--from", dest="replay", type=Path, metavar="FILE", help="take settings from a video")
+    parser.add_argument(
+        "--resume", type=Path, metavar="LATENTS", help="finish a run that stopped, from what it left"
+    )
     parser.add_argument("--overwrite", action="store_true", default=False, help="replace an existing output")
     parser.add_argument(
         "--keep-latents", action="store_true", default=False, help="keep them beside the video"
@@ -92,12 +98,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         choices=options.DTYPES,
         help="of the network (default: float16 on a GPU, float32 on a CPU)",
     )
-    parser.set_defaults(run=run, revision=None, variant=None, local_files_only=False)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = collect_settings(args)
-    outputs = output_paths(args.output, settings["seed"], args.num_videos)
+    predictions: list[mx.array] = []
+    if "resume" in args:
+        settings, predictions = resumed_settings(args)
+        outputs = [args.output or options.output_of(args.resume)]
+    else:
+        settings = collect_settings(args)
+        outputs = output_paths(args.output or "video.gif", settings["seed"], args.num_videos)
     for output in outputs:
         media.check_writable(output, fps=settings["fps"], metadata=settings, overwrite=args.overwrite)
     if settings["scheduler"] is not None:
@@ -118,28 +129,30 @@ def run(args: argparse.Namespace) -> int:
         pipe.text_encoder = None  # its memory is wanted from here on
         mx.clear_cache()
 
-    kept = []
-    for i, output in enumerate(outputs):
-        own = settings | {"seed": settings["seed"] + i}
-        with options.stage(f"denoise, seed {own['seed']}"):
-            latents = denoise(pipe, states, video, own, output)
-        kept.append((output, own, options.latents_path(output)))
-        save_latents(kept[-1][2], latents, own)
-    pipe.unet = None
-    mx.clear_cache()
+    waiting: dict[Path, tuple[str, dict[str, Any]]] = {}  # latents on disk -> output and settings
+    try:
+        for i, output in enumerate(outputs):
+            own = settings | {"seed": settings["seed"] + i}
+            with options.stage(f"denoise, seed {own['seed']}"):
+                latents = denoise(pipe, states, video, own, options.latents_path(output), predictions)
+            save_latents(options.latents_path(output), latents, own)
+            waiting[options.latents_path(output)] = output, own
+        pipe.unet = None
+        mx.clear_cache()
 
-    for output, own, latents_file in kept:
-        latents = mx.load(str(latents_file))["latents"]
-        try:
+        for latents_file, (output, own) in list(waiting.items()):
             with options.stage("decode"):
+                latents, _, _ = load_latents(latents_file)
                 frames = media.to_uint8(pipe.decode(latents, progress=True)[0])
             media.write_video(output, frames, fps=own["fps"], metadata=own)
-        except BaseException:
-            options.say(f"the latents are in {latents_file}: mlx-unet3d decode {latents_file}")
-            raise
-        if not args.keep_latents:
-            latents_file.unlink()
-        print(output)
+            del waiting[latents_file]
+            if not args.keep_latents:
+                latents_file.unlink()
+            print(output, flush=True)
+    except BaseException:
+        for latents_file in waiting:
+            options.say(f"finished latents are in {latents_file}: mlx-unet3d decode {latents_file}")
+        raise
     return 0
 
 
@@ -153,6 +166,8 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{args.replay} has no settings of mlx-unet3d in it; give a video that it made")
         settings |= known
         settings["replayed_weights"] = found.get("weights")
+        if "model" in args:
+            settings |= {"revision": None, "variant": None}  # they were the other model's
     settings |= {key: value for key, value in vars(args).items() if key in _DEFAULTS and value is not None}
     if settings["prompt"] is None:
         raise ValueError("there is no prompt; give one, or --from a video")
@@ -167,6 +182,22 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
     if settings["dtype"] is None:
         settings["dtype"] = "float16" if mx.default_device() == mx.gpu else "float32"
     return settings
+
+
+def resumed_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[mx.array]]:
+    """What an unfinished run was doing, and the predictions of its steps so far."""
+    _, settings, predictions = load_latents(args.resume)
+    if not predictions:
+        raise ValueError(f"{args.resume} holds finished latents: mlx-unet3d decode {args.resume}")
+    changed = sorted(key for key in vars(args) if key in _DEFAULTS and getattr(args, key) is not None)
+    if changed or "replay" in args or args.num_videos > 1:
+        names = ["--" + key.replace("_", "-") for key in changed] or ["--from, or --num-videos"]
+        raise ValueError(
+            f"--resume finishes the run of {args.resume} as it was begun; leave out {', '.join(names)}"
+        )
+    settings["replayed_weights"] = settings.get("weights")
+    del settings["steps_done"]
+    return settings, predictions
 
 
 def output_paths(output: str, seed: int, count: int) -> list[str]:
@@ -189,7 +220,9 @@ def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipel
         settings["model"],
         dtype=options.DTYPES[settings["dtype"]],
         vae_dtype=options.DTYPES[settings["vae_dtype"]],
-        **options.where(args),
+        revision=settings["revision"],
+        variant=settings["variant"],
+        local_files_only=args.local_files_only,
     )
     if settings["scheduler"] is not None:
         pipe.scheduler = scheduler_from_config(pipe.scheduler.config, settings["scheduler"])
@@ -197,6 +230,8 @@ def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipel
     settings["weights"] = pipe.weights_checksum
     replayed = settings.pop("replayed_weights", None)
     if replayed not in (None, settings["weights"]):
+        if "resume" in args:
+            raise ValueError(f"the weights in {settings['model']} are not those of the run in {args.resume}")
         options.say("the weights are not those of the replayed video: the result will differ")
     settings |= {"program": f"mlx-unet3d {__version__}", "mlx": mx.__version__}
     return pipe
@@ -232,27 +267,31 @@ def denoise(
     states: mx.array,
     video: np.ndarray | None,
     settings: dict[str, Any],
-    output: str,
+    latents_file: Path,
+    predictions: Sequence[mx.array],
 ) -> mx.array:
-    """Run the loop with a progress bar; on Ctrl-C leave what there is on disk."""
-    latest = None
+    """Run the loop with a progress bar; where it is cut off, leave on disk what it takes to go on."""
+    records: list[DenoisingStep] = []
     try:
         with tqdm(desc="denoise", unit="step") as bar:
-            for record in steps(pipe, states, video, settings):
-                latest = record
+            for record in steps(pipe, states, video, settings, predictions):
+                records.append(record)
                 bar.total = record.total
                 bar.update()
-    except KeyboardInterrupt:
-        if latest is not None:
-            path = options.latents_path(output)
+    except NonFiniteError:
+        raise  # and so would the rest of this run
+    except BaseException:
+        if records:
             # The guess of the finished latents: the noisy ones would decode to noise.
-            save_latents(path, latest.denoised, settings | {"steps_done": latest.step + 1})
+            done = settings | {"steps_done": len(records)}
+            save_latents(latents_file, records[-1].denoised, done, [r.prediction for r in records])
             options.say(
-                f"stopped after step {latest.step + 1} of {latest.total}. To see how far it came:\n"
-                f"  mlx-unet3d decode {path}"
+                f"stopped after step {len(records)} of {records[-1].total}. To finish it, or see it so far:\n"
+                f"  mlx-unet3d generate --resume {latents_file}\n"
+                f"  mlx-unet3d decode {latents_file}"
             )
         raise
-    return latest.latents
+    return records[-1].latents
 
 
 def steps(
@@ -260,6 +299,7 @@ def steps(
     states: mx.array,
     video: np.ndarray | None,
     settings: dict[str, Any],
+    predictions: Sequence[mx.array],
 ) -> Iterator[DenoisingStep]:
     common = dict(
         num_inference_steps=settings["steps"],
@@ -267,6 +307,7 @@ def steps(
         eta=settings["eta"],
         seed=settings["seed"],
         rng=settings["rng"],
+        predictions=predictions,
     )
     if isinstance(pipe, VideoToVideoPipeline):
         return pipe.steps(states, video, strength=settings["strength"], **common)

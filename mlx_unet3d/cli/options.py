@@ -44,18 +44,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="PATH_OR_ID", help="pipeline folder, or hub id owner/name")
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--variant", help="weight files to read, such as fp16")
-    group.add_argument("--local-files-only", action="store_true", help="never ask the hub")
+    group.add_argument("--local-files-only", action="store_true", default=False, help="never ask the hub")
     group.add_argument(
         "--vae-dtype",
         choices=DTYPES,
-        default="float32",
         help="of the decoder, which overflows in float16 with some checkpoints (default: float32)",
     )
-
-
-def where(args: argparse.Namespace) -> dict:
-    """Keywords of `from_pretrained` that say where the files are."""
-    return dict(revision=args.revision, variant=args.variant, local_files_only=args.local_files_only)
 
 
 def advise() -> None:
@@ -85,3 +79,11 @@ LATENTS_SUFFIX = ".latents.safetensors"
 def latents_path(output: str) -> Path:
     """Where the latents of a video are kept until it is written."""
     return Path(output.rstrip("/") + LATENTS_SUFFIX)
+
+
+def output_of(latents: Path) -> str:
+    """The video that a file of latents was to become; ValueError where the name does not say."""
+    output = str(latents).removesuffix(LATENTS_SUFFIX)
+    if output in (str(latents), ""):
+        raise ValueError(f"{latents}: the name tells no output; give --output")
+    return output

@@ -1,7 +1,7 @@
 """The one denoising loop under all pipelines, as a generator of step records."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ class DenoisingStep:
         timestep: where the step started, usually 999 to 0.
         latents: (B, C, F, h, w) in fp32, evaluated; the input of the next step.
         denoised: the same shape; the current guess of the finished latents, for previews.
+        prediction: the same shape; the guided output of the network in this step. All of them so far are
+            what a run can go on from, see `denoise`.
     """
 
     step: int
@@ -31,6 +33,7 @@ class DenoisingStep:
     timestep: float
     latents: mx.array
     denoised: mx.array
+    prediction: mx.array
 
 
 def fold_frames(video: mx.array) -> mx.array:
@@ -56,11 +59,15 @@ def denoise(
     eta: float = 0.0,
     noise: NoiseSource | None = None,
     cross_attention_kwargs: dict[str, Any] | None = None,
+    predictions: Sequence[mx.array] = (),
 ) -> Iterator[DenoisingStep]:
     """Denoise `latents` (B, C, F, h, w) from `scheduler.timesteps[first_step]` to the end.
 
     `text_states` is (2B, L, D), negative prompts first, where `guidance_scale` > 1, and (B, L, D)
     otherwise: then the network runs once a step. The latents stay in fp32; the network gets its dtype.
+
+    `predictions`, those of the first records of a run with the same arguments, stand for the network in
+    these steps: sampler and noise come to where that run stopped, whatever state they keep, and go on.
 
     Raises NonFiniteError at the step where an infinity or NaN appears.
     """
@@ -69,16 +76,25 @@ def denoise(
     context = TextContext(text_states.astype(unet.dtype))
     timesteps = scheduler.timesteps[first_step:]
     latents = latents.astype(mx.float32)
+    shape = (len(timesteps), *latents.shape)
+    if len(predictions) > shape[0] or any(tuple(p.shape) != shape[1:] for p in predictions):
+        raise ValueError(
+            f"predictions are {[tuple(p.shape) for p in predictions[:1]]} of {len(predictions)} steps; "
+            f"this run makes {shape[0]} of {shape[1:]}: go on with the settings that they were made with"
+        )
     for i, timestep in enumerate(timesteps.tolist()):
-        model_input = scheduler.scale_model_input(latents, timestep).astype(unet.dtype)
-        if guided:
-            model_input = mx.concatenate([model_input, model_input])
-        prediction = unet(
-            model_input, timestep, context, cross_attention_kwargs=cross_attention_kwargs
-        ).sample.astype(mx.float32)
-        if guided:
-            negative, positive = mx.split(prediction, 2)
-            prediction = negative + guidance_scale * (positive - negative)
+        if i < len(predictions):
+            prediction = predictions[i]
+        else:
+            model_input = scheduler.scale_model_input(latents, timestep).astype(unet.dtype)
+            if guided:
+                model_input = mx.concatenate([model_input, model_input])
+            prediction = unet(
+                model_input, timestep, context, cross_attention_kwargs=cross_attention_kwargs
+            ).sample.astype(mx.float32)
+            if guided:
+                negative, positive = mx.split(prediction, 2)
+                prediction = negative + guidance_scale * (positive - negative)
 
         options = {"eta": eta} if scheduler.uses_eta else {}
         latents, denoised = (
@@ -87,11 +103,11 @@ def denoise(
                 fold_frames(prediction), timestep, fold_frames(latents), noise=noise, **options
             )
         )
-        mx.eval(latents, denoised)
+        mx.eval(latents, denoised, prediction)
         if not math.isfinite(mx.abs(latents).max().item()):
             raise NonFiniteError(
                 f"the latents are not finite after step {i + 1} of {len(timesteps)} (timestep {timestep}) "
                 f"with a network in {unet.dtype}; run it in single precision: --dtype float32, or "
                 "from_pretrained(..., dtype=mx.float32)"
             )
-        yield DenoisingStep(i, len(timesteps), timestep, latents, denoised)
+        yield DenoisingStep(i, len(timesteps), timestep, latents, denoised, prediction)

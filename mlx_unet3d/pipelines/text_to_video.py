@@ -95,11 +95,14 @@ class TextToVideoPipeline(VideoPipeline):
         latents: mx.array | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         rng: str = "torch",
+        predictions: Sequence[mx.array] = (),
     ) -> Iterator[DenoisingStep]:
         """The denoising loop alone, on what `encode_prompt` returned for the same `guidance_scale`.
 
         Arguments as for the call. Checks them at once; each step runs when its record is asked for, so
-        a loop over it can show progress, preview `denoised`, or stop.
+        a loop over it can show progress, preview `denoised`, or stop. To go on with a run that stopped,
+        pass the `prediction` of each of its records and the same arguments: the network then runs for the
+        remaining steps only, and the result is that of an uninterrupted run.
         """
         self._check_call(num_inference_steps, guidance_scale, eta)
         check_count("num_frames", num_frames)
@@ -122,6 +125,7 @@ class TextToVideoPipeline(VideoPipeline):
             eta=eta,
             noise=noise,
             cross_attention_kwargs=cross_attention_kwargs,
+            predictions=predictions,
         )
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:

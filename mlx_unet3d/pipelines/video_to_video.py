@@ -80,6 +80,7 @@ class VideoToVideoPipeline(VideoPipeline):
         seed: int | Sequence[int] = 0,
         cross_attention_kwargs: dict[str, Any] | None = None,
         rng: str = "torch",
+        predictions: Sequence[mx.array] = (),
     ) -> Iterator[DenoisingStep]:
         """The denoising loop alone; see `TextToVideoPipeline.steps`."""
         self._check_call(num_inference_steps, guidance_scale, eta)
@@ -108,6 +109,7 @@ class VideoToVideoPipeline(VideoPipeline):
             eta=eta,
             noise=noise,
             cross_attention_kwargs=cross_attention_kwargs,
+            predictions=predictions,
         )
 
     def _encode_video(self, video: Any, batch: int, noise: BatchNoise) -> mx.array:
