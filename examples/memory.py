@@ -10,7 +10,7 @@ import argparse
 import math
 import time
 
-from mlx_unet3d import AutoencoderKL, UNet3DConditionModel
+import mlx_unet3d
 import mlx.core as mx
 
 parser = argparse.ArgumentParser()
@@ -23,8 +23,12 @@ args = parser.parse_args()
 # Without a limit MLX prepares work ahead of the device, and the peak shows that instead.
 mx.set_memory_limit(1)
 dtype = mx.float16 if mx.default_device() == mx.gpu else mx.float32
-unet = UNet3DConditionModel.from_pretrained(args.model, subfolder="unet", dtype=dtype, variant=args.variant)
-vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae", dtype=mx.float32, variant=args.variant)
+unet = mlx_unet3d.UNet3DConditionModel.from_pretrained(
+    args.model, subfolder="unet", dtype=dtype, variant=args.variant
+)
+vae = mlx_unet3d.AutoencoderKL.from_pretrained(
+    args.model, subfolder="vae", dtype=mx.float32, variant=args.variant
+)
 
 
 def measure(name, fn):

@@ -9,7 +9,6 @@ can preview, stop early or log. `pipe(prompt, ...)` is the same in one call.
 import argparse
 
 import mlx_unet3d
-from mlx_unet3d import media
 import mlx.core as mx
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ parser.add_argument("--steps", type=int, default=25)
 parser.add_argument("--output", default="text_to_video.gif")
 args = parser.parse_args()
 
-media.check_writable(args.output)  # before the long part
+mlx_unet3d.media.check_writable(args.output)  # before the long part
 dtype = mx.float16 if mx.default_device() == mx.gpu else mx.float32
 pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained(args.model, dtype=dtype, variant=args.variant)
 pipe.scheduler = mlx_unet3d.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -31,9 +30,11 @@ states = pipe.encode_prompt(args.prompt, negative_prompt="blurry", guidance_scal
 steps = pipe.steps(states, num_frames=args.frames, num_inference_steps=args.steps, guidance_scale=9.0, seed=7)
 for record in tqdm(steps, total=args.steps, desc="denoise"):
     if record.step == args.steps // 2:
-        preview = media.to_uint8(pipe.decode(record.denoised[:, :, :1])[0])
-        media.write_video("preview.png", preview)
+        preview = mlx_unet3d.media.to_uint8(pipe.decode(record.denoised[:, :, :1])[0])
+        mlx_unet3d.media.write_video("preview.png", preview)
 
 frames = pipe.decode(record.latents, progress=True)  # (B, F, H, W, 3) in [0, 1]
-media.write_video(args.output, media.to_uint8(frames[0]), fps=8, metadata={"prompt": args.prompt})
+mlx_unet3d.media.write_video(
+    args.output, mlx_unet3d.media.to_uint8(frames[0]), fps=8, metadata={"prompt": args.prompt}
+)
 print(args.output)

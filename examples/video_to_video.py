@@ -8,7 +8,7 @@ checkpoint may make it: cerspense/zeroscope_v2_XL was trained for that, at 1024x
 
 import argparse
 
-from mlx_unet3d import TextToVideoPipeline, VideoToVideoPipeline, media
+import mlx_unet3d
 import mlx.core as mx
 import numpy as np
 from PIL import Image
@@ -22,9 +22,9 @@ parser.add_argument("--steps", type=int, default=25)
 parser.add_argument("--output", default="video_to_video.gif")
 args = parser.parse_args()
 
-media.check_writable(args.output)
+mlx_unet3d.media.check_writable(args.output)
 dtype = mx.float16 if mx.default_device() == mx.gpu else mx.float32
-first = TextToVideoPipeline.from_pretrained(args.model, dtype=dtype, variant=args.variant)
+first = mlx_unet3d.TextToVideoPipeline.from_pretrained(args.model, dtype=dtype, variant=args.variant)
 small = first(
     args.prompt,
     num_frames=args.frames,
@@ -38,9 +38,13 @@ size = tuple(n * 3 // 2 // 8 * 8 for n in small[0].size)  # width and height, ha
 large = np.stack([np.asarray(frame.resize(size, Image.Resampling.LANCZOS)) for frame in small])
 
 # The same networks, without loading them twice.
-second = VideoToVideoPipeline(first.unet, first.vae, first.text_encoder, first.tokenizer, first.scheduler)
+second = mlx_unet3d.VideoToVideoPipeline(
+    first.unet, first.vae, first.text_encoder, first.tokenizer, first.scheduler
+)
 frames = second(
     args.prompt, large, strength=0.6, num_inference_steps=args.steps, seed=7, progress=True
 ).frames[0]
-media.write_video(args.output, media.to_uint8(frames), fps=8, metadata={"prompt": args.prompt})
+mlx_unet3d.media.write_video(
+    args.output, mlx_unet3d.media.to_uint8(frames), fps=8, metadata={"prompt": args.prompt}
+)
 print(args.output)

@@ -7,7 +7,6 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-
 from mlx_unet3d.checkpoints import (
     ModelConfig,
     PretrainedModel,

@@ -1,15 +1,13 @@
 """Imports the package before anything else, so that OpenBLAS is in place where it is installed."""
 
-import pytest
-
 import mlx_unet3d  # noqa: F401
+import pytest
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     import importlib.util
 
     import mlx.core as mx
-
     from mlx_unet3d import blas
 
     torch = "installed" if importlib.util.find_spec("torch") else "absent: parity tests are skipped"

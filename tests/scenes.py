@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from mlx_unet3d.media import mp4
 
 HAS_FFMPEG = any(ffmpeg.has_x264 for ffmpeg in mp4.installed())

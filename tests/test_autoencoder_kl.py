@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-
 from mlx_unet3d.layers.vae_blocks import blend
 from mlx_unet3d.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
 from mlx_unet3d.noise import noise_source

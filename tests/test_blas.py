@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-
 from mlx_unet3d import blas
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux needs OpenBLAS")

@@ -5,7 +5,6 @@ import struct
 
 import mlx.core as mx
 import pytest
-
 from mlx_unet3d.checkpoints import TensorInfo, load_tensors, read_header, write_safetensors
 from mlx_unet3d.errors import CheckpointError
 

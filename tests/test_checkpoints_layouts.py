@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-
 from mlx_unet3d.checkpoints import ModelConfig, file_shapes, parameter_layouts, to_diffusers, to_mlx
 from mlx_unet3d.errors import CheckpointError
 

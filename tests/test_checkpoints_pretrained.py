@@ -5,7 +5,6 @@ import json
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-
 from mlx_unet3d.checkpoints import (
     PretrainedModel,
     checksum,

@@ -6,7 +6,6 @@ import warnings
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-
 from mlx_unet3d.checkpoints import (
     PretrainedModel,
     checksum,

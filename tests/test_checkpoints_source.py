@@ -7,7 +7,6 @@ import huggingface_hub
 import mlx.core as mx
 import pytest
 from huggingface_hub import errors
-
 from mlx_unet3d.checkpoints import (
     find_folder,
     read_component_config,

@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.models.clip_text import CLIPTextConfig, CLIPTextModel
 

@@ -5,12 +5,11 @@ import subprocess
 
 import numpy as np
 import pytest
-from PIL import Image
-from scenes import METADATA, NAMES, mean_error, moving_scene, needs_ffmpeg, psnr
-
 from mlx_unet3d.media import check_writable, mp4, read_metadata, read_video, write_video
 from mlx_unet3d.media.frames import durations, even_rate
 from mlx_unet3d.media.gif import quantize
+from PIL import Image
+from scenes import METADATA, NAMES, mean_error, moving_scene, needs_ffmpeg, psnr
 
 # --- there and back -------------------------------------------------------------------------------
 

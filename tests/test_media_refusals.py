@@ -10,12 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from PIL import Image
-from scenes import HAS_FFMPEG, METADATA, PILLOW_NAMES, moving_scene, needs_ffmpeg
-
 from mlx_unet3d import media
 from mlx_unet3d.errors import NonFiniteError
 from mlx_unet3d.media import check_writable, mp4, read_metadata, read_video, to_uint8, write_video
+from PIL import Image
+from scenes import HAS_FFMPEG, METADATA, PILLOW_NAMES, moving_scene, needs_ffmpeg
 
 # --- to_uint8 and bad frames ----------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from mlx_unet3d.noise import RNGS, noise_source
 
 GOLDENS = np.load(Path(__file__).parent / "goldens" / "noise.npz")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-
 from mlx_unet3d import TextToVideoPipeline, media
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,6 @@ import pickle
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from mlx_unet3d import schedulers
 from mlx_unet3d.noise import noise_source
 from mlx_unet3d.schedulers import SCHEDULERS, Scheduler, scheduler_from_config

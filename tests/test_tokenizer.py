@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clip_vocab import BOS, EOS, build, write_folder
-
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.tokenizer import CLIPTokenizer
 

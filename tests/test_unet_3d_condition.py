@@ -5,9 +5,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
-
 from mlx_unet3d import TextContext, UNet3DConditionModel
+from mlx.utils import tree_flatten, tree_map
 from mlx_unet3d.layers import attention_adapters as adapters
 from mlx_unet3d.layers import attention_processors as processors
 from mlx_unet3d.layers.resnet import TemporalConv, upsample_nearest

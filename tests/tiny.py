@@ -5,8 +5,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map_with_path
-
 from mlx_unet3d import (
     AutoencoderKL,
     CLIPTextModel,
@@ -15,6 +13,7 @@ from mlx_unet3d import (
     TextToVideoPipeline,
     UNet3DConditionModel,
 )
+from mlx.utils import tree_map_with_path
 
 UNET = dict(
     block_out_channels=(8, 16),

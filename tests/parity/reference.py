@@ -5,9 +5,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import torch
-from diffusers import UNet3DConditionModel as ReferenceUNet
-
 from mlx_unet3d import UNet3DConditionModel
+from diffusers import UNet3DConditionModel as ReferenceUNet
 
 TINY = dict(
     block_out_channels=(32, 64),

@@ -8,11 +8,10 @@ pytest.importorskip("diffusers")
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from diffusers import AutoencoderKL as ReferenceVAE  # noqa: E402
-from reference import randomize_constants, relative_error, to_mlx  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-
 from mlx_unet3d.models.autoencoder_kl import AutoencoderKL  # noqa: E402
 from mlx_unet3d.noise import noise_source  # noqa: E402
+from reference import randomize_constants, relative_error, to_mlx  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,

@@ -7,7 +7,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-
 from mlx_unet3d.checkpoints import ModelConfig, PretrainedModel, read_header
 
 torch = pytest.importorskip("torch")

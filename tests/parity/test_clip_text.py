@@ -8,10 +8,9 @@ pytest.importorskip("diffusers")
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
+from mlx_unet3d.models.clip_text import CLIPTextModel  # noqa: E402
 from reference import randomize_constants, relative_error  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-
-from mlx_unet3d.models.clip_text import CLIPTextModel  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,

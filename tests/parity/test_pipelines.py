@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 import diffusers  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
+from mlx_unet3d import TextToVideoPipeline, VideoToVideoPipeline  # noqa: E402
 from diffusers import (  # noqa: E402
     AutoencoderKL,
     DDIMScheduler,
@@ -18,12 +19,10 @@ from diffusers import (  # noqa: E402
     UNet3DConditionModel,
     VideoToVideoSDPipeline,
 )
+from mlx_unet3d.schedulers import scheduler_from_config  # noqa: E402
 from PIL import Image  # noqa: E402
 from reference import TINY, randomize_constants, to_mlx  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
-
-from mlx_unet3d import TextToVideoPipeline, VideoToVideoPipeline  # noqa: E402
-from mlx_unet3d.schedulers import scheduler_from_config  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,

@@ -7,7 +7,6 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from mlx_unet3d import schedulers as ours
 from mlx_unet3d.schedulers import SCHEDULERS, Scheduler, scheduler_from_config
 

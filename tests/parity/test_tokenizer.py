@@ -19,9 +19,8 @@ transformers = pytest.importorskip("transformers")
 
 import numpy as np  # noqa: E402
 from clip_vocab import BOS, EOS, build, token, write_folder  # noqa: E402
-from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
-
 from mlx_unet3d.tokenizer import CLIPTokenizer  # noqa: E402
+from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 

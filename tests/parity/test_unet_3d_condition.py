@@ -7,16 +7,15 @@ pytest.importorskip("diffusers")
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
+from mlx_unet3d import TextContext, UNet3DConditionModel  # noqa: E402
 from diffusers import UNet3DConditionModel as ReferenceUNet  # noqa: E402
 from diffusers.models import attention_processor as reference_processors  # noqa: E402
-from reference import Inputs, relative_error, to_mlx, unet_pair  # noqa: E402
-
-from mlx_unet3d import TextContext, UNet3DConditionModel  # noqa: E402
 from mlx_unet3d.layers import attention_processors as processors  # noqa: E402
 from mlx_unet3d.layers.attention_adapters import (  # noqa: E402
     CustomDiffusionAttnProcessor,
     CustomDiffusionAttnProcessor2_0,
 )
+from reference import Inputs, relative_error, to_mlx, unet_pair  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,
@@ -334,7 +333,6 @@ def test_text_context_and_mask(pair):
 def test_added_kv_processors():
     """The standalone attention with added keys and values, as diffusers tests it."""
     from diffusers.models.attention_processor import Attention as ReferenceAttention
-
     from mlx_unet3d.layers.attention import Attention
 
     for only_cross in (False, True):
