@@ -105,7 +105,6 @@ def ours(folder: Path, steps: int, out: Path) -> None:
     report("mlx-unet3d", time.perf_counter() - start)
 
     import mlx.core as mx
-
     from mlx_unet3d import UNet3DConditionModel
 
     unet = UNet3DConditionModel.from_pretrained(folder, subfolder="unet")

@@ -1,0 +1,117 @@
+"""Whether the demo model's clips show what their prompts ask for, as a table in Markdown.
+
+    python benchmarks/evaluate.py --prompts 100 --reference fp32.npz
+    python benchmarks/evaluate.py --prompts 100 --dtype float16 --reference fp32.npz
+
+Prompts are combinations of attributes that training never saw; the judge reads the attributes back from the
+pixels. `--reference` writes the clips of the first run to a file, and later runs print the PSNR against them.
+Several values of --scheduler, --steps and --guidance make a row each.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import mlx_unet3d
+import mlx.core as mx
+import numpy as np
+from mlx_unet3d.schedulers import scheduler_from_config
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo_model"))
+import judge
+import world
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="demo", help="pipeline folder (default: demo)")
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--scheduler", nargs="+", default=["dpm++"])
+    parser.add_argument("--steps", nargs="+", type=int, default=[25])
+    parser.add_argument("--guidance", nargs="+", type=float, default=[None])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of all networks")
+    parser.add_argument("--freeu", nargs=4, type=float, metavar=("S1", "S2", "B1", "B2"))
+    parser.add_argument("--slices", help="attention slices: auto, max or a number")
+    parser.add_argument("--batch", type=int, default=10, help="clips at a time")
+    parser.add_argument("--reference", type=Path, help="clips to compare with; made if missing")
+    parser.add_argument("--save", type=Path, help="folder for the clips, named by prompt and verdict")
+    args = parser.parse_args()
+
+    prompts = world.held_out_prompts(args.prompts)
+    names = list(world.ATTRIBUTES)
+    header = ["scheduler", "steps", "guidance", "dtype", *names, "all", "steadiness", "s a clip", "PSNR"]
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header), flush=True)
+    for dtype in args.dtype:
+        pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained(
+            args.model, dtype=DTYPES[dtype], vae_dtype=DTYPES[dtype]
+        )
+        if args.freeu:
+            pipe.unet.enable_freeu(*args.freeu)
+        if args.slices:
+            pipe.unet.set_attention_slice(int(args.slices) if args.slices.isdigit() else args.slices)
+        config = pipe.scheduler.config
+        for scheduler, steps, guidance in itertools.product(args.scheduler, args.steps, args.guidance):
+            pipe.scheduler = scheduler_from_config(config, scheduler)
+            start = time.perf_counter()
+            clips = generate(pipe, prompts, steps, guidance, args.first_seed, args.batch)
+            seconds = (time.perf_counter() - start) / len(prompts)
+            rates, steadiness = score(prompts, clips, args.save)
+            cells = [scheduler, steps, f"{pipe.guidance_scale(guidance):g}", dtype]
+            cells += [f"{100 * rates[name]:.0f} %" for name in [*names, "all"]]
+            cells += [f"{steadiness:.3f}", f"{seconds:.2f}", compare(clips, args.reference)]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def generate(
+    pipe, prompts: list[str], steps: int, guidance: float | None, seed: int, batch: int
+) -> np.ndarray:
+    """Clips uint8 (P, F, H, W, 3); prompt i has the seed `seed` + i whatever the batch."""
+    clips = []
+    for start in tqdm(range(0, len(prompts), batch), leave=False):
+        some = prompts[start : start + batch]
+        seeds = [seed + start + i for i in range(len(some))]
+        frames = pipe(some, num_inference_steps=steps, guidance_scale=guidance, seed=seeds).frames
+        clips.append(mlx_unet3d.media.to_uint8(frames))
+    return np.concatenate(clips)
+
+
+def score(prompts: list[str], clips: np.ndarray, folder: Path | None) -> tuple[dict[str, float], float]:
+    """Attribute -> share of clips that show it, "all" for all at once; and the mean steadiness."""
+    right: dict[str, list[bool]] = {}
+    steadiness = []
+    for i, (prompt, clip) in enumerate(zip(prompts, clips, strict=True)):
+        verdict = judge.judge(clip)
+        agreed = verdict.agrees(world.attributes_of(prompt))
+        for name, ok in (agreed | {"all": all(agreed.values())}).items():
+            right.setdefault(name, []).append(ok)
+        steadiness.append(verdict.steadiness)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            wrong = "".join(f", {name} {getattr(verdict, name)}" for name, ok in agreed.items() if not ok)
+            mlx_unet3d.media.write_video(folder / f"{i:03d} {prompt}{wrong}.webp", clip)
+    return {name: float(np.mean(values)) for name, values in right.items()}, float(np.mean(steadiness))
+
+
+def compare(clips: np.ndarray, reference: Path | None) -> str:
+    """PSNR against the clips in the file, in dB; writes them where there is none."""
+    if reference is None:
+        return ""
+    if not reference.exists():
+        np.savez_compressed(reference, clips=clips)
+        return "reference"
+    expected = np.load(reference)["clips"]
+    if expected.shape != clips.shape:
+        raise SystemExit(f"{reference} holds clips {expected.shape}, these are {clips.shape}")
+    error = np.square(clips.astype(np.float64) - expected).mean()
+    return "equal" if error == 0 else f"{10 * np.log10(255**2 / error):.1f} dB"
+
+
+if __name__ == "__main__":
+    main()
