@@ -1,7 +1,5 @@
 """Whole pipelines against diffusers' TextToVideoSDPipeline and VideoToVideoSDPipeline."""
 
-import json
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -22,6 +20,7 @@ from diffusers import (  # noqa: E402
 from mlx_unet3d.schedulers import scheduler_from_config  # noqa: E402
 from PIL import Image  # noqa: E402
 from reference import TINY, randomize_constants, to_mlx  # noqa: E402
+from tiny import SCHEDULER, write_tokenizer  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 pytestmark = [
@@ -30,29 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
 ]
-
-MS_SCHEDULER = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
-
-
-def write_tokenizer(folder) -> None:
-    """A CLIP vocabulary of single characters, with "!" at 0 as the padding, as ModelScope's has it."""
-    letters = [chr(c) for c in range(33, 127)]
-    words = letters + [f"{c}</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!"}
-    special["unk_token"] = "<|endoftext|>"
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    config = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +59,7 @@ def folder(tmp_path_factory):
     )
     for seed, model in enumerate((unet, vae, text)):
         randomize_constants(model.eval(), seed)
-    pipe = TextToVideoSDPipeline(vae, text, tokenizer, unet, DDIMScheduler(**MS_SCHEDULER))
+    pipe = TextToVideoSDPipeline(vae, text, tokenizer, unet, DDIMScheduler(**SCHEDULER))
     pipe.save_pretrained(folder)
     return folder
 
