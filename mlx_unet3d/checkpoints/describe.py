@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .config import read_json
-from .headers import read_header
+from .headers import TensorInfo, read_header
 from .matching import file_format
+from .pickles import StoredTensor, read_pickle
 from .source import weight_files
 
 # Stems of weight files: diffusers' and transformers'.
@@ -67,9 +68,17 @@ def _describe_component(folder: Path, variant: str | None) -> tuple[str, int, in
     stem = next(
         (s for s in _STEMS if any(n.startswith(f"{s}.") or n.startswith(f"{s}-") for n in names)), None
     )
-    files = weight_files(folder, stem or _STEMS[0], variant)
-    headers = {file: read_header(file) for file in files}
-    tensors = [tensor for header in headers.values() for tensor in header.tensors.values()]
+    tensors: list[TensorInfo | StoredTensor]
+    pickles = _only_pickles(folder)
+    if pickles:
+        files = pickles
+        tensors = [tensor for file in files for tensor in read_pickle(file).values()]
+        layout = "torch pickle (to be converted to safetensors first)"
+    else:
+        files = weight_files(folder, stem or _STEMS[0], variant)
+        headers = {file: read_header(file) for file in files}
+        tensors = [tensor for header in headers.values() for tensor in header.tensors.values()]
+        layout = f"{file_format(headers)} layout"
     parameters = sum(math.prod(t.shape) for t in tensors)
     nbytes = sum(t.nbytes for t in tensors)
     dtypes = Counter()
@@ -78,6 +87,17 @@ def _describe_component(folder: Path, variant: str | None) -> tuple[str, int, in
     line = (
         f"{kind}, {parameters:,} parameters in {len(tensors)} tensors, "
         f"{'/'.join(dtype for dtype, _ in dtypes.most_common())}, {nbytes / 1e9:.2f} GB, "
-        f"{file_format(headers)} layout, {', '.join(file.name for file in files)}"
+        f"{layout}, {', '.join(file.name for file in files)}"
     )
     return line, parameters, nbytes
+
+
+def _only_pickles(folder: Path) -> list[Path]:
+    """The torch files of a component that has no safetensors: those of one variant, the plain one first."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".pt", ".ckpt"))
+    if not files or any(file.suffix == ".safetensors" for file in folder.iterdir()):
+        return []
+    # pytorch_model-00001-of-00002.fp16.bin and pytorch_model.fp16.bin have the variant "fp16".
+    variants = {file: ".".join(file.name.split(".")[1:-1]) for file in files}
+    first = min(variants.values())
+    return [file for file in files if variants[file] == first]

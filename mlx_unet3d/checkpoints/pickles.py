@@ -1,0 +1,418 @@
+"""Reading the tensors of torch pickles (`.bin`, `.pth`, `.ckpt`) without torch, and without running them.
+
+A pickle is a program for a small stack machine, and unpickling runs it, calls of any function included. Here
+its opcodes are interpreted as data: containers, numbers and text are built, the few names that torch's own
+files need stand for values of this module, and every other name is refused. Nothing is ever imported or
+called.
+
+Both containers of torch are read: the zip archive (torch >= 1.6) and the older sequence of pickles. Source:
+`torch/serialization.py`, whose formats these are, and Python's `pickletools`.
+"""
+
+import io
+import math
+import os
+import pickletools
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import CheckpointError
+
+# torch's storage classes -> names of dtypes in safetensors' spelling, and bytes an element.
+_STORAGES = {
+    "FloatStorage": ("F32", 4),
+    "HalfStorage": ("F16", 2),
+    "BFloat16Storage": ("BF16", 2),
+    "DoubleStorage": ("F64", 8),
+    "LongStorage": ("I64", 8),
+    "IntStorage": ("I32", 4),
+    "ShortStorage": ("I16", 2),
+    "CharStorage": ("I8", 1),
+    "ByteStorage": ("U8", 1),
+    "BoolStorage": ("BOOL", 1),
+}
+_ITEM_BYTES = dict(_STORAGES.values())
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+# What reading nonsense may raise.
+_DAMAGE = (
+    ValueError, TypeError, LookupError, EOFError, RecursionError, OverflowError, NotImplementedError,
+    OSError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+_MAX_PICKLE_BYTES = 256 * 2**20  # names and shapes of 100,000 tensors take a tenth of that
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        dtype: in safetensors' spelling, such as "F16".
+        shape: of the tensor.
+        strides: in elements, one for each axis; not always row-major.
+        offset: byte of the file at which its first element lies.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A run of elements in the file; a legacy one learns its place only after the pickles."""
+
+    key: str
+    dtype: str
+    item_bytes: int
+    count: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A view of a storage."""
+
+    storage: _Storage
+    first: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name that a pickle refers to and that is on the list."""
+
+    module: str
+    name: str
+
+
+def is_pickle(path: str | Path) -> bool:
+    """Whether the file begins like one of torch's containers."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    return start == b"PK\x03\x04" or (len(start) > 1 and start[0] == 0x80 and start[1] in (2, 3, 4, 5))
+
+
+def read_pickle(path: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a state dict by name; no tensor data is read.
+
+    A file that wraps its state dict ("state_dict", "module" or "model", beside an optimizer and the like)
+    gives the wrapped one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is no torch file, or a damaged one, or asks for something that is not on the list.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if zipfile.is_zipfile(file):
+                value, places = _read_zip(path, file, size)
+            else:
+                value, places = _read_legacy(path, file, size)
+        except CheckpointError:
+            raise
+        except _DAMAGE as error:
+            raise CheckpointError(
+                f"{path} is not a torch file, or a damaged one ({error}); download it again"
+            ) from error
+    tensors = _state_dict(path, value)
+    return {name: _located(path, name, tensor, places, size) for name, tensor in tensors.items()}
+
+
+def _state_dict(path: Path, value: Any) -> dict[str, _Tensor]:
+    for key in (None, "state_dict", "module", "model"):
+        found = value if key is None else value.get(key) if isinstance(value, dict) else None
+        if isinstance(found, dict):
+            tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, _Tensor)}
+            if tensors:
+                return tensors
+    keys = f" with {', '.join(str(key) for key in list(value)[:6])}" if isinstance(value, dict) else ""
+    raise CheckpointError(
+        f"{path} holds no tensors by name but a {type(value).__name__}{keys}; is it a checkpoint of weights?"
+    )
+
+
+def _located(
+    path: Path, name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]], size: int
+) -> StoredTensor:
+    """The tensor's place in the file, checked to lie inside its storage and that inside the file."""
+    storage = tensor.storage
+    begin, nbytes = places.get(storage.key, (0, -1))
+    if nbytes != storage.count * storage.item_bytes or begin + nbytes > size:
+        raise CheckpointError(
+            f"{path}: the data of {name!r} is {'missing' if nbytes < 0 else 'cut short'}; download it again"
+        )
+    axes = list(zip(tensor.shape, tensor.strides, strict=True))
+    last = tensor.first + sum((length - 1) * stride for length, stride in axes)
+    if math.prod(tensor.shape) and last >= storage.count:
+        raise CheckpointError(
+            f"{path}: {name!r} reaches beyond its data; the file is damaged, download it again"
+        )
+    offset = begin + tensor.first * storage.item_bytes
+    return StoredTensor(storage.dtype, tensor.shape, tensor.strides, offset)
+
+
+# The two containers.
+
+
+def _read_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """The unpickled object, and place and bytes of each storage."""
+    places = {}
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise CheckpointError(
+                f"{path} is a zip archive without torch's data.pkl ({', '.join(list(entries)[:4])}, ...); "
+                "unpack it, or take the weights themselves"
+            )
+        root = pickles[0].removesuffix("data.pkl")
+        order = archive.read(root + "byteorder") if root + "byteorder" in entries else b"little"
+        if order != b"little":
+            raise CheckpointError(f"{path} has {order.decode(errors='replace')}-endian data; save it again")
+        if entries[pickles[0]].file_size > _MAX_PICKLE_BYTES:
+            raise CheckpointError(
+                f"{path}: its data.pkl is larger than any list of tensors; download it again"
+            )
+        for name, entry in entries.items():
+            if name.startswith(root + "data/"):
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(f"{path}: {name} is compressed, which torch never does")
+                places[name.removeprefix(root + "data/")] = _data_of(file, entry), entry.file_size
+        with archive.open(pickles[0]) as data:
+            value = _Machine(path, io.BytesIO(data.read())).run()
+    return value, places
+
+
+def _data_of(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Where the data of a stored entry begins: behind its local header, whose extra field may differ."""
+    file.seek(entry.header_offset)
+    header = file.read(30)
+    if header[:4] != b"PK\x03\x04":
+        raise ValueError(f"no local header for {entry.filename}")
+    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+    return entry.header_offset + 30 + name_bytes + extra_bytes
+
+
+def _read_legacy(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """As `_read_zip`: magic number, protocol, system facts, object, the storages' keys, their data."""
+    file.seek(0)
+    magic, protocol, system = (_Machine(path, file).run() for _ in range(3))
+    if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:
+        raise ValueError("it does not begin with torch's magic number")
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise CheckpointError(f"{path} has big-endian data; save it again")
+    machine = _Machine(path, file)
+    value, keys = machine.run(), _Machine(path, file).run()
+    if not isinstance(keys, list):
+        raise ValueError("no list of storages")
+    places = {}
+    for key in keys:
+        storage = machine.storages.get(key)
+        (count,) = struct.unpack("<q", file.read(8))
+        if storage is None or count != storage.count:
+            raise ValueError(f"storage {key!r} is not as announced")
+        places[key] = file.tell(), count * storage.item_bytes
+        file.seek(count * storage.item_bytes, os.SEEK_CUR)
+    return value, places
+
+
+# The stack machine.
+
+_MARK = object()
+
+
+class _Machine:
+    """Runs one pickle as data, from where the file stands to its STOP."""
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self.file = path, file
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, _Storage] = {}
+
+    def run(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of strange escapes in text that is refused anyway
+            return self._run()
+
+    def _run(self) -> Any:
+        for opcode, argument, _ in pickletools.genops(self.file):
+            if opcode.name in _IGNORED:
+                continue
+            if opcode.name == "STOP":
+                (value,) = self.stack
+                return value
+            if opcode.name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[opcode.name])
+            elif opcode.name in _PUSHED:
+                self.stack.append(argument)
+            elif opcode.name in _ACTIONS:
+                _ACTIONS[opcode.name](self, argument)
+            else:
+                raise self.refused(f"the operation {opcode.name}")
+        raise EOFError("the pickle has no end")
+
+    def refused(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} asks for {what}, which a file of weights does not need; it may be malicious, and "
+            "nothing of it was run. Take the weights from a source that you trust, as .safetensors"
+        )
+
+    def marked(self) -> list[Any]:
+        """What lies above the last mark, taken off with it."""
+        at = max(i for i, value in enumerate(self.stack) if value is _MARK)
+        items = self.stack[at + 1 :]
+        del self.stack[at:]
+        return items
+
+    def name(self, module: Any, name: Any) -> None:
+        known = isinstance(module, str) and isinstance(name, str) and name in _NAMES.get(module, ())
+        if not known:
+            raise self.refused(f"{module}.{name}")
+        self.stack.append(_Name(module, name))
+
+    def named(self, text: str) -> None:
+        self.name(*text.split(" ", 1))  # genops joins the two lines of GLOBAL by a space
+
+    def named_from_stack(self, _: Any) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self.name(module, name)
+
+    def call(self, _: Any) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+            raise self.refused("a call of a value")
+        make = _CALLS.get(function.name)
+        if make is None:
+            raise self.refused(f"a call of {function.module}.{function.name}")
+        self.stack.append(make(*arguments))
+
+    def build(self, _: Any) -> None:
+        """Attributes of an OrderedDict (`_metadata`): not needed."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], dict):
+            raise self.refused(f"changing a {type(self.stack[-1]).__name__}")
+
+    def persistent(self, _: Any) -> None:
+        """A storage: ("storage", class, key, device, elements), and in legacy files a view."""
+        identity = self.stack.pop()
+        kind, cls, key, _device, count, *view = identity
+        if kind != "storage" or not isinstance(cls, _Name) or cls.name not in _STORAGES:
+            raise self.refused(f"the storage {identity!r}")
+        if not isinstance(count, int) or count < 0 or any(part is not None for part in view):
+            raise ValueError(f"storage {key!r} of {count!r} elements")
+        dtype, item_bytes = _STORAGES[cls.name]
+        self.storages[str(key)] = storage = _Storage(str(key), dtype, item_bytes, count)
+        self.stack.append(storage)
+
+    def set_items(self, pairs: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(pairs) % 2:
+            raise ValueError("items for no dictionary")
+        if not all(type(key) in (str, int) for key in pairs[::2]):
+            raise ValueError("a key that is no name")
+        target.update(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def append_all(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], list):
+            raise ValueError("items for no list")
+        self.stack[-1].extend(items)
+
+    def top(self, count: int) -> tuple[Any, ...]:
+        if len(self.stack) < count:
+            raise ValueError("too few values")
+        items = tuple(self.stack[len(self.stack) - count :])
+        del self.stack[len(self.stack) - count :]
+        return items
+
+
+def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *_unused: Any) -> _Tensor:
+    """torch._utils._rebuild_tensor_v2."""
+    numbers = (first, *shape, *strides)
+    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"a tensor of shape {shape!r}, strides {strides!r} at {first!r}")
+    if len(shape) != len(strides):
+        raise ValueError(f"shape {shape!r} and strides {strides!r} differ in length")
+    return _Tensor(storage, first, tuple(shape), tuple(strides))
+
+
+def _parameter(data: Any, *_unused: Any) -> Any:
+    """torch._utils._rebuild_parameter: the tensor that it holds."""
+    return data
+
+
+def _dictionary(items: Any = ()) -> dict[Any, Any]:
+    """collections.OrderedDict, made empty or of another dictionary's items; a dict keeps its order, too."""
+    made = dict(items)
+    if not all(type(key) in (str, int) for key in made):
+        raise ValueError("a key that is no name")
+    return made
+
+
+_NAMES: dict[str, tuple[str, ...]] = {
+    "collections": ("OrderedDict",),
+    "torch": (*_STORAGES, "Size"),
+    "torch._utils": ("_rebuild_tensor_v2", "_rebuild_parameter"),
+}
+_CALLS: dict[str, Callable[..., Any]] = {
+    "OrderedDict": _dictionary,
+    "Size": tuple,
+    "_rebuild_tensor_v2": _tensor,
+    "_rebuild_parameter": _parameter,
+}
+
+_IGNORED = {"PROTO", "FRAME"}
+_CONSTANTS: dict[str, Any] = {
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "MARK": _MARK,
+    "EMPTY_TUPLE": (),
+}
+_PUSHED = {
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "INT", "LONG", "BINFLOAT", "FLOAT",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE",
+    "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
+}  # fmt: skip
+
+
+def _memoize(machine: _Machine, _: Any) -> None:
+    machine.memo[len(machine.memo)] = machine.stack[-1]
+
+
+_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "EMPTY_DICT": lambda m, _: m.stack.append({}),
+    "EMPTY_LIST": lambda m, _: m.stack.append([]),
+    "TUPLE": lambda m, _: m.stack.append(tuple(m.marked())),
+    "TUPLE1": lambda m, _: m.stack.append(m.top(1)),
+    "TUPLE2": lambda m, _: m.stack.append(m.top(2)),
+    "TUPLE3": lambda m, _: m.stack.append(m.top(3)),
+    "SETITEM": lambda m, _: m.set_items(list(m.top(2))),
+    "SETITEMS": lambda m, _: m.set_items(m.marked()),
+    "APPEND": lambda m, _: m.append_all(list(m.top(1))),
+    "APPENDS": lambda m, _: m.append_all(m.marked()),
+    "BINPUT": lambda m, i: m.memo.__setitem__(i, m.stack[-1]),
+    "LONG_BINPUT": lambda m, i: m.memo.__setitem__(i, m.stack[-1]),
+    "MEMOIZE": _memoize,
+    "BINGET": lambda m, i: m.stack.append(m.memo[i]),
+    "LONG_BINGET": lambda m, i: m.stack.append(m.memo[i]),
+    "GLOBAL": lambda m, text: m.named(text),
+    "STACK_GLOBAL": lambda m, x: m.named_from_stack(x),
+    "REDUCE": lambda m, x: m.call(x),
+    "BUILD": lambda m, x: m.build(x),
+    "BINPERSID": lambda m, x: m.persistent(x),
+}

@@ -1,0 +1,78 @@
+"""The pickle reader against torch: the same tensors, in both containers."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from collections import OrderedDict  # noqa: E402
+
+import numpy as np  # noqa: E402
+from mlx_unet3d.checkpoints.pickles import is_pickle, read_pickle  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+NAMES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def state():
+    torch.manual_seed(0)
+    base = torch.randn(6, 10)
+    tensors = {name: (torch.randn(3, 4) * 5).to(dtype) for name, dtype in NAMES.items()}
+    tensors |= {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "row": base[2],  # shares the storage
+        "column": base[:, 3],
+        "turned": base.T,
+        "expanded": torch.ones(1, 4).expand(3, 4),
+        "parameter": torch.nn.Parameter(torch.randn(2, 2, 3, 3)),
+        "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    }
+    return tensors
+
+
+def read_tensor(path, tensor):
+    """Its elements, taken from the file where the reader says they lie."""
+    dtype = NAMES[tensor.dtype]
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
+    if 0 in tensor.shape:
+        return torch.zeros(tensor.shape, dtype=dtype)
+    item_bytes = torch.empty((), dtype=dtype).element_size()
+    raw = np.fromfile(path, np.uint8, count=extent * item_bytes, offset=tensor.offset)
+    return torch.as_strided(torch.from_numpy(raw).view(dtype), tensor.shape, tensor.strides)
+
+
+def check(path, expected):
+    assert is_pickle(path)
+    found = read_pickle(path)
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].shape == tuple(tensor.shape)
+        assert found[name].nbytes == tensor.numel() * tensor.element_size()
+        assert torch.equal(read_tensor(path, found[name]), tensor.detach()), name
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_all_dtypes_and_strides(tmp_path, zipped, protocol):
+    path = tmp_path / "model.bin"
+    torch.save(state(), path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    check(path, state())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_state_dict_of_a_module(tmp_path, zipped):
+    """An OrderedDict with metadata, as modules give it, alone and beside other things."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
+    path = tmp_path / "model.pth"
+    torch.save(module.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    check(path, module.state_dict())
+    wrapped = {"epoch": 3, "rate": 1e-3, "state_dict": module.state_dict(), "names": ["a"], "size": (1, 2)}
+    torch.save(wrapped, path, _use_new_zipfile_serialization=zipped)
+    check(path, module.state_dict())
+    torch.save(OrderedDict(module.half().state_dict()), path, _use_new_zipfile_serialization=zipped)
+    check(path, module.state_dict())

@@ -1,0 +1,248 @@
+"""Torch pickles read as data: what is taken, and what is refused by name and never run."""
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlx_unet3d.checkpoints import describe
+from mlx_unet3d.checkpoints.pickles import is_pickle, read_pickle
+from mlx_unet3d.errors import CheckpointError
+
+
+def text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def number(value: int) -> bytes:
+    return b"J" + struct.pack("<i", value)
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def storage(key: str, cls: str, count: int, legacy: bool = False) -> bytes:
+    parts = text("storage") + named("torch", cls) + text(key) + text("cpu") + number(count)
+    return b"(" + parts + (b"N" if legacy else b"") + b"tQ"
+
+
+def numbers(values) -> bytes:
+    return b"(" + b"".join(map(number, values)) + b"t"
+
+
+def tensor(
+    key="0", cls="FloatStorage", count=6, first=0, shape=(2, 3), strides=(3, 1), legacy=False
+) -> bytes:
+    arguments = storage(key, cls, count, legacy) + number(first) + numbers(shape) + numbers(strides) + b"\x89"
+    return (
+        named("torch._utils", "_rebuild_tensor_v2")
+        + b"("
+        + arguments
+        + named("collections", "OrderedDict")
+        + b")RtR"
+    )
+
+
+def dictionary(**entries: bytes) -> bytes:
+    return b"}(" + b"".join(text(name) + value for name, value in entries.items()) + b"u"
+
+
+def program(body: bytes) -> bytes:
+    return b"\x80\x02" + body + b"."
+
+
+DATA = np.arange(6, dtype="<f4").tobytes()
+
+
+def write_zip(
+    path: Path, body: bytes, data=(("0", DATA),), compression=zipfile.ZIP_STORED, **entries: bytes
+) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", program(body))
+        for key, content in data:
+            archive.writestr(f"archive/data/{key}", content)
+        for name, content in entries.items():
+            archive.writestr(f"archive/{name}", content)
+    return path
+
+
+def write_legacy(path: Path, body: bytes = b"", data=(("0", 6, DATA),), little=True) -> Path:
+    body = body or dictionary(w=tensor(legacy=True))
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+    facts = pickle.dumps({"protocol_version": 1001, "little_endian": little, "type_sizes": {"int": 4}}, 2)
+    keys = pickle.dumps([key for key, _, _ in data], 2)
+    content = b"".join(struct.pack("<q", count) + raw for _, count, raw in data)
+    path.write_bytes(magic + pickle.dumps(1001, 2) + facts + program(body) + keys + content)
+    return path
+
+
+def test_both_containers(tmp_path):
+    for path in (
+        write_zip(tmp_path / "a.bin", dictionary(w=tensor())),
+        write_legacy(tmp_path / "b.bin", dictionary(w=tensor(legacy=True))),
+    ):
+        assert is_pickle(path)
+        found = read_pickle(path)["w"]
+        assert (found.dtype, found.shape, found.strides, found.nbytes) == ("F32", (2, 3), (3, 1), 24)
+        assert path.read_bytes()[found.offset :][:24] == DATA
+
+
+def test_info_reads_pickles(tmp_path):
+    """Where there are no other weights: what is in them, and that they want converting."""
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet3DConditionModel"}))
+    write_zip(tmp_path / "diffusion_pytorch_model.bin", dictionary(w=tensor()))
+    write_zip(tmp_path / "diffusion_pytorch_model.fp16.bin", dictionary(w=tensor()))
+    (line,) = describe(tmp_path)
+    assert "6 parameters in 1 tensors, F32" in line
+    assert line.endswith("torch pickle (to be converted to safetensors first), diffusion_pytorch_model.bin")
+
+
+# Files that want something run. Each would leave a trace, and none does.
+
+TRACE = "trace-of-running"
+
+
+class Runs:
+    """Pickles to a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+MALICIOUS = {
+    "os.system": pickle.dumps(Runs(os.system, f"touch {TRACE}"), 2)[2:-1],
+    "open": pickle.dumps(Runs(open, TRACE, "w"), 2)[2:-1],
+    "protocol 4": pickle.dumps(Runs(os.mkdir, TRACE), 4)[11:-1],
+    "eval": named("builtins", "eval") + b"(" + text(f"open('{TRACE}', 'w')") + b"tR",
+    "python 2": named("__builtin__", "eval") + b"(" + text("1") + b"tR",
+    "getattr": named("builtins", "getattr") + b"(" + named("os", "system") + text("x") + b"tR",
+    "instance": b"(" + text(f"touch {TRACE}") + b"ios\nsystem\n",
+    "object": b"(" + named("os", "system") + text(f"touch {TRACE}") + b"o",
+    "new object": named("subprocess", "Popen") + b")\x81",
+    "extension": b"\x82\x01",
+    "torch.load": named("torch", "load") + b"(" + text("other.bin") + b"tR",
+    "nested name": b"\x8c\x05torch\x8c\x0ahub.__dict_\x93",
+    "lookalike": named("torch._utils", "_rebuild_tensor_v2.__globals__"),
+    "call of a tensor": tensor() + b")R",
+    "call of a storage class": named("torch", "FloatStorage") + b"(" + number(3) + b"tR",
+    "state of a name": named("collections", "OrderedDict") + dictionary(__code__=b"N") + b"b",
+    "named persistent": b"P0\n",
+    "strange storage": storage("0", "FloatStorage", 1).replace(text("storage"), text("module")),
+    "numpy": named("numpy.core.multiarray", "_reconstruct"),
+    "lightning": named("pytorch_lightning.callbacks", "ModelCheckpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", MALICIOUS)
+def test_nothing_is_run(tmp_path, monkeypatch, name, legacy):
+    monkeypatch.chdir(tmp_path)
+    body = dictionary(w=tensor(legacy=legacy), x=MALICIOUS[name])
+    write = write_legacy if legacy else write_zip
+    with pytest.raises(CheckpointError, match=r"nothing of it was run|damaged"):
+        read_pickle(write(tmp_path / "bad.bin", body))
+    assert os.listdir() == ["bad.bin"]
+
+
+def test_refusals_name_what_was_asked_for(tmp_path):
+    with pytest.raises(CheckpointError, match=r"asks for posix\.system|asks for nt\.system"):
+        read_pickle(write_zip(tmp_path / "a.bin", dictionary(x=MALICIOUS["os.system"])))
+    with pytest.raises(CheckpointError, match=r"asks for pytorch_lightning\.callbacks\.ModelCheckpoint"):
+        read_pickle(write_zip(tmp_path / "a.bin", dictionary(x=MALICIOUS["lightning"])))
+
+
+DAMAGED = {
+    "no data": (lambda p: write_zip(p, dictionary(w=tensor()), data=()), "missing"),
+    "short data": (lambda p: write_zip(p, dictionary(w=tensor()), data=[("0", DATA[:20])]), "cut short"),
+    "beyond": (lambda p: write_zip(p, dictionary(w=tensor(shape=(3, 3)))), "reaches beyond"),
+    "strides beyond": (lambda p: write_zip(p, dictionary(w=tensor(strides=(4, 1)))), "reaches beyond"),
+    "negative offset": (lambda p: write_zip(p, dictionary(w=tensor(first=-1))), "damaged"),
+    "negative shape": (lambda p: write_zip(p, dictionary(w=tensor(shape=(-2, -3)))), "damaged"),
+    "negative strides": (lambda p: write_zip(p, dictionary(w=tensor(strides=(-3, -1)))), "damaged"),
+    "shape and strides": (lambda p: write_zip(p, dictionary(w=tensor(strides=(1,)))), "damaged"),
+    "negative count": (lambda p: write_zip(p, dictionary(w=tensor(count=-6))), "damaged"),
+    "huge count": (lambda p: write_zip(p, dictionary(w=tensor(count=2**31 - 1))), "cut short"),
+    "no tensors": (lambda p: write_zip(p, dictionary(a=number(1))), "no tensors by name but a dict with a"),
+    "a list": (lambda p: write_zip(p, b"]"), "no tensors by name but a list"),
+    "tuple keys": (lambda p: write_zip(p, b"}(" + b")" + tensor() + b"u"), "damaged"),
+    "no mark": (lambda p: write_zip(p, b"}t"), "damaged"),
+    "empty stack": (lambda p: write_zip(p, b"R"), "damaged"),
+    "unknown memo": (lambda p: write_zip(p, b"h\x07"), "damaged"),
+    "two values": (lambda p: write_zip(p, b"}}"), "damaged"),
+    "bad opcode": (lambda p: write_zip(p, b"\xff"), "damaged"),
+    "compressed": (
+        lambda p: write_zip(p, dictionary(w=tensor()), compression=zipfile.ZIP_DEFLATED),
+        "compressed",
+    ),
+    "big-endian": (lambda p: write_zip(p, dictionary(w=tensor()), byteorder=b"big"), "big-endian"),
+    "another zip": (lambda p: zipfile.ZipFile(p, "w").writestr("letter.txt", "hello"), "data.pkl"),
+    "legacy big-endian": (
+        lambda p: write_legacy(p, little=False),
+        "big-endian",
+    ),
+    "legacy without storage": (
+        lambda p: write_legacy(p, data=()),
+        "missing",
+    ),
+    "legacy cut short": (
+        lambda p: write_legacy(p, data=[("0", 6, DATA[:9])]),
+        "cut short",
+    ),
+    "legacy other count": (
+        lambda p: write_legacy(p, data=[("0", 5, DATA)]),
+        "damaged",
+    ),
+    "plain pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "damaged"),
+    "empty": (lambda p: p.write_bytes(b""), "damaged"),
+    "text": (lambda p: p.write_bytes(b"<!DOCTYPE html>"), "damaged"),
+    "deep": (lambda p: write_zip(p, b"]" * 100_000), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files(tmp_path, name):
+    make, message = DAMAGED[name]
+    make(tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match=message):
+        read_pickle(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_cut_and_changed_bytes_never_crash(tmp_path, legacy):
+    """Any prefix, and any single changed byte: read, or refused with a CheckpointError."""
+    write = write_legacy if legacy else write_zip
+    body = dictionary(w=tensor(legacy=legacy), v=tensor(legacy=legacy, first=1, shape=(5,), strides=(1,)))
+    whole = write(tmp_path / "whole.bin", body).read_bytes()
+    rng = np.random.default_rng(0)
+    variants = [whole[:n] for n in range(0, len(whole), 7)]
+    for place in rng.integers(len(whole), size=400):
+        changed = bytearray(whole)
+        changed[place] = rng.integers(256)
+        variants.append(bytes(changed))
+    refused = 0
+    for content in variants:
+        path = tmp_path / "x.bin"
+        path.write_bytes(content)
+        try:
+            for found in read_pickle(path).values():
+                assert 0 <= found.offset <= len(content)
+        except CheckpointError:
+            refused += 1
+    assert refused > len(whole) // 7
+
+
+def test_other_files_are_no_pickles(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(struct.pack("<Q", 2) + b"{}")
+    assert not is_pickle(path)
+    with pytest.raises(FileNotFoundError):
+        read_pickle(tmp_path / "missing.bin")
