@@ -1,13 +1,13 @@
 """Latents on disk: a safetensors file with the settings that made them, to decode or finish later."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from .atomic import whole_file
 from .checkpoints import load_tensors, read_header, write_safetensors
 from .errors import CheckpointError
 
@@ -22,17 +22,12 @@ def save_latents(
 
     `predictions` are those of the steps done, where the run is not finished.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")
     metadata = {"format": "mlx", "settings": json.dumps(dict(settings))}
     tensors = {"latents": latents}
     if predictions:
         tensors["predictions"] = mx.stack(list(predictions))
-    try:
-        write_safetensors(beside, tensors, metadata)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(Path(path)) as partial:
+        write_safetensors(partial, tensors, metadata)
 
 
 def load_latents(path: str | Path) -> tuple[mx.array, dict[str, Any], list[mx.array]]:

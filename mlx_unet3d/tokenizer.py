@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from .atomic import write_text
 from .checkpoints import find_folder
 from .errors import CheckpointError
 from .tokenizer_files import CURE, END_OF_WORD, FILES, content_of, read_tokenizer
@@ -162,9 +163,7 @@ class CLIPTokenizer:
             "special_tokens_map.json": json.dumps(self.special_tokens, ensure_ascii=False, indent=2),
         }
         for name, content in contents.items():
-            beside = folder / f".{name}.tmp"
-            beside.write_text(content, encoding="utf-8", newline="\n")
-            beside.replace(folder / name)
+            write_text(folder / name, content)
         # Those of an earlier tokenizer in this folder would be read first.
         for name in set(FILES) - set(contents):
             (folder / name).unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-
 from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel, media
 from mlx_unet3d.cli import main
 from mlx_unet3d.latents import load_latents, save_latents

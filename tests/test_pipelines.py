@@ -7,8 +7,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
-
 from mlx_unet3d import (
     DPMSolverMultistepScheduler,
     TextToVideoPipeline,
@@ -17,6 +15,7 @@ from mlx_unet3d import (
 )
 from mlx_unet3d.errors import CheckpointError, NonFiniteError
 from mlx_unet3d.pipelines.video_to_video import as_pixels
+from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,14 @@
 """write_video, read_video and read_metadata: which format, is it possible, and whole files only."""
 
-import contextlib
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import PIL
 from PIL import features
 
+from ..atomic import whole_file, whole_folder
 from . import gif, images, mp4
 from .frames import DEFAULT_FPS, MAX_FPS, Frames, check_fps, check_frames
 from .metadata import MetadataValue, decode_metadata, encode_metadata
@@ -71,10 +69,10 @@ def write_video(
     kind, target = _kind(path), Path(path)
     comment = None if metadata is None else encode_metadata(metadata)
     if kind == "folder":
-        with _whole_folder(target) as folder:
+        with whole_folder(target) as folder:
             images.write_folder(folder, frames, fps, comment)
         return target
-    with _whole_file(target) as file:
+    with whole_file(target) as file:
         if kind == "mp4":
             mp4.write_mp4(file, frames, fps, comment)
         else:
@@ -210,47 +208,3 @@ def _existing(path: PathLike) -> tuple[str, Path]:
     if kind == "folder":
         raise ValueError(f"{source} has no suffix; use {', '.join(SUFFIXES | READ_ONLY_SUFFIXES)}")
     return kind, source
-
-
-@contextlib.contextmanager
-def _whole_file(target: Path) -> Iterator[Path]:
-    """A file beside the target that takes its place when the body ends well, and goes otherwise."""
-    partial = target.with_name(f".{secrets.token_hex(8)}.partial{target.suffix}")
-    try:
-        yield partial
-        _flush(partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """As `_whole_file`, for a folder; one that was there is moved aside until the new one stands."""
-    target = target.resolve()  # renames what a link points to, not the link
-    token = secrets.token_hex(8)
-    partial, old = (target.with_name(f".{token}.{name}") for name in ("partial", "old"))
-    partial.mkdir()
-    try:
-        yield partial
-        for file in partial.iterdir():
-            _flush(file)
-        replaced = target.exists()
-        if replaced:
-            target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            if replaced:
-                old.rename(target)
-            raise
-        if replaced:
-            shutil.rmtree(old)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
-
-
-def _flush(file: Path) -> None:
-    with file.open("r+b") as opened:
-        os.fsync(opened.fileno())

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..atomic import write_text
 from ..checkpoints import PretrainedModel, read_component_config
 from ..errors import CheckpointError, NonFiniteError
 from ..models.autoencoder_kl import AutoencoderKL
@@ -168,7 +167,7 @@ class VideoPipeline:
         index: dict[str, Any] = {"_class_name": _PIPELINE_NAMES[0], "_diffusers_version": "0.42.1"}
         index |= {name: list(source) for name, source in _COMPONENTS.items()}
         index["scheduler"] = ["diffusers", type(self.scheduler).__name__]
-        write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+        write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
     # Prompts.
 
@@ -320,17 +319,3 @@ def check_count(name: str, value: Any) -> None:
     """ValueError unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file beside its place, then put it there."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import mlx.core as mx
 import numpy as np
 
+from ..atomic import write_text
 from .arrays import SchedulerOutput, Timestep, as_number, check_same_shape, dynamic_threshold
 from .config import FOREIGN_KEYS, SchedulerConfig, argument_names, split_config
 from .tables import (
@@ -380,15 +380,7 @@ class Scheduler:
         target = Path(folder) / CONFIG_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
-        handle, beside = tempfile.mkstemp(prefix=f".{CONFIG_NAME}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(beside, 0o644)  # mkstemp leaves it to its owner alone
-            os.replace(beside, target)
-        except BaseException:
-            os.unlink(beside)
-            raise
+        write_text(target, text)
 
 
 def _shown(values: np.ndarray) -> str:
