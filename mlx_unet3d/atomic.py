@@ -1,6 +1,10 @@
-"""Files and folders that appear whole or not at all: written beside their place, flushed, then put there."""
+"""Files and folders that appear whole or not at all: written beside their place, flushed, then put there.
+
+What a killed process left beside is cleared away by the next that writes to the same place on that machine.
+"""
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -10,8 +14,9 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to, which takes its place when the body ends well and goes otherwise."""
-    partial = target.with_name(f".{secrets.token_hex(8)}.partial{target.suffix}")
+    """A path beside `target` to write to: takes its place when the body ends well, and goes otherwise."""
+    _clear_leftovers(target)
+    partial = _beside(target, "partial", target.suffix)
     try:
         yield partial
         flush(partial)
@@ -24,8 +29,8 @@ def whole_file(target: Path) -> Iterator[Path]:
 def whole_folder(target: Path) -> Iterator[Path]:
     """As `whole_file`, for a folder; one that was there is moved aside until the new one stands."""
     target = target.resolve()  # renames what a link points to, not the link
-    token = secrets.token_hex(8)
-    partial, old = (target.with_name(f".{token}.{name}") for name in ("partial", "old"))
+    _clear_leftovers(target)
+    partial, old = _beside(target, "partial"), _beside(target, "old")
     partial.mkdir()
     try:
         yield partial
@@ -58,3 +63,34 @@ def flush(file: Path) -> None:
     """Wait until a file is on the disk."""
     with file.open("r+b") as opened:
         os.fsync(opened.fileno())
+
+
+def _beside(target: Path, kind: str, suffix: str = "") -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.{kind}{suffix}")
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what processes that are no more left of `target`; put back what one had moved aside."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-[0-9a-f]{{8}}\.(partial|old).*")
+    if not target.parent.is_dir():
+        return
+    for path in list(target.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if match[2] == "old" and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

@@ -5,7 +5,14 @@ import struct
 
 import mlx.core as mx
 import pytest
-from mlx_unet3d.checkpoints import TensorInfo, load_tensors, read_header, write_safetensors
+from mlx_unet3d.checkpoints import (
+    Deferred,
+    TensorInfo,
+    load_tensors,
+    read_header,
+    read_tensor,
+    write_safetensors,
+)
 from mlx_unet3d.errors import CheckpointError
 
 
@@ -151,12 +158,49 @@ def test_valid_headers(tmp_path):
     path.write_bytes(pack(header, b"\0" * 12))
     read = read_header(path)
     assert read.metadata == {"format": "pt"}
+    start = path.stat().st_size - 12
     assert read.tensors == {
-        "a": TensorInfo("F32", (2,), 8),
-        "empty": TensorInfo("F32", (0, 3), 0),
-        "scalar": TensorInfo("F32", (), 4),
+        "a": TensorInfo("F32", (2,), 8, start),
+        "empty": TensorInfo("F32", (0, 3), 0, start + 8),
+        "scalar": TensorInfo("F32", (), 4, start + 8),
     }
     assert load_tensors(path)["scalar"].shape == ()
+
+
+def test_read_tensor_is_what_mlx_loads(tmp_path):
+    path = tmp_path / "x.safetensors"
+    dtypes = (mx.float32, mx.float16, mx.bfloat16, mx.int64, mx.uint8, mx.bool_)
+    tensors = {str(d): (mx.random.normal((3, 5)) * 9).astype(d) for d in dtypes}
+    tensors |= {"scalar": mx.array(2.5), "empty": mx.zeros((0, 3))}
+    write_safetensors(path, tensors, {})
+    loaded = mx.load(str(path))
+    for name, info in read_header(path).tensors.items():
+        array = read_tensor(path, info)
+        assert array.dtype == loaded[name].dtype
+        assert array.shape == loaded[name].shape
+        assert mx.array_equal(array, loaded[name])
+    last = max(read_header(path).tensors.values(), key=lambda info: info.begin + info.nbytes)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="cut short while it was read"):
+        read_tensor(path, last)
+
+
+def test_deferred_tensors_are_written_one_at_a_time(tmp_path):
+    """Made in turn, none kept, and the same bytes as those of plain arrays."""
+    arrays = {name: mx.random.normal((4, 8)) for name in "abc"}
+    made = []
+
+    def deferred(name):
+        def make():
+            made.append(name)
+            return arrays[name]
+
+        return Deferred((4, 8), mx.float32, make)
+
+    write_safetensors(tmp_path / "deferred", {name: deferred(name) for name in arrays}, {"format": "mlx"})
+    assert made == ["a", "b", "c"]
+    write_safetensors(tmp_path / "plain", arrays, {"format": "mlx"})
+    assert (tmp_path / "deferred").read_bytes() == (tmp_path / "plain").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F8_E4M3", "F8_E5M2"])

@@ -88,9 +88,9 @@ def test_both_containers(tmp_path):
         write_legacy(tmp_path / "b.bin", dictionary(w=tensor(legacy=True))),
     ):
         assert is_pickle(path)
-        found = read_pickle(path)["w"]
+        found = read_pickle(path).tensors["w"]
         assert (found.dtype, found.shape, found.strides, found.nbytes) == ("F32", (2, 3), (3, 1), 24)
-        assert path.read_bytes()[found.offset :][:24] == DATA
+        assert path.read_bytes()[found.begin :][:24] == DATA
 
 
 def test_info_reads_pickles(tmp_path):
@@ -233,8 +233,8 @@ def test_cut_and_changed_bytes_never_crash(tmp_path, legacy):
         path = tmp_path / "x.bin"
         path.write_bytes(content)
         try:
-            for found in read_pickle(path).values():
-                assert 0 <= found.offset <= len(content)
+            for found in read_pickle(path).tensors.values():
+                assert 0 <= found.begin <= len(content)
         except CheckpointError:
             refused += 1
     assert refused > len(whole) // 7

@@ -2,13 +2,15 @@
 
 from .config import ModelConfig, read_json
 from .describe import describe
-from .headers import Header, TensorInfo, load_tensors, read_header, write_safetensors
+from .headers import Deferred, Header, TensorInfo, load_tensors, read_header, read_tensor, write_safetensors
 from .layouts import file_shapes, parameter_layouts, to_diffusers, to_mlx
+from .pickles import read_pickle
 from .pretrained import PretrainedModel
-from .source import find_folder, read_component_config, weight_files
+from .source import find_folder, pickle_files, read_component_config, weight_files
 from .storage import checksum
 
 __all__ = [
+    "Deferred",
     "Header",
     "ModelConfig",
     "PretrainedModel",
@@ -19,9 +21,12 @@ __all__ = [
     "find_folder",
     "load_tensors",
     "parameter_layouts",
+    "pickle_files",
     "read_component_config",
     "read_header",
     "read_json",
+    "read_pickle",
+    "read_tensor",
     "to_diffusers",
     "to_mlx",
     "weight_files",

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .config import read_json
-from .headers import TensorInfo, read_header
+from .headers import read_header
 from .matching import file_format
-from .pickles import StoredTensor, read_pickle
+from .pickles import read_pickle
 from .source import weight_files
 
 # Stems of weight files: diffusers' and transformers'.
@@ -68,17 +68,13 @@ def _describe_component(folder: Path, variant: str | None) -> tuple[str, int, in
     stem = next(
         (s for s in _STEMS if any(n.startswith(f"{s}.") or n.startswith(f"{s}-") for n in names)), None
     )
-    tensors: list[TensorInfo | StoredTensor]
     pickles = _only_pickles(folder)
+    files = pickles or weight_files(folder, stem or _STEMS[0], variant)
+    headers = {file: read_pickle(file) if pickles else read_header(file) for file in files}
+    layout = f"{file_format(headers)} layout"
     if pickles:
-        files = pickles
-        tensors = [tensor for file in files for tensor in read_pickle(file).values()]
         layout = "torch pickle (to be converted to safetensors first)"
-    else:
-        files = weight_files(folder, stem or _STEMS[0], variant)
-        headers = {file: read_header(file) for file in files}
-        tensors = [tensor for header in headers.values() for tensor in header.tensors.values()]
-        layout = f"{file_format(headers)} layout"
+    tensors = [tensor for header in headers.values() for tensor in header.tensors.values()]
     parameters = sum(math.prod(t.shape) for t in tensors)
     nbytes = sum(t.nbytes for t in tensors)
     dtypes = Counter()

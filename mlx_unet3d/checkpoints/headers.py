@@ -9,12 +9,13 @@ https://github.com/huggingface/safetensors#format.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import CheckpointError
 
@@ -53,16 +54,40 @@ _MAX_DIMENSION = 2**31 - 1  # MLX shapes are int32
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; `dtype` is the format's name, such as "F16"."""
+    """What a file says of one tensor.
+
+    Attributes:
+        dtype: the name of safetensors, such as "F16".
+        shape: of the tensor.
+        nbytes: bytes of its elements.
+        begin: byte of the file at which its first element lies.
+        strides: in elements, one for each axis; None for row-major, as in all safetensors files.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    begin: int
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is made when its turn to be written comes, and not kept."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    make: Callable[[], mx.array]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.size
 
 
 @dataclass(frozen=True)
 class Header:
-    """The checked header of one file: its tensors, in the order of the header, and its metadata."""
+    """The checked header of one file: its tensors, in the order of the file, and its metadata."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -87,7 +112,7 @@ def read_header(path: str | Path) -> Header:
             raise CheckpointError(_why_not_safetensors(path, start, size, length))
         file.seek(8)
         text = file.read(length)
-    return _check_header(path, _parse(path, text), data_bytes=size - 8 - length)
+    return _check_header(path, _parse(path, text), start=8 + length, data_bytes=size - 8 - length)
 
 
 def load_tensors(path: str | Path) -> dict[str, mx.array]:
@@ -114,11 +139,45 @@ def check_dtypes(path: str | Path, header: Header) -> None:
             )
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+def read_tensor(path: str | Path, info: TensorInfo) -> mx.array:
+    """One tensor of a file, row-major and in memory; F64, which MLX lacks, comes as float32.
+
+    Raises:
+        CheckpointError: the file was cut short since its header was read, or MLX lacks the dtype.
+    """
+    if info.dtype not in MLX_DTYPES and info.dtype != "F64":
+        raise CheckpointError(f"{path}: MLX has no dtype {info.dtype}; save the file as F32, F16 or BF16")
+    bits = np.dtype(f"u{_BITS[info.dtype] // 8}")  # NumPy has no bfloat16, and copying needs no meaning
+    strides = _row_major(info.shape) if info.strides is None else info.strides
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(info.shape, strides, strict=True))
+    raw = np.fromfile(path, bits, count=extent if info.nbytes else 0, offset=info.begin)
+    if info.nbytes and raw.size != extent:
+        raise CheckpointError(f"{path} was cut short while it was read; download it again")
+    if not info.nbytes:
+        raw = np.zeros(info.shape, bits)
+    elif info.strides is None:
+        raw = raw.reshape(info.shape)
+    else:
+        view = np.lib.stride_tricks.as_strided(raw, info.shape, [bits.itemsize * s for s in strides])
+        raw = np.ascontiguousarray(view).reshape(info.shape)
+    if info.dtype == "F64":
+        return mx.array(raw.view(np.float64).astype(np.float32))
+    dtype = MLX_DTYPES[info.dtype]
+    return mx.array(raw.reshape(-1).view(np.uint8)).view(dtype).reshape(info.shape)
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, mx.array | Deferred], metadata: Mapping[str, str]
+) -> None:
     """Write a safetensors file and flush it to the disk.
 
     Equal tensors make equal bytes, in whatever order they come, and memory use is the largest
-    tensor above what is already evaluated: lazy transposes are made contiguous one at a time.
+    tensor above what is already evaluated: deferred ones are made, and lazy transposes made contiguous,
+    one at a time.
 
     Raises:
         TypeError: an array has a dtype that the format does not have.
@@ -144,7 +203,9 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, mx.array], metadat
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:
-            file.write(memoryview(mx.contiguous(tensors[name]).reshape(-1).view(mx.uint8)))
+            tensor = tensors[name]
+            array = tensor.make() if isinstance(tensor, Deferred) else tensor
+            file.write(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
         file.flush()
         os.fsync(file.fileno())
 
@@ -162,8 +223,8 @@ def _why_not_safetensors(path: Path, start: bytes, size: int, length: int) -> st
         start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[8:9] != b"{"
     ):
         return (
-            f"{path} is a torch pickle; this package reads safetensors and never runs pickles. "
-            "Convert it with torch and safetensors.torch.save_file, or take the .safetensors file"
+            f"{path} is a torch pickle; this package loads safetensors and never runs pickles. "
+            "Convert the checkpoint once with `mlx-unet3d convert`, or take the .safetensors file"
         )
     if start.startswith(b"GGUF"):
         return f"{path} is a GGUF file; this package reads safetensors, take the .safetensors file"
@@ -205,7 +266,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _check_header(path: Path, header: dict[str, Any], data_bytes: int) -> Header:
+def _check_header(path: Path, header: dict[str, Any], start: int, data_bytes: int) -> Header:
     def bad(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: {what}; the file is damaged, download or convert it again")
 
@@ -232,7 +293,7 @@ def _check_header(path: Path, header: dict[str, Any], data_bytes: int) -> Header
                 f"tensor {name!r} of {dtype} {tuple(shape)} takes {bits / 8:g} bytes, its "
                 f"data_offsets {offsets} span {end - begin}"
             )
-        tensors[name] = TensorInfo(dtype, tuple(shape), end - begin)
+        tensors[name] = TensorInfo(dtype, tuple(shape), end - begin, start + begin)
         spans.append((begin, end, name))
 
     position = 0

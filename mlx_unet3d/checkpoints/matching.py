@@ -48,13 +48,15 @@ def file_format(headers: Mapping[Path, Header]) -> str:
 
 
 def majority_dtype(headers: Mapping[Path, Header]) -> tuple[mx.Dtype | None, dict[str, int]]:
-    """The floating dtype with the most bytes, and the bytes of each by its name in the header."""
+    """The floating dtype with the most bytes (float32 for F64, which MLX lacks), and the bytes of each by
+    its name in the header."""
     nbytes: dict[str, int] = {}
     for header in headers.values():
         for info in header.tensors.values():
             if _is_floating(info.dtype):
                 nbytes[info.dtype] = nbytes.get(info.dtype, 0) + info.nbytes
-    return (MLX_DTYPES[max(nbytes, key=nbytes.__getitem__)] if nbytes else None), nbytes
+    most = max(nbytes, key=nbytes.__getitem__, default=None)
+    return (None if most is None else MLX_DTYPES.get(most, mx.float32)), nbytes
 
 
 def match(
@@ -139,7 +141,7 @@ def _misfit(info: TensorInfo, want: Expected, layout: str) -> str | None:
 
 
 def _is_floating(name: str) -> bool:
-    return name in MLX_DTYPES and mx.issubdtype(MLX_DTYPES[name], mx.floating)
+    return name == "F64" or (name in MLX_DTYPES and mx.issubdtype(MLX_DTYPES[name], mx.floating))
 
 
 def _listing(title: str, items: list[str], candidates: list[str]) -> list[str]:

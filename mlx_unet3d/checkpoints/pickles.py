@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import CheckpointError
+from .headers import Header, TensorInfo
 
 # torch's storage classes -> names of dtypes in safetensors' spelling, and bytes an element.
 _STORAGES = {
@@ -36,7 +37,6 @@ _STORAGES = {
     "ByteStorage": ("U8", 1),
     "BoolStorage": ("BOOL", 1),
 }
-_ITEM_BYTES = dict(_STORAGES.values())
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 # What reading nonsense may raise.
@@ -45,28 +45,6 @@ _DAMAGE = (
     OSError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 _MAX_PICKLE_BYTES = 256 * 2**20  # names and shapes of 100,000 tensors take a tenth of that
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in a file.
-
-    Attributes:
-        dtype: in safetensors' spelling, such as "F16".
-        shape: of the tensor.
-        strides: in elements, one for each axis; not always row-major.
-        offset: byte of the file at which its first element lies.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -104,8 +82,8 @@ def is_pickle(path: str | Path) -> bool:
     return start == b"PK\x03\x04" or (len(start) > 1 and start[0] == 0x80 and start[1] in (2, 3, 4, 5))
 
 
-def read_pickle(path: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a state dict by name; no tensor data is read.
+def read_pickle(path: str | Path) -> Header:
+    """The tensors of a state dict and where they lie, as `read_header`; no tensor data is read.
 
     A file that wraps its state dict ("state_dict", "module" or "model", beside an optimizer and the like)
     gives the wrapped one.
@@ -129,7 +107,7 @@ def read_pickle(path: str | Path) -> dict[str, StoredTensor]:
                 f"{path} is not a torch file, or a damaged one ({error}); download it again"
             ) from error
     tensors = _state_dict(path, value)
-    return {name: _located(path, name, tensor, places, size) for name, tensor in tensors.items()}
+    return Header({name: _located(path, name, tensor, places, size) for name, tensor in tensors.items()}, {})
 
 
 def _state_dict(path: Path, value: Any) -> dict[str, _Tensor]:
@@ -147,7 +125,7 @@ def _state_dict(path: Path, value: Any) -> dict[str, _Tensor]:
 
 def _located(
     path: Path, name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]], size: int
-) -> StoredTensor:
+) -> TensorInfo:
     """The tensor's place in the file, checked to lie inside its storage and that inside the file."""
     storage = tensor.storage
     begin, nbytes = places.get(storage.key, (0, -1))
@@ -161,8 +139,9 @@ def _located(
         raise CheckpointError(
             f"{path}: {name!r} reaches beyond its data; the file is damaged, download it again"
         )
-    offset = begin + tensor.first * storage.item_bytes
-    return StoredTensor(storage.dtype, tensor.shape, tensor.strides, offset)
+    nbytes = math.prod(tensor.shape) * storage.item_bytes
+    first = begin + tensor.first * storage.item_bytes
+    return TensorInfo(storage.dtype, tensor.shape, nbytes, first, tensor.strides)
 
 
 # The two containers.

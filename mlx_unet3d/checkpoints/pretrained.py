@@ -60,7 +60,7 @@ class PretrainedModel(nn.Module):
             CheckpointError: the config is that of another class.
             TypeError: an override is not a field of the config.
         """
-        cls._check_class_name(config, "the config")
+        cls.check_class_name(config, "the config")
         made = cls.config_class.from_dict(config)
         unknown = sorted(overrides.keys() - set(made))
         if unknown:
@@ -140,7 +140,7 @@ class PretrainedModel(nn.Module):
             stem=cls.weights_stem,
         )
         config = read_json(folder / "config.json")
-        cls._check_class_name(config, str(folder / "config.json"))
+        cls.check_class_name(config, str(folder / "config.json"))
         headers = {path: read_header(path) for path in weight_files(folder, cls.weights_stem, variant)}
         for path, header in headers.items():
             check_dtypes(path, header)
@@ -153,7 +153,7 @@ class PretrainedModel(nn.Module):
             model._quantize_as(quantization, headers, layout, folder)
         names = match(
             f"{folder} does not fit {cls.__name__}",
-            model._expected(),
+            model.expected_tensors(),
             headers,
             layout,
             cls.rename_key,
@@ -201,11 +201,7 @@ class PretrainedModel(nn.Module):
             tensors = {
                 name: to_diffusers(layouts.get(name, "identity"), array) for name, array in tensors.items()
             }
-        config = {
-            **self.config,
-            "_class_name": (self.class_names or (type(self).__name__,))[0],
-            "_diffusers_version": DIFFUSERS_VERSION,
-        }
+        config = self.config_to_save()
         if quantization is not None:
             config["quantization"] = quantization
         return write_component(
@@ -218,6 +214,14 @@ class PretrainedModel(nn.Module):
             max_shard_bytes=parse_size(max_shard_size),
             overwrite=overwrite,
         )
+
+    def config_to_save(self) -> dict[str, Any]:
+        """The content of `config.json`."""
+        return {
+            **self.config,
+            "_class_name": (self.class_names or (type(self).__name__,))[0],
+            "_diffusers_version": DIFFUSERS_VERSION,
+        }
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -247,7 +251,8 @@ class PretrainedModel(nn.Module):
         return total
 
     @classmethod
-    def _check_class_name(cls, config: Mapping[str, Any], where: str) -> None:
+    def check_class_name(cls, config: Mapping[str, Any], where: str) -> None:
+        """CheckpointError where a `config.json` is that of another class."""
         known = cls.class_names or (cls.__name__,)
         name = config.get("_class_name")
         if name is not None and name not in known:
@@ -256,7 +261,8 @@ class PretrainedModel(nn.Module):
                 "name, or the subfolder of the component"
             )
 
-    def _expected(self) -> dict[str, Expected]:
+    def expected_tensors(self) -> dict[str, Expected]:
+        """What a checkpoint must hold, by parameter name."""
         layouts = parameter_layouts(self)
         return {
             name: Expected(tuple(array.shape), array.dtype, layouts.get(name, "identity"))

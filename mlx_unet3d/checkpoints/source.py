@@ -1,15 +1,17 @@
 """Where a checkpoint is: local folders, the hub and its cache, and the weight files in a folder."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from ..errors import CheckpointError
 from .config import read_json
-from .headers import read_header
+from .headers import Header, read_header
+from .pickles import read_pickle
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLE_STEMS = {"model": "pytorch_model"}
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -24,6 +26,7 @@ def find_folder(
     cache_dir: str | Path | None = None,
     files: Sequence[str] = ("config.json",),
     stem: str | None = None,
+    pickles: bool = False,
 ) -> Path:
     """The local folder of a checkpoint, downloaded first if it is on the hub.
 
@@ -38,6 +41,7 @@ def find_folder(
         files: names or patterns to download besides the weights.
         stem: download the safetensors files of this stem, see `weight_files`; None downloads no
             weights.
+        pickles: download its torch pickles instead, see `pickle_files`.
 
     Raises:
         ValueError: neither a folder nor a hub id, or `revision` with a local folder.
@@ -63,7 +67,7 @@ def find_folder(
         )
 
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    names = [*files, *(_weight_patterns(stem, variant) if stem is not None else ())]
+    names = [*files, *(_weight_patterns(stem, variant, pickles) if stem is not None else ())]
     snapshot = _download(
         path_or_id,
         revision=revision,
@@ -138,16 +142,35 @@ def weight_files(folder: str | Path, stem: str, variant: str | None = None) -> l
     _raise_no_weights(folder, stem, variant)
 
 
-def _shards(index: Path) -> list[Path]:
+def pickle_files(folder: str | Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The torch pickles of a component, as `weight_files`; transformers' have a stem of their own.
+
+    Raises:
+        FileNotFoundError: there are no such files.
+        CheckpointError: the index is wrong.
+    """
+    folder, stem = Path(folder), _PICKLE_STEMS.get(stem, stem)
+    single = folder / f"{_with_variant(stem, variant)}.bin"
+    if single.is_file():
+        return [single]
+    index = folder / f"{stem}.bin.index{'' if variant is None else f'.{variant}'}.json"
+    if index.is_file():
+        return _shards(index, ".bin", read_pickle)
+    raise FileNotFoundError(f"{folder} has no {single.name} or {index.name}{_page_of_snapshot(folder)}")
+
+
+def _shards(
+    index: Path, suffix: str = ".safetensors", read: Callable[[Path], Header] = read_header
+) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map of tensor names to files; download it again")
     for key, name in weight_map.items():
         # A plain name beside the index: a path could lead anywhere on the disk.
-        if not isinstance(name, str) or re.search(r"[/\\:\0]|^\.", name) or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or re.search(r"[/\\:\0]|^\.", name) or not name.endswith(suffix):
             raise CheckpointError(
                 f"{index} maps {key!r} to {name!r}; a shard must be the plain name of a "
-                ".safetensors file in the same folder"
+                f"{suffix} file in the same folder"
             )
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
     absent = [shard.name for shard in shards if not shard.is_file()]
@@ -158,7 +181,7 @@ def _shards(index: Path) -> list[Path]:
         )
     found: dict[str, str] = {}
     for shard in shards:
-        for key in read_header(shard).tensors:
+        for key in read(shard).tensors:
             if key in found:
                 raise CheckpointError(
                     f"{index.parent}: tensor {key!r} is in two shards, {found[key]} and "
@@ -188,8 +211,8 @@ def _raise_no_weights(folder: Path, stem: str, variant: str | None) -> NoReturn:
     if pickles and not any(name.endswith(".safetensors") for name in there):
         raise CheckpointError(
             f"{folder} has its weights only as torch pickles ({', '.join(pickles[:4])}); this "
-            "package reads safetensors and never runs pickles. Convert them with torch and "
-            "safetensors.torch.save_file, or take a revision that has .safetensors files"
+            "package loads safetensors and never runs pickles. Convert the checkpoint once: "
+            "mlx-unet3d convert --hf-path ... --mlx-path ..."
         )
     listing = f"it has {', '.join(there[:8])}" if there else "the folder is empty"
     raise FileNotFoundError(f"{folder} has no {wanted}; {listing}{_page_of_snapshot(folder)}")
@@ -202,7 +225,7 @@ def _page_of_snapshot(folder: Path) -> str:
             page = f"https://huggingface.co/{part.removeprefix('models--').replace('--', '/', 1)}"
             return (
                 f". Only the asked variant is downloaded: see {page}/tree/main for others. "
-                "Repositories that have only .bin files must be converted to safetensors first"
+                "Repositories that have only .bin files must be converted first: mlx-unet3d convert"
             )
     return ""
 
@@ -220,7 +243,11 @@ def _variants(stem: str, names: list[str]) -> list[str]:
     return sorted({m[1] for m in matches if m and not shard.fullmatch(m[1])})
 
 
-def _weight_patterns(stem: str, variant: str | None) -> list[str]:
+def _weight_patterns(stem: str, variant: str | None, pickles: bool) -> list[str]:
+    if pickles:
+        stem = _PICKLE_STEMS.get(stem, stem)
+        infix = "" if variant is None else f".{variant}"
+        return [f"{stem}{infix}.bin", f"{stem}{infix}-*-of-*.bin", f"{stem}.bin.index{infix}.json"]
     name = _with_variant(stem, variant)
     infix = "" if variant is None else f".{variant}"
     return [

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .headers import write_safetensors
+from .headers import Deferred, write_safetensors
 from .source import index_name, shard_name, single_name
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -35,7 +35,9 @@ def checksum(files: Sequence[str | Path]) -> str:
             digest.update(size.to_bytes(8, "little"))
             start = file.read(8)
             digest.update(start)
-            header_end = min(8 + int.from_bytes(start, "little"), size)
+            header_end = 8 + int.from_bytes(start, "little")
+            if header_end > size:  # no safetensors
+                header_end = 8
             digest.update(file.read(header_end - 8))
             last = max(size - _SAMPLE_BYTES, header_end)
             for i in range(_SAMPLES):
@@ -60,12 +62,14 @@ def parse_size(size: int | str) -> int:
     return value
 
 
-def plan_shards(tensors: Mapping[str, mx.array], max_bytes: int) -> list[dict[str, mx.array]]:
+def plan_shards(
+    tensors: Mapping[str, mx.array | Deferred], max_bytes: int
+) -> list[dict[str, mx.array | Deferred]]:
     """Divide tensors over files, in the order of their names, so that none passes `max_bytes`.
 
     A tensor that alone is larger gets a file of its own.
     """
-    shards: list[dict[str, mx.array]] = [{}]
+    shards: list[dict[str, mx.array | Deferred]] = [{}]
     filled = 0
     for name in sorted(tensors):
         nbytes = tensors[name].nbytes
@@ -80,7 +84,7 @@ def plan_shards(tensors: Mapping[str, mx.array], max_bytes: int) -> list[dict[st
 def write_component(
     folder: Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, mx.array],
+    tensors: Mapping[str, mx.array | Deferred],
     *,
     stem: str,
     variant: str | None,

@@ -1,6 +1,7 @@
 """The `mlx-unet3d` command: one module a sub-command; they parse, call the library, and print."""
 
 import argparse
+import os
 import sys
 import traceback
 import warnings
@@ -8,9 +9,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import NonFiniteError
-from . import decode, doctor, generate, info
+from . import convert, decode, doctor, generate, info
 
-_COMMANDS = (generate, decode, info, doctor)
+_COMMANDS = (generate, decode, convert, info, doctor)
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except (ValueError, TypeError, OSError, NonFiniteError, RuntimeError, MemoryError) as error:
         if args.traceback:
             traceback.print_exc()

@@ -6,7 +6,9 @@ torch = pytest.importorskip("torch")
 
 from collections import OrderedDict  # noqa: E402
 
+import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
+from mlx_unet3d.checkpoints.headers import read_tensor  # noqa: E402
 from mlx_unet3d.checkpoints.pickles import is_pickle, read_pickle  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -35,25 +37,25 @@ def state():
     return tensors
 
 
-def read_tensor(path, tensor):
-    """Its elements, taken from the file where the reader says they lie."""
-    dtype = NAMES[tensor.dtype]
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
-    if 0 in tensor.shape:
-        return torch.zeros(tensor.shape, dtype=dtype)
-    item_bytes = torch.empty((), dtype=dtype).element_size()
-    raw = np.fromfile(path, np.uint8, count=extent * item_bytes, offset=tensor.offset)
-    return torch.as_strided(torch.from_numpy(raw).view(dtype), tensor.shape, tensor.strides)
+def as_torch(array):
+    """MLX's array, bit for bit."""
+    if array.dtype == mx.bfloat16:
+        return torch.from_numpy(np.array(array.view(mx.uint16))).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
 
 
 def check(path, expected):
     assert is_pickle(path)
-    found = read_pickle(path)
+    found = read_pickle(path).tensors
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert found[name].shape == tuple(tensor.shape)
         assert found[name].nbytes == tensor.numel() * tensor.element_size()
-        assert torch.equal(read_tensor(path, found[name]), tensor.detach()), name
+        read = as_torch(read_tensor(path, found[name]))
+        if tensor.dtype == torch.float64:
+            tensor = tensor.float()
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read, tensor.detach()), name
 
 
 @pytest.mark.parametrize("zipped", [True, False])

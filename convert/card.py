@@ -1,0 +1,73 @@
+"""The model card of a converted checkpoint: where it comes from, under which licence, how to use it."""
+
+import math
+import re
+from pathlib import Path
+
+from mlx_unet3d import __version__
+from mlx_unet3d.checkpoints import checksum
+
+from .plan import CheckpointPlan
+
+
+def model_card(plan: CheckpointPlan, layout: str) -> str:
+    """A `README.md` with the hub's front matter; the licence is that of the source's card, if it has one."""
+    front = [f"library_name: {layout}", "pipeline_tag: text-to-video"]
+    licence = _licence(plan.folder)
+    if licence is not None:
+        front.append(f"license: {licence}")
+    if not Path(plan.source).expanduser().exists():
+        front.append(f"base_model: {plan.source}")
+    rows = []
+    for component in plan.components:
+        parameters = sum(math.prod(tensor.shape) for tensor in component.tensors)
+        files = ", ".join(path.name for path in component.files)
+        rows.append(
+            f"| {component.title} | {parameters:,} | {component.nbytes / 1e9:.2f} GB "
+            f"| {files} | `{checksum(component.files)}` |"
+        )
+    use = (
+        'pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained("this-folder")'
+        if plan.index is not None
+        else f'model = mlx_unet3d.{plan.components[0].cls.__name__}.from_pretrained("this-folder")'
+    )
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            "",
+            f"Converted from {_name(plan)} by mlx-unet3d {__version__}, {layout} layout.",
+            "",
+            "| network | parameters | size | read from | fingerprint |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "```python",
+            "import mlx_unet3d",
+            "",
+            use,
+            "```",
+            "",
+            "The fingerprint is that of `mlx_unet3d.checkpoints.checksum`, of the files that were read.",
+            "",
+        ]
+    )
+
+
+def _name(plan: CheckpointPlan) -> str:
+    """The hub id with its commit, or the name of the folder, without where it lay."""
+    local = Path(plan.source).expanduser()
+    if local.exists():
+        return f"the folder `{local.resolve().name}`"
+    commit = plan.folder.name if re.fullmatch(r"[0-9a-f]{40}", plan.folder.name) else None
+    return f"`{plan.source}`" + (f" at `{commit}`" if commit else "")
+
+
+def _licence(folder: Path) -> str | None:
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
+    found = re.search(r"^license:\s*(\S+)", front[1], re.M) if front else None
+    return found[1] if found else None

@@ -1,0 +1,173 @@
+"""Carrying out a plan: a tensor at a time, into a folder that appears whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx_unet3d
+import mlx.core as mx
+from mlx_unet3d.atomic import whole_folder, write_text
+from mlx_unet3d.checkpoints import Deferred, read_component_config, read_header, read_tensor, weight_files
+from mlx_unet3d.checkpoints.storage import parse_size, write_component
+from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.schedulers import scheduler_from_config
+from tqdm import tqdm
+
+from .card import model_card
+from .plan import CheckpointPlan, ComponentPlan, plan_checkpoint
+
+CONFIG = "scheduler_config.json"
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    layout: str = "mlx",
+    variant: str | None = None,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+    verify: bool = False,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    **hub: Any,
+) -> CheckpointPlan:
+    """Convert a checkpoint; memory use is a few tensors, not the model.
+
+    Args:
+        source, dtype, layout, variant, hub: see `plan_checkpoint`.
+        target: folder to make; it appears when all is written, and verified if asked for.
+        max_shard_size: bytes, or text such as "5GB", above which weights are divided over files.
+        force: replace what is at `target`; else it must not be there.
+        verify: read everything back and compare it with the source, bit for bit after the cast.
+        progress: show progress bars.
+        say: called with lines about what is done.
+
+    Raises:
+        FileExistsError: `target` is there and not `force`.
+        OSError: not enough space, or as `find_folder`.
+        CheckpointError: the source does not convert, or what was written differs from it.
+    """
+    target = Path(target).expanduser()
+    check_target(target, source, force)
+    shard_bytes = parse_size(max_shard_size)
+    plan = plan_checkpoint(source, dtype=dtype, layout=layout, variant=variant, **hub)
+    for line in summary(plan):
+        say(line)
+    check_space(target, sum(component.nbytes for component in plan.components))
+    with whole_folder(target) as partial:
+        for component in plan.components:
+            write(component, partial / component.name, layout, shard_bytes, progress)
+            if verify:
+                count = compare(component, partial / component.name, progress)
+                say(f"{component.title}: {count} tensors read back, all equal to the source")
+        if plan.index is not None:
+            write_rest(plan, partial)
+        write_text(partial / "README.md", model_card(plan, layout))
+    say(f"written to {target}")
+    return plan
+
+
+def check_target(target: Path, source: str | Path, force: bool) -> None:
+    """Raises unless `target` may be written: absent or to be replaced, and apart from the source."""
+    if target.exists() and not force:
+        raise FileExistsError(f"{target} is there; give another --mlx-path, or --force to replace it")
+    if target.is_file():
+        raise NotADirectoryError(f"{target} is a file; a converted checkpoint is a folder")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{target.absolute().parent} is missing; make that folder first")
+    local = Path(source).expanduser()
+    if local.exists():
+        ours, theirs = target.resolve(), local.resolve()
+        if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+            raise ValueError(f"{target} and the source {source} lie one in the other; give another place")
+
+
+def check_space(target: Path, nbytes: int) -> None:
+    """OSError where the disk has no room for `nbytes`."""
+    free = shutil.disk_usage(target.absolute().parent).free
+    if free < nbytes:
+        raise OSError(
+            f"{target.absolute().parent} has {free / 1e9:.1f} GB left and the result takes "
+            f"{nbytes / 1e9:.1f} GB; make room, or choose --dtype float16"
+        )
+
+
+def summary(plan: CheckpointPlan) -> Iterator[str]:
+    """A line for each network: what is read, and why, and what comes of it."""
+    for component in plan.components:
+        dtypes = sorted({str(tensor.dtype).removeprefix("mlx.core.") for tensor in component.tensors})
+        names = ", ".join(path.name for path in component.files)
+        dropped = f", {len(component.dropped)} not needed" if component.dropped else ""
+        yield (
+            f"{component.title}: {component.cls.__name__} from {names} ({component.reason}); "
+            f"{len(component.tensors)} tensors{dropped}, {'/'.join(dtypes)}, {component.nbytes / 1e9:.2f} GB"
+        )
+
+
+def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int, progress: bool) -> None:
+    """Write one network."""
+    total = component.nbytes
+    with tqdm(desc=component.title, total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        tensors = {tensor.name: _counted(tensor.deferred(), bar) for tensor in component.tensors}
+        write_component(
+            folder,
+            component.config,
+            tensors,
+            stem=component.cls.weights_stem,
+            variant=None,
+            metadata={"format": "mlx" if layout == "mlx" else "pt"},
+            max_shard_bytes=shard_bytes,
+            overwrite=True,
+        )
+
+
+def _counted(tensor: Deferred, bar: tqdm) -> Deferred:
+    def make() -> mx.array:
+        bar.update(tensor.nbytes)
+        return tensor.make()
+
+    return Deferred(tensor.shape, tensor.dtype, make)
+
+
+def compare(component: ComponentPlan, folder: Path, progress: bool) -> int:
+    """Read a written network back and compare each tensor with the source; returns their number.
+
+    Raises CheckpointError at the first that differs.
+    """
+    written = {}
+    for path in weight_files(folder, component.cls.weights_stem):
+        written |= {name: (path, info) for name, info in read_header(path).tensors.items()}
+    if set(written) != {tensor.name for tensor in component.tensors}:
+        raise CheckpointError(f"{folder} does not hold the tensors that were written; is the disk failing?")
+    for tensor in tqdm(component.tensors, desc="verify", unit="tensor", disable=not progress):
+        result = read_tensor(*written[tensor.name])
+        original = read_tensor(tensor.path, tensor.info)
+        if mx.issubdtype(original.dtype, mx.floating):
+            original = original.astype(tensor.dtype)
+        if not mx.array_equal(tensor.restored(result), original, equal_nan=True):
+            raise CheckpointError(f"{tensor.name} came out different from {tensor.key} in {tensor.path}")
+    return len(component.tensors)
+
+
+def write_rest(plan: CheckpointPlan, folder: Path) -> None:
+    """The index, the tokenizer and the scheduler's config, each checked by loading it."""
+    index = {key: value for key, value in plan.index.items() if key != "_name_or_path"}
+    if "tokenizer" in index:
+        tokenizer = mlx_unet3d.CLIPTokenizer.from_pretrained(plan.source, subfolder="tokenizer", **plan.hub)
+        tokenizer.save_pretrained(folder / "tokenizer")
+    if "scheduler" in index:
+        config = read_component_config(plan.source, CONFIG, subfolder="scheduler", **plan.hub)
+        scheduler_from_config(config)
+        (folder / "scheduler").mkdir()
+        write_text(folder / "scheduler" / CONFIG, _json(config))  # as it is: what it leaves open stays open
+    kept = {"tokenizer", "scheduler", *(component.name for component in plan.components)}
+    index = {k: v for k, v in index.items() if k.startswith("_") or k in kept or not isinstance(v, list)}
+    write_text(folder / "model_index.json", _json(index))
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

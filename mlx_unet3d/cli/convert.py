@@ -1,0 +1,78 @@
+"""mlx-unet3d convert: a checkpoint as it is found -> a folder that loads at once."""
+
+import argparse
+from collections.abc import Iterator
+
+from . import options
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert a checkpoint",
+        description="Convert a diffusers pipeline or one network, in safetensors or torch pickles (read "
+        "without torch, and never run), to the MLX layout, to another dtype, or back to diffusers.",
+    )
+    parser.add_argument("--hf-path", required=True, metavar="PATH_OR_ID", help="folder or hub id to convert")
+    parser.add_argument("--mlx-path", default="mlx_model", metavar="PATH", help="folder to make (mlx_model)")
+    parser.add_argument(
+        "--dtype", choices=options.DTYPES, help="of all floating tensors (default: that of the source)"
+    )
+    parser.add_argument("--to", choices=("mlx", "diffusers"), default="mlx", help="layout (default: mlx)")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--variant", help="weight files to read, such as fp16")
+    parser.add_argument("--local-files-only", action="store_true", help="never ask the hub")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+    parser.add_argument("--force", action="store_true", help="replace an existing folder")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the result back and compare it with the source"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would become of each tensor, and stop"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    # Only this command needs it.
+    import mlx_unet3d_convert as converter
+
+    common = dict(
+        dtype=None if args.dtype is None else options.DTYPES[args.dtype],
+        layout=args.to,
+        variant=args.variant,
+        revision=args.revision,
+        local_files_only=args.local_files_only,
+    )
+    if args.dry_run:
+        for line in table(converter.plan_checkpoint(args.hf_path, **common)):
+            print(line)
+        return 0
+    converter.convert(
+        args.hf_path,
+        args.mlx_path,
+        max_shard_size=args.max_shard_size,
+        force=args.force,
+        verify=args.verify,
+        progress=True,
+        say=options.say,
+        **common,
+    )
+    print(args.mlx_path)
+    return 0
+
+
+def table(plan) -> Iterator[str]:
+    """A line a tensor: name and shape in the source, and in the result."""
+    for component in plan.components:
+        names = ", ".join(path.name for path in component.files)
+        yield f"{component.title}: {names} ({component.reason})"
+        width = max(len(tensor.key) for tensor in component.tensors)
+        for tensor in component.tensors:
+            renamed = "" if tensor.name == tensor.key else f"{tensor.name} "
+            dtype = str(tensor.dtype).removeprefix("mlx.core.")
+            before = f"{tensor.key:<{width}} {tensor.info.dtype} {tensor.info.shape}"
+            yield f"  {before} -> {renamed}{dtype} {tensor.shape}"
+        for key in component.dropped:
+            yield f"  {key:<{width}} -> not needed"
+        yield f"  {len(component.tensors)} tensors, {component.nbytes / 1e9:.2f} GB"

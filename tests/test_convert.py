@@ -1,0 +1,296 @@
+"""The converter without torch: what it writes, verifies, refuses, and leaves behind when it is killed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_unet3d_convert as converter
+import numpy as np
+import pytest
+import tiny
+from mlx_unet3d import AutoencoderKL, CLIPTextModel, TextToVideoPipeline, UNet3DConditionModel
+from mlx_unet3d.checkpoints import read_header, weight_files
+from mlx_unet3d.cli import main
+from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d_convert import conversion
+
+SHORT = dict(num_frames=2, num_inference_steps=2)
+NETWORKS = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_pipeline(tmp_path_factory.mktemp("model") / "source")
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def convert(source, *arguments, target="out"):
+    return main(["convert", "--hf-path", str(source), "--mlx-path", target, *map(str, arguments)])
+
+
+def tensors(folder):
+    """All tensors of a component, as MLX loads them."""
+    loaded = {}
+    for path in weight_files(folder, "model" if "text" in str(folder) else "diffusion_pytorch_model"):
+        loaded |= mx.load(str(path))
+    return loaded
+
+
+def same(a, b):
+    a, b = tensors(a), tensors(b)
+    return a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_whole_pipeline(model, capsys):
+    assert convert(model, "--verify") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "out\n"
+    assert "unet: UNet3DConditionModel from diffusion_pytorch_model.safetensors" in captured.err
+    assert "unet: 466 tensors read back, all equal to the source" in captured.err
+    assert all(same(model / name, Path("out") / name) for name in NETWORKS)
+    ours, theirs = (TextToVideoPipeline.from_pretrained(folder) for folder in ("out", model))
+    assert np.array_equal(ours("a cat", **SHORT).frames, theirs("a cat", **SHORT).frames)
+    scheduler = Path("scheduler", "scheduler_config.json")
+    assert json.loads((Path("out") / scheduler).read_text()) == json.loads((model / scheduler).read_text())
+
+
+@pytest.mark.parametrize("to", ["mlx", "diffusers"])
+def test_layouts_there_and_back(model, to):
+    """mlx -> diffusers -> mlx is bit for bit where it began, and each step is what saving writes."""
+    assert convert(model, "--to", to, target="first") == 0
+    for name, cls in NETWORKS.items():
+        cls.from_pretrained(model / name).save_pretrained(f"saved/{name}", layout=to)
+        assert same(Path("first") / name, Path("saved") / name)
+    assert convert("first", "--to", "mlx", target="second") == 0
+    assert all(same(model / name, Path("second") / name) for name in NETWORKS)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype(model, dtype):
+    assert convert(model, "--dtype", dtype, "--verify") == 0
+    for name, cls in NETWORKS.items():
+        converted = cls.from_pretrained(f"out/{name}")
+        assert converted.dtype == getattr(mx, dtype)
+        cls.from_pretrained(model / name, dtype=converted.dtype).save_pretrained(f"cast/{name}")
+        assert same(Path("out") / name, Path("cast") / name)
+
+
+def test_one_network(model):
+    assert convert(model / "vae") == 0
+    assert same(model / "vae", Path("out"))
+    assert "AutoencoderKL.from_pretrained" in Path("out/README.md").read_text()
+
+
+def test_shards_and_variants(model):
+    unet = UNet3DConditionModel.from_pretrained(model / "unet")
+    unet.save_pretrained("sharded", variant="fp16", max_shard_size="100KB")
+    assert len(weight_files("sharded", "diffusion_pytorch_model", "fp16")) > 3
+    assert convert("sharded", "--variant", "fp16", "--max-shard-size", "200KB") == 0
+    assert 1 < len(weight_files("out", "diffusion_pytorch_model")) < 4
+    assert same(model / "unet", Path("out"))
+
+
+def test_old_names(model):
+    """VAE attention by its names from before 2023, as 1x1 convolutions; a text encoder without its prefix."""
+    vae = AutoencoderKL.from_pretrained(model / "vae")
+    vae.save_pretrained("old", layout="diffusers")
+    file = Path("old/diffusion_pytorch_model.safetensors")
+    renamed = {}
+    for key, array in mx.load(str(file)).items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            if f"attentions.0.{new}." in key:
+                key = key.replace(new, old)
+                array = array[:, :, None, None] if array.ndim == 2 else array
+        renamed[key] = array
+    mx.save_safetensors(str(file), renamed, {"format": "pt"})
+    assert convert("old", "--verify") == 0
+    assert same(model / "vae", Path("out"))
+    assert convert("old", "--to", "diffusers", "--verify", target="new") == 0
+    assert "decoder.mid_block.attentions.0.to_q.weight" in tensors(Path("new"))
+
+
+def test_dry_run_prints_every_tensor(model, capsys):
+    assert convert(model, "--dry-run", "--dtype", "float16") == 0
+    lines = capsys.readouterr().out.splitlines()
+    keys = {key for name in NETWORKS for key in tensors(model / name)}
+    assert {line.split()[0] for line in lines if " -> " in line} == keys
+    assert any(line.endswith("F32 (8, 3, 3, 4) -> float16 (8, 3, 3, 4)") for line in lines)
+    assert not os.listdir()
+
+
+def test_card(model):
+    source = shutil.copytree(model, Path("source"))
+    (source / "README.md").write_text("---\nlicense: cc-by-nc-4.0\ntags: [video]\n---\n# A model\n")
+    assert convert("source", "--dtype", "float16") == 0
+    card = Path("out/README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card
+    assert "the folder `source`" in card
+    assert os.getcwd() not in card
+    parameters = UNet3DConditionModel.from_pretrained(model / "unet").num_parameters()
+    assert f"| unet | {parameters:,} | " in card
+
+
+def test_memory_is_that_of_a_tensor(model, monkeypatch):
+    """No tensor is still held when the next is made."""
+    held = []
+    make = converter.TensorPlan.make
+
+    def counting(self):
+        mx.clear_cache()
+        held.append(mx.get_active_memory())
+        return make(self)
+
+    monkeypatch.setattr(converter.TensorPlan, "make", counting)
+    before = mx.get_active_memory()
+    converter.convert(model / "unet", "out")
+    header = read_header(model / "unet/diffusion_pytorch_model.safetensors")
+    largest = max(info.nbytes for info in header.tensors.values())
+    assert max(held) - before <= 2 * largest
+
+
+# Refusals leave nothing behind.
+
+
+def test_existing_output(model, capsys):
+    Path("out").mkdir()
+    Path("out/precious.txt").write_text("mine")
+    assert convert(model) == 2
+    assert "--force" in capsys.readouterr().err
+    assert os.listdir("out") == ["precious.txt"]
+    assert convert(model / "vae", "--force") == 0
+    assert "config.json" in os.listdir("out")
+    assert os.listdir() == ["out"]
+
+
+def damaged(model, change):
+    folder = shutil.copytree(model, Path("damaged"))
+    change(folder)
+    return folder
+
+
+def with_config(model, name, **config):
+    return damaged(model / name, lambda folder: (folder / "config.json").write_text(json.dumps(config)))
+
+
+def with_weights(model, content):
+    return damaged(model / "vae", lambda folder: (folder / WEIGHTS).write_bytes(content))
+
+
+def with_scheduler(model, **config):
+    file = Path("scheduler", "scheduler_config.json")
+    return damaged(model, lambda folder: (folder / file).write_text(json.dumps(config)))
+
+
+def as_pickle(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).with_suffix(".bin").write_bytes(b"\x80\x02cos\nsystem\n(X\x02\0\0\0lstR.")
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+
+BAD = {
+    "missing": (lambda m: "nowhere/at/all", (), "neither an existing folder"),
+    "no checkpoint": (lambda m: damaged(m, lambda f: (f / "model_index.json").unlink()), (), "config.json"),
+    "unknown class": (lambda m: with_config(m, "unet", _class_name="FluxTransformer"), (), "FluxTransformer"),
+    "other class": (
+        lambda m: with_config(m, "unet", _class_name="AutoencoderKL"),
+        (),
+        "does not fit AutoencoderKL",
+    ),
+    "cut short": (lambda m: damaged(m / "vae", lambda f: os.truncate(f / WEIGHTS, 9000)), (), "cut short"),
+    "no weights": (lambda m: damaged(m / "vae", lambda f: (f / WEIGHTS).unlink()), (), WEIGHTS),
+    "lfs pointer": (lambda m: with_weights(m, LFS), (), "git-lfs"),
+    "web page": (lambda m: with_weights(m, b"<html>404</html>"), (), "web page"),
+    "empty": (lambda m: with_weights(m, b""), (), "empty"),
+    "malicious pickle": (lambda m: damaged(m / "vae", as_pickle), (), "os.system"),
+    "no tokenizer": (lambda m: damaged(m, lambda f: shutil.rmtree(f / "tokenizer")), (), "tokenizer"),
+    "bad scheduler": (lambda m: with_scheduler(m, _class_name="X"), (), "no scheduler 'X'"),
+    "variant": (lambda m: m, ("--variant", "fp8"), "fp8"),
+    "shard size": (lambda m: m, ("--max-shard-size", "big"), "max_shard_size='big'"),
+    "no parent": (lambda m: m, ("--mlx-path", "a/b"), "make that folder first"),
+    "inside": (lambda m: m, ("--mlx-path", "IN_SOURCE"), "give another place"),
+    "revision": (lambda m: m, ("--revision", "main"), "is for hub ids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(model, capsys, name):
+    make, arguments, message = BAD[name]
+    source = make(model)
+    arguments = [str(model / "inside") if a == "IN_SOURCE" else a for a in arguments]
+    assert convert(source, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert set(os.listdir()) <= {"damaged"}
+    assert not (model / "inside").exists()
+
+
+def test_full_disk(model, monkeypatch, capsys):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert convert(model) == 2
+    assert "make room" in capsys.readouterr().err
+    assert not os.listdir()
+
+
+def test_verify_finds_what_the_disk_did(model, monkeypatch):
+    """A bit that changes after writing: nothing is left, and it is said where."""
+    write = conversion.write
+
+    def failing(component, folder, *arguments):
+        write(component, folder, *arguments)
+        path = folder / "diffusion_pytorch_model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-7] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(conversion, "write", failing)
+    with pytest.raises(CheckpointError, match="came out different"):
+        converter.convert(model / "unet", "out", verify=True)
+    assert not os.listdir()
+
+
+def test_killed_at_any_moment(tmp_path):
+    """kill -9 at 20 moments of a run: no output that loads, no source touched, and the next run succeeds."""
+    unet = tiny.randomize(UNet3DConditionModel(**tiny.UNET | {"block_out_channels": (64, 128)}))
+    unet.save_pretrained("source")
+    before = {p.name: p.read_bytes() for p in Path("source").iterdir()}
+    command = [sys.executable, "-m", "mlx_unet3d", "convert", "--hf-path", "source", "--mlx-path", "out"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    start = time.perf_counter()
+    subprocess.run([*command, "--dtype", "float16"], check=True, capture_output=True, env=environment)
+    whole = time.perf_counter() - start
+    shutil.rmtree("out")
+    finished = 0
+    for i in range(20):
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(command, **quiet)
+        time.sleep(whole * (0.5 + 0.6 * i / 20))
+        process.kill()
+        process.wait()
+        if Path("out").exists():  # it was done: then it is whole
+            assert same(Path("source"), Path("out"))
+            shutil.rmtree("out")
+            finished += 1
+    assert finished < 20
+    assert {p.name: p.read_bytes() for p in Path("source").iterdir()} == before
+    assert convert("source", "--verify") == 0
+    assert same(Path("source"), Path("out"))
+    assert set(os.listdir()) == {"source", "out"}  # what the killed ones left is cleaned up
+
+
+def test_module_in_a_checkout(model):
+    """`python -m convert` in the repository is the same command."""
+    root = Path(__file__).parents[1]
+    paths = ["--hf-path", str(model / "vae"), "--mlx-path", os.path.abspath("out")]
+    subprocess.run([sys.executable, "-m", "convert", *paths], cwd=root, check=True, capture_output=True)
+    assert same(model / "vae", Path("out"))
