@@ -295,6 +295,30 @@ def test_pixels_of_any_form():
 # Folders.
 
 
+def test_recommended_settings(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    index = json.loads((copy / "model_index.json").read_text())
+    own = {"num_frames": 2, "num_inference_steps": 3, "guidance_scale": 4.5, "vocabulary": ["a", "cat"]}
+    (copy / "model_index.json").write_text(json.dumps(index | {"_recommended": own}))
+    pipe = TextToVideoPipeline.from_pretrained(copy)
+    frames = pipe("a cat").frames
+    assert frames.shape[1] == 2
+    said = dict(num_frames=2, num_inference_steps=3, guidance_scale=4.5)
+    assert np.array_equal(TextToVideoPipeline.from_pretrained(folder)("a cat", **said).frames, frames)
+    assert pipe("a cat", num_frames=1).frames.shape[1] == 1
+    with pytest.warns(UserWarning, match="does not know 'blue', 'dog'; it knows a, cat"):
+        pipe("A blue dog, a cat", num_frames=1)
+    video = VideoToVideoPipeline.from_pretrained(copy)
+    assert video.guidance_scale() == 4.5
+    assert VideoToVideoPipeline.from_pretrained(folder).guidance_scale() == 15
+    pipe.save_pretrained(tmp_path / "saved")
+    assert TextToVideoPipeline.from_pretrained(tmp_path / "saved").recommended == pipe.recommended
+    for wrong in ([], {"fps": 8}):
+        (copy / "model_index.json").write_text(json.dumps(index | {"_recommended": wrong}))
+        with pytest.raises(CheckpointError, match="_recommended"):
+            TextToVideoPipeline.from_pretrained(copy)
+
+
 def test_reload_is_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, layout="diffusers")
     again = TextToVideoPipeline.from_pretrained(tmp_path)

@@ -26,7 +26,7 @@ _DEFAULTS: dict[str, Any] = {
     "num_frames": None,
     "height": None,
     "width": None,
-    "steps": 50,
+    "steps": None,
     "guidance": None,
     "seed": 0,
     "rng": "torch",
@@ -68,7 +68,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
 
     group = parser.add_argument_group("video")
-    group.add_argument("--num-frames", type=options.count, help="default: 16, with --video all of its frames")
+    group.add_argument(
+        "--num-frames", type=options.count, help="default: the model's or 16, with --video all of its frames"
+    )
     group.add_argument("--height", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
     group.add_argument("--width", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
     group.add_argument("--fps", type=options.rate, help="frames a second of the file (default: 8)")
@@ -76,8 +78,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--negative-prompt", help="what to avoid")
-    group.add_argument("--steps", type=options.count, help="default: 50")
-    group.add_argument("--guidance", type=options.number, help="default: 9, with --video 15; 1: none")
+    group.add_argument("--steps", type=options.count, help="default: the model's, or 50")
+    group.add_argument(
+        "--guidance", type=options.number, help="1: none (default: the model's or 9, with --video 15)"
+    )
     group.add_argument("--seed", type=int, help="default: 0")
     group.add_argument("--rng", choices=("torch", "mlx"), help="torch: the noise of diffusers (default)")
     group.add_argument(
@@ -118,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
 
     with options.stage("load"):
         pipe = load(args, settings)
+        complete(pipe, settings)
     with options.stage("prompt"):
         states = pipe.encode_prompt(
             settings["prompt"],
@@ -125,7 +130,6 @@ def run(args: argparse.Namespace) -> int:
             guidance_scale=settings["guidance"],
             clip_skip=settings["clip_skip"],
         )
-        check_size(pipe, settings)
         pipe.text_encoder = None  # its memory is wanted from here on
         mx.clear_cache()
 
@@ -175,10 +179,6 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("there is no model; give --model a pipeline folder or a hub id")
     if "strength" in args and settings["video"] is None:
         raise ValueError(f"--strength {args.strength:g} says how much to change a video; give --video too")
-    if settings["guidance"] is None:
-        settings["guidance"] = 9.0 if settings["video"] is None else 15.0
-    if settings["num_frames"] is None and settings["video"] is None:
-        settings["num_frames"] = 16
     if settings["dtype"] is None:
         settings["dtype"] = "float16" if mx.default_device() == mx.gpu else "float32"
     return settings
@@ -237,8 +237,12 @@ def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipel
     return pipe
 
 
-def check_size(pipe: TextToVideoPipeline | VideoToVideoPipeline, settings: dict[str, Any]) -> None:
+def complete(pipe: TextToVideoPipeline | VideoToVideoPipeline, settings: dict[str, Any]) -> None:
+    """Put in what the checkpoint or the pipeline decides."""
+    settings["steps"] = pipe.num_inference_steps(settings["steps"])
+    settings["guidance"] = pipe.guidance_scale(settings["guidance"])
     if settings["video"] is None:
+        settings["num_frames"] = pipe.num_frames(settings["num_frames"])
         size = pipe.latent_size(settings["height"], settings["width"])
         settings["height"], settings["width"] = (n * pipe.vae_scale_factor for n in size)
 
@@ -271,27 +275,27 @@ def denoise(
     predictions: Sequence[mx.array],
 ) -> mx.array:
     """Run the loop with a progress bar; where it is cut off, leave on disk what it takes to go on."""
-    records: list[DenoisingStep] = []
+    made: list[mx.array] = []
+    record = None
     try:
         with tqdm(desc="denoise", unit="step") as bar:
             for record in steps(pipe, states, video, settings, predictions):
-                records.append(record)
+                made.append(record.prediction)
                 bar.total = record.total
                 bar.update()
     except NonFiniteError:
         raise  # and so would the rest of this run
     except BaseException:
-        if records:
+        if record is not None:
             # The guess of the finished latents: the noisy ones would decode to noise.
-            done = settings | {"steps_done": len(records)}
-            save_latents(latents_file, records[-1].denoised, done, [r.prediction for r in records])
+            save_latents(latents_file, record.denoised, settings | {"steps_done": len(made)}, made)
             options.say(
-                f"stopped after step {len(records)} of {records[-1].total}. To finish it, or see it so far:\n"
+                f"stopped after step {len(made)} of {record.total}. To finish it, or see it so far:\n"
                 f"  mlx-unet3d generate --resume {latents_file}\n"
                 f"  mlx-unet3d decode {latents_file}"
             )
         raise
-    return records[-1].latents
+    return record.latents
 
 
 def steps(

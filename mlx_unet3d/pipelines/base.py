@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -43,6 +45,35 @@ _COMPONENTS = {
 }
 
 
+@dataclass(frozen=True)
+class Recommended:
+    """What a checkpoint says of its own use, in `model_index.json` under "_recommended".
+
+    Attributes:
+        num_frames, num_inference_steps, guidance_scale: defaults of a call; None for diffusers' own.
+        vocabulary: all words that it knows, lower case, where these are few; empty for a model of any text.
+    """
+
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    vocabulary: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Recommended":
+        """Raises CheckpointError for anything but an object with these keys."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or not set(values) <= set(known):
+            raise CheckpointError(
+                f"model_index.json: _recommended is {values!r}; it must be an object of {', '.join(known)}"
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys that say something."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, ())}
+
+
 @dataclass
 class VideoOutput(ModelOutput):
     """`frames` by `output_type`: "np", float32 in [0, 1] (B, F, H, W, 3); "mlx", the same as mx.array;
@@ -70,9 +101,12 @@ class VideoPipeline:
 
     Args:
         unet, vae, text_encoder, tokenizer, scheduler: the components; `from_pretrained` reads all.
+        recommended: what the checkpoint says of its use.
 
     Raises ValueError where the components do not fit together.
     """
+
+    default_guidance_scale: ClassVar[float]
 
     def __init__(
         self,
@@ -81,7 +115,9 @@ class VideoPipeline:
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         scheduler: Scheduler,
+        recommended: Recommended = Recommended(),
     ):
+        self.recommended = recommended
         self.unet, self.vae = unet, vae
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.scheduler = scheduler
@@ -150,6 +186,7 @@ class VideoPipeline:
             text_encoder=load(CLIPTextModel, "text_encoder", dtype),
             vae=load(AutoencoderKL, "vae", vae_dtype),
             unet=load(UNet3DConditionModel, "unet", dtype),
+            recommended=Recommended.from_dict(index.get("_recommended", {})),
         )
 
     def save_pretrained(self, folder: str | Path, *, layout: str = "mlx") -> None:
@@ -167,7 +204,23 @@ class VideoPipeline:
         index: dict[str, Any] = {"_class_name": _PIPELINE_NAMES[0], "_diffusers_version": "0.42.1"}
         index |= {name: list(source) for name, source in _COMPONENTS.items()}
         index["scheduler"] = ["diffusers", type(self.scheduler).__name__]
+        if self.recommended.to_dict():
+            index["_recommended"] = self.recommended.to_dict()
         write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+
+    # What a call leaves open.
+
+    def num_frames(self, value: int | None = None) -> int:
+        """`value`, or where it is None what the checkpoint recommends, or 16."""
+        return _first_given(value, self.recommended.num_frames, 16)
+
+    def num_inference_steps(self, value: int | None = None) -> int:
+        """`value`, or where it is None what the checkpoint recommends, or 50."""
+        return _first_given(value, self.recommended.num_inference_steps, 50)
+
+    def guidance_scale(self, value: float | None = None) -> float:
+        """`value`, or where it is None what the checkpoint recommends, or the pipeline's default."""
+        return _first_given(value, self.recommended.guidance_scale, self.default_guidance_scale)
 
     # Prompts.
 
@@ -176,17 +229,18 @@ class VideoPipeline:
         prompt: str | Sequence[str] | None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
-        guidance_scale: float = 9.0,
+        guidance_scale: float | None = None,
         prompt_embeds: mx.array | None = None,
         negative_prompt_embeds: mx.array | None = None,
         clip_skip: int | None = None,
     ) -> mx.array:
         """Text states for `denoise`: (2B, L, D), negative first, or (B, L, D) for a scale of at most 1.
 
-        `clip_skip` counts layers to leave out at the end of the text encoder, for the positive prompt.
+        `clip_skip` counts layers to leave out at the end of the text encoder, for the positive prompt. A
+        model of few words warns of others.
         """
         positive = self._states("prompt", prompt, prompt_embeds, clip_skip)
-        if guidance_scale <= 1:
+        if self.guidance_scale(guidance_scale) <= 1:
             return positive
         batch = positive.shape[0]
         if negative_prompt is None and negative_prompt_embeds is None:
@@ -220,10 +274,21 @@ class VideoPipeline:
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
             raise TypeError(f"{name}={text!r} must be a string or a list of strings")
+        self._warn_of_unknown_words(texts)
         ids = mx.array(self.tokenizer(list(texts)))
         states = self.text_encoder(ids, clip_skip=clip_skip)
         mx.eval(states)
         return states
+
+    def _warn_of_unknown_words(self, texts: Sequence[str]) -> None:
+        known = self.recommended.vocabulary
+        words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
+        unknown = [word for word in words if word not in known]
+        if known and unknown:
+            warnings.warn(
+                f"this model does not know {', '.join(map(repr, unknown))}; it knows {', '.join(known)}",
+                stacklevel=4,
+            )
 
     # Frames.
 
@@ -313,6 +378,10 @@ def decode_latents(vae: AutoencoderKL, latents: mx.array, *, progress: bool = Fa
             bar.update(len(chunks[-1]))
     frames = np.concatenate(chunks)
     return frames.reshape(batch, n // batch, *frames.shape[1:])
+
+
+def _first_given(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
 
 
 def check_count(name: str, value: Any) -> None:

@@ -12,14 +12,16 @@ from .denoising import DenoisingStep, denoise
 class TextToVideoPipeline(VideoPipeline):
     """Videos from prompts, by classifier-free guided diffusion (ModelScope text-to-video, ZeroScope)."""
 
+    default_guidance_scale = 9.0
+
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_frames: int = 16,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 9.0,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         eta: float = 0.0,
         seed: int | Sequence[int] = 0,
@@ -40,9 +42,11 @@ class TextToVideoPipeline(VideoPipeline):
         Args:
             prompt: one, or one a video; or `prompt_embeds` (B, L, D) instead.
             height, width: in pixels, multiples of 8; default: what the UNet was trained on.
-            num_frames: F >= 1. The network has no limit; quality falls away from the trained number.
-            num_inference_steps: steps of the scheduler.
+            num_frames: F >= 1; default: what the checkpoint recommends, or 16. The network has no limit;
+                quality falls away from the trained number.
+            num_inference_steps: steps of the scheduler; default: as above, or 50.
             guidance_scale: strength of the prompt; at most 1: one pass a step, without negative prompt.
+                Default: as above, or 9.
             negative_prompt: what to avoid; one, or one a prompt; or `negative_prompt_embeds`.
             eta: noise of DDIM, 0 to 1; only with a DDIMScheduler.
             seed: of the noise; with a list, each video is what its seed alone would make.
@@ -58,6 +62,8 @@ class TextToVideoPipeline(VideoPipeline):
 
         Raises ValueError or TypeError for arguments out of range, NonFiniteError when numbers overflow.
         """
+        num_inference_steps = self.num_inference_steps(num_inference_steps)
+        guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta, output_type, callback_steps)
         steps = self.steps(
             self.encode_prompt(
@@ -87,9 +93,9 @@ class TextToVideoPipeline(VideoPipeline):
         *,
         height: int | None = None,
         width: int | None = None,
-        num_frames: int = 16,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 9.0,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         eta: float = 0.0,
         seed: int | Sequence[int] = 0,
         latents: mx.array | None = None,
@@ -104,7 +110,10 @@ class TextToVideoPipeline(VideoPipeline):
         pass the `prediction` of each of its records and the same arguments: the network then runs for the
         remaining steps only, and the result is that of an uninterrupted run.
         """
+        num_inference_steps = self.num_inference_steps(num_inference_steps)
+        guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta)
+        num_frames = self.num_frames(num_frames)
         check_count("num_frames", num_frames)
         batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
         shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))

@@ -14,13 +14,15 @@ from .denoising import DenoisingStep, denoise, fold_frames, unfold_frames
 class VideoToVideoPipeline(VideoPipeline):
     """Videos from videos and prompts: noise is added to the input and removed again."""
 
+    default_guidance_scale = 15.0
+
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
         video: Any = None,
         strength: float = 0.6,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 15.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         eta: float = 0.0,
         seed: int | Sequence[int] = 0,
@@ -43,10 +45,13 @@ class VideoToVideoPipeline(VideoPipeline):
                 list of images; or latents (B, C, F, h, w) as mx.array. H and W are multiples of 8.
             strength: how much to change, above 0 and at most 1: that share of the steps is run.
 
-        The other arguments are those of `TextToVideoPipeline`.
+        The other arguments are those of `TextToVideoPipeline`; `guidance_scale` is 15 where neither the
+        call nor the checkpoint says more.
 
         Raises ValueError or TypeError for arguments out of range, NonFiniteError when numbers overflow.
         """
+        num_inference_steps = self.num_inference_steps(num_inference_steps)
+        guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta, output_type, callback_steps)
         steps = self.steps(
             self.encode_prompt(
@@ -74,8 +79,8 @@ class VideoToVideoPipeline(VideoPipeline):
         video: Any,
         *,
         strength: float = 0.6,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 15.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         eta: float = 0.0,
         seed: int | Sequence[int] = 0,
         cross_attention_kwargs: dict[str, Any] | None = None,
@@ -83,6 +88,8 @@ class VideoToVideoPipeline(VideoPipeline):
         predictions: Sequence[mx.array] = (),
     ) -> Iterator[DenoisingStep]:
         """The denoising loop alone; see `TextToVideoPipeline.steps`."""
+        num_inference_steps = self.num_inference_steps(num_inference_steps)
+        guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta)
         batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
         noise = BatchNoise(seed, rng, batch)
