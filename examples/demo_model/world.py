@@ -80,7 +80,7 @@ def vocabulary() -> list[str]:
 
 
 def is_held_out(attributes: Attributes) -> bool:
-    """Whether this (colour, shape, motion) is kept from training, about one in six; by hash, for good."""
+    """Whether this (colour, shape, motion) is kept from training, one in five; by hash, for good."""
     key = "/".join(str(attributes[name]) for name in ("colour", "shape", "motion"))
     return hashlib.sha256(key.encode()).digest()[0] % 6 == 0
 
