@@ -437,7 +437,7 @@ def train_text_to_video(out: Path, threads: str, total: int, stills: int) -> Non
     row = {tuple(number): i for i, number in enumerate(numbers.tolist())}
     open_words = np.array([len(words) for words in world.ATTRIBUTES.values()])
     signal, noise_level = noise_levels()
-    run = Run(new_unet(), out / "unet.pt", total=total, rate=1.2e-3, threads=threads, decay=0.998)
+    run = Run(new_unet(), out / "unet.pt", total=total, rate=0.8e-3, threads=threads, decay=0.998)
     rng = run.rng
     for step in run.steps():
         clips = rng.integers(len(labels), size=32 if step < stills else 4)
@@ -451,8 +451,10 @@ def train_text_to_video(out: Path, threads: str, total: int, stills: int) -> Non
         text = torch.where(torch.from_numpy(rng.random(len(text)) < 0.1)[:, None, None], nothing, text)
         clean = torch.from_numpy(clean).transpose(1, 2)  # (B, C, F, h, w)
         noise = torch.randn(clean.shape)
-        # Where shape and motion are decided, between clear and drowned, more often than at either end.
+        # Shape is decided between clear and drowned; motion, which all frames tell together, in more noise.
         place = np.where(rng.random(len(clean)) < 0.15, rng.random(len(clean)), rng.beta(2, 1.4, len(clean)))
+        if step >= stills:
+            place = np.where(rng.random(len(clean)) < 0.5, 1 - 0.25 * rng.random(len(clean)), place)
         t = torch.from_numpy(999.99 * place).long()
         a, s = signal[t].view(-1, 1, 1, 1, 1), noise_level[t].view(-1, 1, 1, 1, 1)
         guess = run.model(a * clean + s * noise, t, text).sample
