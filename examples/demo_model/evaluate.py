@@ -45,7 +45,7 @@ def report(results: list[tuple[str, int, Verdict, np.ndarray]]) -> dict[str, flo
     for prompt, _, verdict, _ in results:
         agrees = verdict.agrees(world.attributes_of(prompt))
         right.update(name for name, good in agrees.items() if good)
-        asked.update(agrees)
+        asked.update(agrees.keys())
         every += all(agrees.values())
     shares = {name: right[name] / asked[name] for name in world.ATTRIBUTES if asked[name]}
     steadiness = float(np.mean([verdict.steadiness for _, _, verdict, _ in results]))

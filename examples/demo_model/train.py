@@ -454,7 +454,7 @@ def train_text_to_video(out: Path, threads: str, total: int, stills: int) -> Non
         # Shape is decided between clear and drowned; motion, which all frames tell together, in more noise.
         place = np.where(rng.random(len(clean)) < 0.15, rng.random(len(clean)), rng.beta(2, 1.4, len(clean)))
         if step >= stills:
-            place = np.where(rng.random(len(clean)) < 0.5, 1 - 0.25 * rng.random(len(clean)), place)
+            place = np.where(rng.random(len(clean)) < 0.45, 1 - 0.15 * rng.random(len(clean)), place)
         t = torch.from_numpy(999.99 * place).long()
         a, s = signal[t].view(-1, 1, 1, 1, 1), noise_level[t].view(-1, 1, 1, 1, 1)
         guess = run.model(a * clean + s * noise, t, text).sample

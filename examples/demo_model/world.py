@@ -127,7 +127,9 @@ def render(attributes: Attributes, seed: int | np.random.Generator) -> np.ndarra
     direction = np.array(_DIRECTIONS.get(motion, (0, 0)), float)
     path = np.outer(time, direction) * _TRAVEL * rng.uniform(0.92, 1.04)  # (F, 2) in x, y around the middle
     room = SIZE / 2 - 1 - radii.max() * _REACH[shape] - np.abs(path).max(axis=0)
-    centres = SIZE / 2 + rng.uniform(-1, 1, 2) * np.maximum(room, 0) + path
+    # What moves crosses the middle, what grows or shrinks is near it: the words alone then say where, when.
+    spread = np.where(direction != 0, 2.0, room if growth == 1 else 6.0)
+    centres = SIZE / 2 + rng.uniform(-1, 1, 2) * np.clip(room, 0, spread) + path
 
     colour = np.array(_COLOURS[words["colour"]]) * rng.uniform(0.9, 1.06) + rng.uniform(-0.03, 0.03, 3)
     ground = _GREYS[words["background"]] + rng.uniform(-0.05, 0.05) + rng.uniform(-0.015, 0.015, 3)
