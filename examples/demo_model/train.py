@@ -197,10 +197,13 @@ def load_vae(out: Path) -> AutoencoderKL:
     vae = new_vae()
     vae.load_state_dict(torch.load(out / "vae.pt", weights_only=False)["average"])
     vae.eval().requires_grad_(False)
-    rng = np.random.default_rng(1)
-    frames = np.stack([world.render(world.sample_attributes(rng), rng)[::4] for _ in range(64)])
-    latents = vae.encode(to_images(frames)).latent_dist.mean  # (N, 8, 8, 8)
-    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    measured = out / "latents_measured.pt"
+    if not measured.exists():
+        rng = np.random.default_rng(1)
+        frames = np.stack([world.render(world.sample_attributes(rng), rng)[::4] for _ in range(64)])
+        latents = vae.encode(to_images(frames)).latent_dist.mean  # (N, 8, 8, 8)
+        torch.save((latents.mean((0, 2, 3)), latents.std((0, 2, 3))), measured)
+    mean, deviation = torch.load(measured)
     into, back = vae.quant_conv, vae.post_quant_conv
     back.bias += back.weight[..., 0, 0] @ mean
     back.weight *= deviation[None, :, None, None]
