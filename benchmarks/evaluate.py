@@ -1,7 +1,7 @@
-"""Whether the demo model's clips show what their prompts ask for, as a table in Markdown.
+"""Whether the clips of a model of examples/demo_model show what their prompts ask for: a table in Markdown.
 
-    python benchmarks/evaluate.py --prompts 100 --reference fp32.npz
-    python benchmarks/evaluate.py --prompts 100 --dtype float16 --reference fp32.npz
+    python benchmarks/evaluate.py --model runs/demo/checkpoint --reference fp32.npz
+    python benchmarks/evaluate.py --model runs/demo/checkpoint --dtype float16 --reference fp32.npz
 
 Prompts are combinations of attributes that training never saw; the judge reads the attributes back from the
 pixels. `--reference` writes the clips of the first run to a file, and later runs print the PSNR against them.
@@ -29,7 +29,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="demo", help="pipeline folder (default: demo)")
+    parser.add_argument("--model", required=True, help="pipeline folder")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--scheduler", nargs="+", default=["dpm++"])
@@ -77,7 +77,8 @@ def generate(
     for start in tqdm(range(0, len(prompts), batch), leave=False):
         some = prompts[start : start + batch]
         seeds = [seed + start + i for i in range(len(some))]
-        frames = pipe(some, num_inference_steps=steps, guidance_scale=guidance, seed=seeds).frames
+        settings = dict(num_frames=world.FRAMES, num_inference_steps=steps, guidance_scale=guidance)
+        frames = pipe(some, height=world.SIZE, width=world.SIZE, seed=seeds, **settings).frames
         clips.append(mlx_unet3d.media.to_uint8(frames))
     return np.concatenate(clips)
 
