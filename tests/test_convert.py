@@ -216,6 +216,7 @@ BAD = {
     "no tokenizer": (lambda m: damaged(m, lambda f: shutil.rmtree(f / "tokenizer")), (), "tokenizer"),
     "bad scheduler": (lambda m: with_scheduler(m, _class_name="X"), (), "no scheduler 'X'"),
     "variant": (lambda m: m, ("--variant", "fp8"), "fp8"),
+    "no such id": (lambda m: "nobody/no-such-model", ("--local-files-only",), "nobody/no-such-model"),
     "shard size": (lambda m: m, ("--max-shard-size", "big"), "max_shard_size='big'"),
     "no parent": (lambda m: m, ("--mlx-path", "a/b"), "make that folder first"),
     "inside": (lambda m: m, ("--mlx-path", "IN_SOURCE"), "give another place"),
