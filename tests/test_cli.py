@@ -260,6 +260,18 @@ def test_resumed_run_is_the_uninterrupted_one(model, monkeypatch, capsys, name):
     assert len(forwards) == 3 + len(sampler.timesteps) - 4
 
 
+def test_what_a_run_left_is_not_overwritten_unasked(model, monkeypatch, capsys):
+    with cut_off(monkeypatch, DDIMScheduler, 2, KeyboardInterrupt()):
+        assert generate(model, "-o", "out.png") == 130
+    file = Path("out.png.latents.safetensors")
+    before = file.read_bytes()
+    assert generate(model, "-o", "out.png") == 2
+    assert "finish it with --resume" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert generate(model, "-o", "out.png", "--overwrite") == 0
+    assert os.listdir() == ["out.png"]
+
+
 def test_what_resume_refuses(model, tmp_path, monkeypatch, capsys):
     with cut_off(monkeypatch, DDIMScheduler, 2, KeyboardInterrupt()):
         assert generate(model, "-o", "out.png", "--steps", "3") == 130

@@ -115,6 +115,12 @@ def run(args: argparse.Namespace) -> int:
         outputs = output_paths(args.output or "video.gif", settings["seed"], args.num_videos)
     for output in outputs:
         media.check_writable(output, fps=settings["fps"], metadata=settings, overwrite=args.overwrite)
+        left = options.latents_path(output)
+        if left.exists() and "resume" not in args and not args.overwrite:
+            raise FileExistsError(
+                f"{left} was left by an earlier run: finish it with --resume, show it with "
+                "`mlx-unet3d decode`, or --overwrite it"
+            )
     if settings["scheduler"] is not None:
         check_scheduler(settings["scheduler"])
     video = None if settings["video"] is None else read_frames(settings)
