@@ -2,12 +2,13 @@
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 from mlx_unet3d import __version__
 from mlx_unet3d.checkpoints import checksum
 
-from .plan import CheckpointPlan
+from .plan import CheckpointPlan, ComponentPlan
 
 
 def model_card(plan: CheckpointPlan, layout: str) -> str:
@@ -23,7 +24,7 @@ def model_card(plan: CheckpointPlan, layout: str) -> str:
         parameters = sum(math.prod(tensor.shape) for tensor in component.tensors)
         files = ", ".join(path.name for path in component.files)
         rows.append(
-            f"| {component.title} | {parameters:,} | {component.nbytes / 1e9:.2f} GB "
+            f"| {component.title} | {parameters:,} | {_weights(component)} | {component.nbytes / 1e9:.2f} GB "
             f"| {files} | `{checksum(component.files)}` |"
         )
     use = (
@@ -39,8 +40,8 @@ def model_card(plan: CheckpointPlan, layout: str) -> str:
             "",
             f"Converted from {_name(plan)} by mlx-unet3d {__version__}, {layout} layout.",
             "",
-            "| network | parameters | size | read from | fingerprint |",
-            "|---|---|---|---|---|",
+            "| network | parameters | weights | size | read from | fingerprint |",
+            "|---|---|---|---|---|---|",
             *rows,
             "",
             "```python",
@@ -53,6 +54,19 @@ def model_card(plan: CheckpointPlan, layout: str) -> str:
             "",
         ]
     )
+
+
+def _weights(component: ComponentPlan) -> str:
+    """The dtypes, and which share of the parameters is quantized how."""
+    counts: Counter[str] = Counter()
+    for tensor in component.tensors:
+        own = tensor.quantization
+        kind = str(tensor.dtype).removeprefix("mlx.core.") if own is None else f"{own.mode}, {own.bits} bits"
+        counts[kind] += math.prod(tensor.shape)
+    if len(counts) == 1:
+        return next(iter(counts))
+    total = sum(counts.values())
+    return "; ".join(f"{kind}: {count / total:.1%}" for kind, count in counts.most_common())
 
 
 def _name(plan: CheckpointPlan) -> str:

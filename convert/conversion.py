@@ -1,7 +1,9 @@
 """Carrying out a plan: a tensor at a time, into a folder that appears whole or not at all."""
 
 import json
+import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,26 @@ from typing import Any
 import mlx_unet3d
 import mlx.core as mx
 from mlx_unet3d.atomic import whole_folder, write_text
-from mlx_unet3d.checkpoints import Deferred, read_component_config, read_header, read_tensor, weight_files
+from mlx_unet3d.checkpoints import (
+    Deferred,
+    TensorInfo,
+    read_component_config,
+    read_header,
+    read_tensor,
+    weight_files,
+)
 from mlx_unet3d.checkpoints.storage import parse_size, write_component
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.schedulers import scheduler_from_config
 from tqdm import tqdm
 
 from .card import model_card
-from .plan import CheckpointPlan, ComponentPlan, plan_checkpoint
+from .plan import CheckpointPlan, ComponentPlan, TensorPlan, plan_checkpoint
 
 CONFIG = "scheduler_config.json"
+# Some 6 to 10 dB below what normally distributed weights have: a bound for damage, not for quality.
+_LEAST_RATIO = {2: 2, 3: 8, 4: 12, 5: 18, 6: 24, 8: 24}
 
 
 def convert(
@@ -28,6 +40,8 @@ def convert(
     dtype: mx.Dtype | None = None,
     layout: str = "mlx",
     variant: str | None = None,
+    quantization: Quantization | None = None,
+    recipe: str = "mixed",
     max_shard_size: int | str = "5GB",
     force: bool = False,
     verify: bool = False,
@@ -38,11 +52,12 @@ def convert(
     """Convert a checkpoint; memory use is a few tensors, not the model.
 
     Args:
-        source, dtype, layout, variant, hub: see `plan_checkpoint`.
+        source, dtype, layout, variant, quantization, recipe, hub: see `plan_checkpoint`.
         target: folder to make; it appears when all is written, and verified if asked for.
         max_shard_size: bytes, or text such as "5GB", above which weights are divided over files.
         force: replace what is at `target`; else it must not be there.
-        verify: read everything back and compare it with the source, bit for bit after the cast.
+        verify: read everything back and compare it with the source: bit for bit after the cast, and for
+            quantized weights by their signal-to-noise ratio.
         progress: show progress bars.
         say: called with lines about what is done.
 
@@ -54,7 +69,9 @@ def convert(
     target = Path(target).expanduser()
     check_target(target, source, force)
     shard_bytes = parse_size(max_shard_size)
-    plan = plan_checkpoint(source, dtype=dtype, layout=layout, variant=variant, **hub)
+    plan = plan_checkpoint(
+        source, dtype=dtype, layout=layout, variant=variant, quantization=quantization, recipe=recipe, **hub
+    )
     for line in summary(plan):
         say(line)
     check_space(target, sum(component.nbytes for component in plan.components))
@@ -62,8 +79,7 @@ def convert(
         for component in plan.components:
             write(component, partial / component.name, layout, shard_bytes, progress)
             if verify:
-                count = compare(component, partial / component.name, progress)
-                say(f"{component.title}: {count} tensors read back, all equal to the source")
+                say(f"{component.title}: {compare(component, partial / component.name, progress)}")
         if plan.index is not None:
             write_rest(plan, partial)
         write_text(partial / "README.md", model_card(plan, layout))
@@ -102,9 +118,12 @@ def summary(plan: CheckpointPlan) -> Iterator[str]:
         dtypes = sorted({str(tensor.dtype).removeprefix("mlx.core.") for tensor in component.tensors})
         names = ", ".join(path.name for path in component.files)
         dropped = f", {len(component.dropped)} not needed" if component.dropped else ""
+        bits = Counter(own.bits for own in component.quantization.values())
+        quantized = "".join(f", {count} in {n} bits" for n, count in sorted(bits.items()))
         yield (
             f"{component.title}: {component.cls.__name__} from {names} ({component.reason}); "
-            f"{len(component.tensors)} tensors{dropped}, {'/'.join(dtypes)}, {component.nbytes / 1e9:.2f} GB"
+            f"{len(component.tensors)} tensors{dropped}{quantized}, {'/'.join(dtypes)}, "
+            f"{component.nbytes / 1e9:.2f} GB"
         )
 
 
@@ -112,7 +131,11 @@ def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int,
     """Write one network."""
     total = component.nbytes
     with tqdm(desc=component.title, total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-        tensors = {tensor.name: _counted(tensor.deferred(), bar) for tensor in component.tensors}
+        tensors = {
+            name: _counted(result, bar)
+            for tensor in component.tensors
+            for name, result in tensor.results().items()
+        }
         write_component(
             folder,
             component.config,
@@ -133,24 +156,52 @@ def _counted(tensor: Deferred, bar: tqdm) -> Deferred:
     return Deferred(tensor.shape, tensor.dtype, make)
 
 
-def compare(component: ComponentPlan, folder: Path, progress: bool) -> int:
-    """Read a written network back and compare each tensor with the source; returns their number.
+def compare(component: ComponentPlan, folder: Path, progress: bool) -> str:
+    """Read a written network back and compare each tensor with the source; returns what was found.
 
-    Raises CheckpointError at the first that differs.
+    Raises CheckpointError at the first that differs, or that quantization left with too little of itself.
     """
     written = {}
     for path in weight_files(folder, component.cls.weights_stem):
         written |= {name: (path, info) for name, info in read_header(path).tensors.items()}
-    if set(written) != {tensor.name for tensor in component.tensors}:
+    if set(written) != {name for tensor in component.tensors for name in tensor.results()}:
         raise CheckpointError(f"{folder} does not hold the tensors that were written; is the disk failing?")
+    ratios: dict[str, float] = {}
     for tensor in tqdm(component.tensors, desc="verify", unit="tensor", disable=not progress):
+        if tensor.quantization is not None:
+            ratios[tensor.name] = _signal_to_noise(tensor, written)
+            continue
         result = read_tensor(*written[tensor.name])
         original = read_tensor(tensor.path, tensor.info)
         if mx.issubdtype(original.dtype, mx.floating):
             original = original.astype(tensor.dtype)
         if not mx.array_equal(tensor.restored(result), original, equal_nan=True):
             raise CheckpointError(f"{tensor.name} came out different from {tensor.key} in {tensor.path}")
-    return len(component.tensors)
+    count = len(component.tensors) - len(ratios)
+    if not ratios:
+        return f"{count} tensors read back, all equal to the source"
+    worst = min(ratios, key=ratios.__getitem__)
+    return (
+        f"{count} tensors read back, equal to the source, and {len(ratios)} quantized ones, at least "
+        f"{ratios[worst]:.1f} dB above their rounding ({worst})"
+    )
+
+
+def _signal_to_noise(tensor: TensorPlan, written: Mapping[str, tuple[Path, TensorInfo]]) -> float:
+    """How far a weight is above the error that quantization made in it, in decibels."""
+    quantization = tensor.quantization
+    parts = {name.rpartition(".")[2]: read_tensor(*written[name]) for name in tensor.results()}
+    original = tensor.make().astype(mx.float32)
+    error = quantization.dequantize(parts, tensor.shape, mx.float32) - original
+    signal, noise = mx.square(original).mean().item(), mx.square(error).mean().item()
+    ratio = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+    least = _LEAST_RATIO[quantization.bits]
+    if not ratio >= least:
+        raise CheckpointError(
+            f"{tensor.name} quantized to {quantization.bits} bits is {ratio:.1f} dB above its rounding "
+            f"error, below {least} dB; choose more bits or smaller groups"
+        )
+    return ratio
 
 
 def write_rest(plan: CheckpointPlan, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from mlx_unet3d.checkpoints import (
 )
 from mlx_unet3d.checkpoints.matching import file_format, majority_dtype, match
 from mlx_unet3d.checkpoints.pickles import is_pickle
+from mlx_unet3d.checkpoints.quantization import choose, to_config
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.layers.quantized import Quantization
 
 CLASSES: dict[str, type[PretrainedModel]] = {
     "UNet3DConditionModel": mlx_unet3d.UNet3DConditionModel,
@@ -39,15 +42,16 @@ LAYOUTS = ("mlx", "diffusers")
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor on its way.
+    """One tensor of the source on its way.
 
     Attributes:
         key: its name in the source.
         name: the parameter that it becomes.
         path, info: where it lies.
         layout: how its axes are turned, see `mlx_unet3d.checkpoints.layouts`.
-        shape, dtype: of the result.
+        shape, dtype: of the result, before it is quantized.
         source_layout, target_layout: "mlx" or "diffusers".
+        quantization: how it is quantized; None for not at all.
     """
 
     key: str
@@ -59,9 +63,10 @@ class TensorPlan:
     dtype: mx.Dtype
     source_layout: str
     target_layout: str
+    quantization: Quantization | None = None
 
     def make(self) -> mx.array:
-        """The result, read and computed anew."""
+        """The result before it is quantized, read and computed anew."""
         array = read_tensor(self.path, self.info)
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(self.dtype)
@@ -69,9 +74,24 @@ class TensorPlan:
             array = to_mlx(self.layout, array)
         return to_diffusers(self.layout, array) if self.target_layout == "diffusers" else array
 
-    def deferred(self) -> Deferred:
-        """The result, to be made when it is written."""
-        return Deferred(self.shape, self.dtype, self.make)
+    def results(self) -> dict[str, Deferred]:
+        """The tensors to write, by name, to be made when they are written, in the order of the names."""
+        if self.quantization is None:
+            return {self.name: Deferred(self.shape, self.dtype, self.make)}
+        module = self.name.removesuffix("weight")
+        parts = self.quantization.quantize(mx.zeros(self.shape, self.dtype))  # lazy: shapes and dtypes only
+        made: dict[str, mx.array] = {}
+
+        def make(part: str) -> mx.array:
+            if part not in made:  # all parts at once; each is dropped when it is taken
+                made.update(self.quantization.quantize(self.make()))
+                mx.eval(made)
+            return made.pop(part)
+
+        return {
+            module + part: Deferred(tuple(array.shape), array.dtype, partial(make, part))
+            for part, array in sorted(parts.items())
+        }
 
     def restored(self, result: mx.array) -> mx.array:
         """A result turned back to the shape of the source, for comparison."""
@@ -112,7 +132,13 @@ class ComponentPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the results."""
-        return sum(tensor.deferred().nbytes for tensor in self.tensors)
+        return sum(result.nbytes for tensor in self.tensors for result in tensor.results().values())
+
+    @property
+    def quantization(self) -> dict[str, Quantization]:
+        """How its layers are quantized, by path."""
+        named = {tensor.name: tensor.quantization for tensor in self.tensors}
+        return {name.removesuffix(".weight"): own for name, own in named.items() if own is not None}
 
 
 @dataclass(frozen=True)
@@ -140,6 +166,8 @@ def plan_checkpoint(
     dtype: mx.Dtype | None = None,
     layout: str = "mlx",
     variant: str | None = None,
+    quantization: Quantization | None = None,
+    recipe: str = "mixed",
     **hub: Any,
 ) -> CheckpointPlan:
     """Find out what a conversion would do; no tensor is read.
@@ -149,6 +177,9 @@ def plan_checkpoint(
         dtype: of all floating tensors; None for that of most bytes of each network.
         layout: "mlx" or "diffusers", of the result.
         variant: weight files such as "fp16".
+        quantization, recipe: how the UNet is quantized, see `PretrainedModel.quantize`; None for not at
+            all. The linear layers of the text encoder then have 8 bits, and the VAE, which is small and whose
+            errors are seen at once, keeps its floating point.
         hub: `revision`, `local_files_only`, `token`, `cache_dir`, as in `find_folder`.
 
     Raises:
@@ -157,22 +188,49 @@ def plan_checkpoint(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be 'mlx' or 'diffusers'")
+    if quantization is not None and layout == "diffusers":
+        raise ValueError("diffusers does not read MLX's quantized weights; quantize with the layout 'mlx'")
+    ways = _Ways(dtype, layout, variant, quantization, recipe)
     folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), **hub)
     if not (folder / "model_index.json").is_file():
         config = read_json(folder / "config.json")
-        component = _plan_component(source, "", _class_of(config, folder), dtype, layout, variant, hub)
+        component = _plan_component(source, "", _class_of(config, folder), ways, hub)
         return CheckpointPlan(str(source), folder, None, [component], hub)
     index = read_json(folder / "model_index.json")
     components = []
     for name, entry in index.items():
         known = isinstance(entry, list) and len(entry) == 2 and entry[1] in CLASSES
         if known:
-            components.append(_plan_component(source, name, CLASSES[entry[1]], dtype, layout, variant, hub))
+            components.append(_plan_component(source, name, CLASSES[entry[1]], ways, hub))
     if not components:
         raise CheckpointError(
             f"{folder / 'model_index.json'} lists none of {', '.join(CLASSES)}; there is nothing to convert"
         )
     return CheckpointPlan(str(source), folder, index, components, hub)
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """What is asked for, of every network."""
+
+    dtype: mx.Dtype | None
+    layout: str
+    variant: str | None
+    quantization: Quantization | None
+    recipe: str
+
+    def quantize(self, model: PretrainedModel) -> dict[str, Quantization]:
+        if self.quantization is None or isinstance(model, mlx_unet3d.AutoencoderKL):
+            return {}
+        if isinstance(model, mlx_unet3d.CLIPTextModel):
+            return choose(model, Quantization(bits=8), "linear")
+        chosen = choose(model, self.quantization, self.recipe)
+        if not chosen:
+            raise ValueError(
+                f"no layer of {type(model).__name__} divides into groups of "
+                f"{self.quantization.group_size}; choose smaller groups"
+            )
+        return chosen
 
 
 def _class_of(config: dict[str, Any], folder: Path) -> type[PretrainedModel]:
@@ -188,12 +246,10 @@ def _plan_component(
     source: str | Path,
     name: str,
     cls: type[PretrainedModel],
-    dtype: mx.Dtype | None,
-    layout: str,
-    variant: str | None,
+    ways: "_Ways",
     hub: dict[str, Any],
 ) -> ComponentPlan:
-    folder, files, reason = _find_weights(source, name, cls, variant, hub)
+    folder, files, reason = _find_weights(source, name, cls, ways.variant, hub)
     config = read_json(folder / "config.json")
     cls.check_class_name(config, str(folder / "config.json"))
     if "quantization" in config:
@@ -203,19 +259,35 @@ def _plan_component(
     expected = model.expected_tensors()
     source_layout = file_format(headers)
     names = match(f"{folder} does not fit {cls.__name__}", expected, headers, source_layout, cls.rename_key)
-    if dtype is None:
-        dtype = majority_dtype(headers)[0] or mx.float32
+    dtype = ways.dtype or majority_dtype(headers)[0] or mx.float32
+    quantized = ways.quantize(model)
     tensors = []
     for path, key, info in _tensors(headers):
         if key not in names:
             continue
         want = expected[names[key]]
-        shape = file_shapes(want.layout, want.shape)[0] if layout == "diffusers" else want.shape
+        shape = file_shapes(want.layout, want.shape)[0] if ways.layout == "diffusers" else want.shape
         result = dtype if mx.issubdtype(want.dtype, mx.floating) else want.dtype
-        plan = TensorPlan(key, names[key], path, info, want.layout, shape, result, source_layout, layout)
-        tensors.append(plan)
+        layer, _, kind = names[key].rpartition(".")
+        tensors.append(
+            TensorPlan(
+                key,
+                names[key],
+                path,
+                info,
+                want.layout,
+                shape,
+                result,
+                source_layout,
+                ways.layout,
+                quantized.get(layer) if kind == "weight" else None,
+            )
+        )
     dropped = [key for _, key, _ in _tensors(headers) if key not in names]
-    return ComponentPlan(name, cls, model.config_to_save(), files, reason, tensors, dropped)
+    config = model.config_to_save()
+    if quantized:
+        config["quantization"] = to_config(quantized)
+    return ComponentPlan(name, cls, config, files, reason, tensors, dropped)
 
 
 def _find_weights(

@@ -136,7 +136,7 @@ def test_card(model):
     assert "the folder `source`" in card
     assert os.getcwd() not in card
     parameters = UNet3DConditionModel.from_pretrained(model / "unet").num_parameters()
-    assert f"| unet | {parameters:,} | " in card
+    assert f"| unet | {parameters:,} | float16 | " in card
 
 
 def test_memory_is_that_of_a_tensor(model, monkeypatch):

@@ -450,17 +450,20 @@ def write_latents(out: Path, threads: str, count: int) -> None:
     np.save(out / "labels.npy", labels)
 
 
-def train_text_to_video(out: Path, threads: str, total: int, stills: int) -> None:
-    """v-prediction with zero terminal SNR: `stills` steps on first frames, then clips.
+def train_text_to_video(out: Path, threads: str, total: int, stills: int, focus: int) -> None:
+    """v-prediction with zero terminal SNR: `stills` steps on first frames, `focus` steps on the clips of one
+    scene, then all clips.
 
-    First frames, not any: in them "moving left" says "at the right", so the word is heard. In frames drawn at
-    random it says nothing and is unlearned, and clips alone are slow to teach it: where a shape is depends on
-    direction and frame together, and either alone tells nothing.
+    Where a shape is depends on direction and frame together, and either alone tells nothing: that is learned
+    late or never while all else varies. So first frames, in which "moving left" says "at the right"; then a
+    scene in which nothing but the motion varies; and later each clip beside itself played backwards, under
+    the same noise, so that what the two have in common drops out of the difference.
     """
     torch.manual_seed(0)
     quicken_temporal_layers()
     write_latents(out, threads, 3500)
     latents, labels = np.load(out / "latents.npy", mmap_mode="r"), np.load(out / "labels.npy")
+    scene = np.flatnonzero((labels[:, [0, 1, 2, 4]] == [1, 0, 0, 0]).all(1))  # large red circles, dark
     tokenizer, encoder = load_text(out)
     prompts, numbers = all_prompts()
     states = encoder(tokenize(tokenizer, prompts)).last_hidden_state  # (P, TOKENS, 64)
@@ -471,21 +474,30 @@ def train_text_to_video(out: Path, threads: str, total: int, stills: int) -> Non
     run = Run(new_unet(), out / "unet.pt", total=total, rate=0.8e-3, threads=threads, decay=0.998)
     rng = run.rng
     for step in run.steps():
-        clips = rng.integers(len(labels), size=32 if step < stills else 4)
-        clean, said = np.array(latents[np.sort(clips)], np.float32), labels[np.sort(clips)].copy()
-        clean, said = turn_back(clean, said, rng)
-        if step < stills:
+        still, focused = step < stills, stills <= step < stills + focus
+        chosen = rng.choice(scene, 4) if focused else rng.integers(len(labels), size=32 if still else 3)
+        clean, said = np.array(latents[np.sort(chosen)], np.float32), labels[np.sort(chosen)].copy()
+        half = len(clean)
+        if still:
+            clean, said = turn_back(clean, said, rng.random(half) < 0.5)
             clean = clean[:, :1]
-        said = np.where(rng.random(said.shape) < 0.12, open_words, said)
-        text = states[[row[tuple(number)] for number in said.tolist()]]
-        text = torch.where(torch.from_numpy(rng.random(len(text)) < 0.1)[:, None, None], nothing, text)
+        elif focused:
+            clean, said = turn_back(clean, said, rng.random(half) < 0.5)
+        else:
+            backwards, of_those = turn_back(clean, said, np.ones(half, bool))
+            clean, said = np.concatenate([clean, backwards]), np.concatenate([said, of_those])
+        copies = len(clean) // half
+        left_out = np.tile(rng.random((half, said.shape[1])) < 0.12, (copies, 1))
+        text = states[[row[tuple(number)] for number in np.where(left_out, open_words, said).tolist()]]
+        unguided = torch.from_numpy(np.tile(rng.random(half) < 0.1, copies))
+        text = torch.where(unguided[:, None, None], nothing, text)
         clean = torch.from_numpy(clean).transpose(1, 2)  # (B, C, F, h, w)
-        noise = torch.randn(clean.shape)
+        noise = torch.randn(clean[:half].shape).repeat(copies, 1, 1, 1, 1)
         # Shape is decided between clear and drowned; motion, which all frames tell together, in more noise.
-        place = np.where(rng.random(len(clean)) < 0.15, rng.random(len(clean)), rng.beta(2, 1.4, len(clean)))
-        if step >= stills:
-            place = np.where(rng.random(len(clean)) < 0.45, 1 - 0.15 * rng.random(len(clean)), place)
-        t = torch.from_numpy(999.99 * place).long()
+        place = np.where(rng.random(half) < 0.15, rng.random(half), rng.beta(2, 1.4, half))
+        if not still:
+            place = np.where(rng.random(half) < 0.4, 1 - 0.15 * rng.random(half), place)
+        t = torch.from_numpy(999.99 * np.tile(place, copies)).long()
         a, s = signal[t].view(-1, 1, 1, 1, 1), noise_level[t].view(-1, 1, 1, 1, 1)
         guess = run.model(a * clean + s * noise, t, text).sample
         run.learn(F.mse_loss(guess, a * noise - s * clean))
@@ -497,11 +509,12 @@ def noise_levels() -> tuple[Tensor, Tensor]:
     return scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
 
 
-def turn_back(clean: np.ndarray, said: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Play every other clip backwards, with the word for that, unless this makes a held-out combination."""
+def turn_back(clean: np.ndarray, said: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of clips, some played backwards with the word for that, except for held-out combinations."""
     motions = world.ATTRIBUTES["motion"]
     back = dict(left="right", right="left", up="down", down="up", growing="shrinking", shrinking="growing")
-    for i in np.flatnonzero(rng.random(len(said)) < 0.5):
+    clean, said = clean.copy(), said.copy()
+    for i in np.flatnonzero(which):
         words = {name: words[k] for (name, words), k in zip(world.ATTRIBUTES.items(), said[i], strict=True)}
         *first, last = words["motion"].split()
         words["motion"] = " ".join([*first, back.get(last, last)])
@@ -539,7 +552,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of states and of the checkpoint")
     parser.add_argument("--steps", type=int, help="steps in all")
     parser.add_argument("--threads", default=str(os.cpu_count()), help="number, or file that holds it")
-    parser.add_argument("--stills", type=int, default=2500, help="first steps of text-to-video, on stills")
+    parser.add_argument("--stills", type=int, default=4200, help="first steps of text-to-video, on stills")
+    parser.add_argument("--focus", type=int, default=250, help="steps after that, on clips of one scene")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.stage == "vae":
@@ -549,7 +563,7 @@ def main() -> None:
     elif args.stage == "text":
         train_text(args.out, args.threads, args.steps or 600)
     elif args.stage == "text-to-video":
-        train_text_to_video(args.out, args.threads, args.steps or 6000, args.stills)
+        train_text_to_video(args.out, args.threads, args.steps or 9000, args.stills, args.focus)
     else:
         export(args.out)
 

@@ -10,10 +10,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError
+from ..layers.quantized import Quantization, QuantizedLayer
 from .config import ModelConfig, read_json
 from .headers import Header, check_dtypes, load_tensors, read_header
 from .layouts import parameter_layouts, to_diffusers, to_mlx
 from .matching import Expected, file_format, majority_dtype, match
+from .quantization import choose, choose_as, quantizations, quantize_layers, to_config
 from .source import find_folder, read_component_config, weight_files
 from .storage import checksum, parse_size, write_component
 
@@ -23,7 +25,7 @@ FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 DIFFUSERS_VERSION = "0.42.1"
 """The version of the config format that is written."""
 
-_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+_QUANTIZED = (QuantizedLayer, nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
 class PretrainedModel(nn.Module):
@@ -192,18 +194,18 @@ class PretrainedModel(nn.Module):
         """
         if layout not in ("mlx", "diffusers"):
             raise ValueError(f"layout={layout!r} must be 'mlx' or 'diffusers'")
-        quantization = self._quantization()
+        quantization = quantizations(self)
         tensors = dict(tree_flatten(self.parameters()))
         if layout == "diffusers":
-            if quantization is not None:
+            if quantization:
                 raise ValueError("diffusers does not read MLX's quantized weights; save with layout='mlx'")
             layouts = parameter_layouts(self)
             tensors = {
                 name: to_diffusers(layouts.get(name, "identity"), array) for name, array in tensors.items()
             }
         config = self.config_to_save()
-        if quantization is not None:
-            config["quantization"] = quantization
+        if quantization:
+            config["quantization"] = to_config(quantization)
         return write_component(
             Path(folder).expanduser(),
             config,
@@ -214,6 +216,30 @@ class PretrainedModel(nn.Module):
             max_shard_bytes=parse_size(max_shard_size),
             overwrite=overwrite,
         )
+
+    def quantize(
+        self: Model,
+        bits: int | None = None,
+        *,
+        group_size: int | None = None,
+        mode: str = "affine",
+        recipe: str = "mixed",
+    ) -> Model:
+        """Quantize weights in place, each layer's when it is first needed; returns the model.
+
+        Args:
+            bits, group_size, mode: see `Quantization`.
+            recipe: "mixed", all linear layers and convolutions whose rows divide into groups, with the first,
+                last and time layers in 8 bits; "uniform", all of them alike; "linear", linear layers alone.
+
+        Raises ValueError for settings that do not exist, and for a model that is quantized already.
+        """
+        if quantizations(self):
+            raise ValueError(
+                f"this {type(self).__name__} is quantized already; load the original to quantize it"
+            )
+        quantize_layers(self, choose(self, Quantization(bits, group_size, mode), recipe))
+        return self
 
     def config_to_save(self) -> dict[str, Any]:
         """The content of `config.json`."""
@@ -293,31 +319,14 @@ class PretrainedModel(nn.Module):
         self.load_weights(loaded, strict=True)
 
     def _quantize_as(self, settings: Any, headers: Mapping[Path, Header], layout: str, folder: Path) -> None:
-        """Give the layers that the files hold quantized their quantized class."""
-        known = {"group_size", "bits", "mode"}
-        if not isinstance(settings, dict) or not settings.keys() <= known or layout != "mlx":
+        """Give the layers that the files hold quantized their quantized form."""
+        if layout != "mlx":
             raise CheckpointError(
-                f"{folder}: quantization={settings!r} must hold group_size, bits and mode, and "
-                "needs weights in the MLX layout; convert the checkpoint again"
+                f"{folder} has a quantization in config.json and weights in the layout of diffusers, which "
+                "does not go together; convert the checkpoint again"
             )
-        keys = {key for header in headers.values() for key in header.tensors}
-        nn.quantize(
-            self,
-            **settings,
-            class_predicate=lambda path, module: hasattr(module, "to_quantized") and f"{path}.scales" in keys,
-        )
-
-    def _quantization(self) -> dict[str, Any] | None:
-        """Settings of the quantized layers, None where there are none."""
-        found = {(m.group_size, m.bits, m.mode) for m in self.modules() if isinstance(m, _QUANTIZED)}
-        if len(found) > 1:
-            raise ValueError(
-                f"layers quantized in {len(found)} ways cannot be saved together; quantize all in one way"
-            )
-        if not found:
-            return None
-        group_size, bits, mode = found.pop()
-        return {"group_size": group_size, "bits": bits, "mode": mode}
+        keys = frozenset(key for header in headers.values() for key in header.tensors)
+        quantize_layers(self, choose_as(self, settings, keys, str(folder / "config.json")))
 
 
 def _common_dtype(folder: Path, headers: Mapping[Path, Header]) -> mx.Dtype | None:

@@ -18,6 +18,22 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dtype", choices=options.DTYPES, help="of all floating tensors (default: that of the source)"
     )
+    parser.add_argument(
+        "-q", "--quantize", action="store_true", help="quantize the UNet and the text encoder"
+    )
+    parser.add_argument("--q-bits", type=int, metavar="N", help="2, 3, 4, 5, 6 or 8 (default: 4; implies -q)")
+    parser.add_argument(
+        "--q-group-size", type=int, metavar="N", help="32, 64 or 128 (default: 64; implies -q)"
+    )
+    parser.add_argument(
+        "--q-mode", choices=("affine", "mxfp4", "mxfp8", "nvfp4"), help="default: affine; implies -q"
+    )
+    parser.add_argument(
+        "--q-recipe",
+        choices=("mixed", "uniform", "linear"),
+        help="mixed (default): first, last and time layers in 8 bits; uniform: all alike; linear: no "
+        "convolutions; implies -q",
+    )
     parser.add_argument("--to", choices=("mlx", "diffusers"), default="mlx", help="layout (default: mlx)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--variant", help="weight files to read, such as fp16")
@@ -37,7 +53,15 @@ def run(args: argparse.Namespace) -> int:
     # Only this command needs it.
     import mlx_unet3d_convert as converter
 
+    from ..layers.quantized import Quantization
+
+    asked = (args.q_bits, args.q_group_size, args.q_mode, args.q_recipe)
+    quantization = None
+    if args.quantize or any(value is not None for value in asked):
+        quantization = Quantization(args.q_bits, args.q_group_size, args.q_mode or "affine")
     common = dict(
+        quantization=quantization,
+        recipe=args.q_recipe or "mixed",
         dtype=None if args.dtype is None else options.DTYPES[args.dtype],
         layout=args.to,
         variant=args.variant,
@@ -72,6 +96,8 @@ def table(plan) -> Iterator[str]:
             renamed = "" if tensor.name == tensor.key else f"{tensor.name} "
             dtype = str(tensor.dtype).removeprefix("mlx.core.")
             before = f"{tensor.key:<{width}} {tensor.info.dtype} {tensor.info.shape}"
+            if tensor.quantization is not None:
+                dtype = f"{tensor.quantization.mode} {tensor.quantization.bits} bits"
             yield f"  {before} -> {renamed}{dtype} {tensor.shape}"
         for key in component.dropped:
             yield f"  {key:<{width}} -> not needed"

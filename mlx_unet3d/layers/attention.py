@@ -235,6 +235,8 @@ class Attention(nn.Module):
         """Put q, k, v (self-attention) or k, v (cross-attention) into one matrix product."""
         names = ("to_k", "to_v") if self.is_cross_attention else ("to_q", "to_k", "to_v")
         parts = [self[name] for name in names]
+        if any("scales" in part for part in parts):
+            raise ValueError("quantized projections cannot be fused; fuse them before quantizing")
         weight = mx.concatenate([part.weight for part in parts])
         fused = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in parts[0])
         fused.weight = weight

@@ -1,0 +1,148 @@
+"""Layers whose weight is stored quantized, in groups along each row of the matrix that it is.
+
+MLX quantizes matrices only; here a kernel (O, h, w, I) is one, (O, h * w * I), so convolutions, which hold
+most of the weights of a 3D UNet, are quantized as well. A layer restores its weight when it is called and
+drops it after: a video has thousands of rows, for which that is little work beside the product.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .resnet import TemporalConv
+
+_MODES = {  # mode -> bits, group sizes; the first are the defaults
+    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a weight is quantized.
+
+    Attributes:
+        bits: of a weight: 2, 3, 4, 5, 6 or 8 for "affine"; 4 for "mxfp4" and "nvfp4", 8 for "mxfp8".
+        group_size: weights that share a scale: 32, 64 or 128 for "affine"; else 32, and 16 for "nvfp4".
+        mode: "affine" (a scale and an offset a group), or one of the floating-point formats "mxfp4", "mxfp8",
+            "nvfp4"; see `mlx.core.quantize`.
+
+    None takes the mode's default: 4 bits and groups of 64, or the only choice. Raises ValueError for others.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode not in _MODES:
+            raise ValueError(f"mode={self.mode!r} is not known; use {', '.join(_MODES)}")
+        for name, allowed in zip(("bits", "group_size"), _MODES[self.mode], strict=True):
+            value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, allowed[0])
+            elif isinstance(value, bool) or value not in allowed:
+                choices = ", ".join(map(str, sorted(allowed)))
+                raise ValueError(f"{name}={value!r} does not go with mode={self.mode!r}; use {choices}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keywords of `mlx.core.quantize`."""
+        return asdict(self)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape divides into groups."""
+        columns = _columns(shape)
+        return len(shape) > 1 and columns % self.group_size == 0 and columns * self.bits % 32 == 0
+
+    def quantize(self, weight: mx.array) -> dict[str, mx.array]:
+        """ "weight" (packed), "scales" and, for "affine", "biases" of a weight (O, ...)."""
+        parts = mx.quantize(weight.reshape(weight.shape[0], -1), **self.to_dict())
+        return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+
+    def dequantize(self, parts: dict[str, mx.array], shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """The weight of `shape` that `quantize` made `parts` of, as far as it is kept."""
+        dense = mx.dequantize(
+            parts["weight"], parts["scales"], parts.get("biases"), **self.to_dict(), dtype=dtype
+        )
+        return dense.reshape(shape)
+
+
+def _columns(shape: tuple[int, ...]) -> int:
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return columns
+
+
+class QuantizedLayer(nn.Module):
+    """A layer with its weight quantized: `weight` (packed), `scales`, `biases` (affine) and its `bias`."""
+
+    def __init__(self, layer: nn.Module, quantization: Quantization):
+        super().__init__()
+        self.quantization = quantization
+        self.shape = tuple(layer.weight.shape)
+        for name, array in quantization.quantize(layer.weight).items():
+            self[name] = array
+        if "bias" in layer:
+            self.bias = layer.bias
+
+    @property
+    def bits(self) -> int:
+        return self.quantization.bits
+
+    def dense_weight(self, dtype: mx.Dtype) -> mx.array:
+        """The weight in its own shape."""
+        return self.quantization.dequantize(self, self.shape, dtype)
+
+    def _extra_repr(self) -> str:
+        return f"shape={self.shape}, {self.quantization}"
+
+
+class QuantizedLinear(QuantizedLayer):
+    """A linear layer or 1x1 convolution."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.dense_weight(x.dtype)
+        return mx.addmm(self.bias, x, weight.T) if "bias" in self else x @ weight.T
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """A 2D convolution."""
+
+    def __init__(self, layer: nn.Conv2d, quantization: Quantization):
+        super().__init__(layer, quantization)
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.groups = layer.groups
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self.dense_weight(x.dtype)
+        y = mx.conv2d(x, weight, self.stride, self.padding, self.dilation, self.groups)
+        return y + self.bias if "bias" in self else y
+
+
+class QuantizedTemporalConv(QuantizedLayer):
+    """A convolution over frames; see `TemporalConv`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.conv2d(x, self.dense_weight(x.dtype), padding=(1, 0)) + self.bias
+
+
+_QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QuantizedLinear,  # and what is derived from it: PointwiseConv2d
+    nn.Conv2d: QuantizedConv2d,
+    TemporalConv: QuantizedTemporalConv,
+}
+
+
+def can_quantize(layer: nn.Module) -> bool:
+    """Whether there is a quantized form of such a layer."""
+    return isinstance(layer, tuple(_QUANTIZED))
+
+
+def quantized(layer: nn.Module, quantization: Quantization) -> QuantizedLayer:
+    """The quantized form of a layer."""
+    return next(form for kind, form in _QUANTIZED.items() if isinstance(layer, kind))(layer, quantization)
