@@ -271,6 +271,8 @@ def _check_header(path: Path, header: dict[str, Any], start: int, data_bytes: in
         return CheckpointError(f"{path}: {what}; the file is damaged, download or convert it again")
 
     metadata = header.pop("__metadata__", {})
+    if metadata is None:  # as mx.save_safetensors writes it without any
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise bad(f"its metadata must map text to text, not {str(metadata)[:80]}")
 

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError
+from ..layers.adapted import AdaptedLayer
 from ..layers.quantized import Quantization, QuantizedLayer
 from .config import ModelConfig, read_json
 from .headers import Header, check_dtypes, load_tensors, read_header
@@ -194,6 +195,7 @@ class PretrainedModel(nn.Module):
         """
         if layout not in ("mlx", "diffusers"):
             raise ValueError(f"layout={layout!r} must be 'mlx' or 'diffusers'")
+        self._refuse_adapters("saving")
         quantization = quantizations(self)
         tensors = dict(tree_flatten(self.parameters()))
         if layout == "diffusers":
@@ -234,6 +236,7 @@ class PretrainedModel(nn.Module):
 
         Raises ValueError for settings that do not exist, and for a model that is quantized already.
         """
+        self._refuse_adapters("quantizing")
         if quantizations(self):
             raise ValueError(
                 f"this {type(self).__name__} is quantized already; load the original to quantize it"
@@ -294,6 +297,13 @@ class PretrainedModel(nn.Module):
             name: Expected(tuple(array.shape), array.dtype, layouts.get(name, "identity"))
             for name, array in tree_flatten(self.parameters())
         }
+
+    def _refuse_adapters(self, before: str) -> None:
+        if any(isinstance(module, AdaptedLayer) for module in self.modules()):
+            raise ValueError(
+                f"adapters are loaded; before {before}, remove them with delete_adapters, or make them part "
+                "of the weights with fuse_lora and unload_lora"
+            )
 
     def _load(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..errors import CheckpointError
+from ..layers.adapted import replace_module
 from ..layers.quantized import Quantization, QuantizedLayer, can_quantize, quantized
 
 RECIPES = ("mixed", "uniform", "linear")
@@ -48,15 +49,9 @@ def choose(model: nn.Module, quantization: Quantization, recipe: str = "mixed") 
 
 def quantize_layers(model: nn.Module, chosen: Mapping[str, Quantization]) -> None:
     """Give layers their quantized form, in place."""
+    layers = dict(model.named_modules())
     for path, quantization in chosen.items():
-        *parents, name = path.split(".")
-        parent: Any = model
-        for part in parents:
-            parent = parent[int(part)] if isinstance(parent, list) else parent[part]
-        if isinstance(parent, list):
-            parent[int(name)] = quantized(parent[int(name)], quantization)
-        else:
-            parent[name] = quantized(parent[name], quantization)
+        replace_module(model, path, quantized(layers[path], quantization))
 
 
 def to_config(chosen: Mapping[str, Quantization]) -> dict[str, Any]:

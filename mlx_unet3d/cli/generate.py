@@ -1,6 +1,7 @@
 """mlx-unet3d generate: a prompt, or a prompt and a video -> a video."""
 
 import argparse
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__, media
+from ..checkpoints import checksum
+from ..checkpoints.adapters import read_adapter
 from ..errors import NonFiniteError
 from ..latents import load_latents, save_latents
 from ..pipelines import DenoisingStep, TextToVideoPipeline, VideoToVideoPipeline
@@ -39,6 +42,7 @@ _DEFAULTS: dict[str, Any] = {
     "model": None,
     "revision": None,
     "variant": None,
+    "lora": None,
     "video": None,
     "strength": 0.6,
 }
@@ -97,6 +101,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--strength", type=options.number, help="how much to change, to 1 (default: 0.6)")
 
     options.add_model_options(parser)
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        action="append",
+        metavar=("PATH_OR_ID", "WEIGHT"),
+        help="use a LoRA, with this weight (default: 1); may be given again for others",
+    )
     parser.add_argument(
         "--dtype",
         choices=options.DTYPES,
@@ -179,6 +190,8 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
         if "model" in args:
             settings |= {"revision": None, "variant": None}  # they were the other model's
     settings |= {key: value for key, value in vars(args).items() if key in _DEFAULTS and value is not None}
+    if "lora" in args:  # as text, for the settings go into the video
+        settings["lora"] = json.dumps([lora_setting(values) for values in args.lora])
     if settings["prompt"] is None:
         raise ValueError("there is no prompt; give one, or --from a video")
     if settings["model"] is None:
@@ -188,6 +201,17 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
     if settings["dtype"] is None:
         settings["dtype"] = "float16" if mx.default_device() == mx.gpu else "float32"
     return settings
+
+
+def lora_setting(values: Sequence[Any]) -> tuple[str, float]:
+    """The values of one --lora."""
+    path, *rest = values
+    if len(rest) > 1:
+        raise ValueError(f"--lora {' '.join(map(str, values))}: give one LoRA and one weight; repeat --lora")
+    try:
+        return str(path), options.number(str(rest[0])) if rest else 1.0
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"--lora {path} {rest[0]}: the weight must be a finite number") from error
 
 
 def resumed_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[mx.array]]:
@@ -234,6 +258,12 @@ def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipel
         pipe.scheduler = scheduler_from_config(pipe.scheduler.config, settings["scheduler"])
     settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
     settings["weights"] = pipe.weights_checksum
+    for path, weight in json.loads(settings.get("lora") or "[]"):
+        file = read_adapter(path, local_files_only=args.local_files_only)
+        counts = pipe.load_lora_weights(file, path, weight=weight)
+        layers = ", ".join(f"{count} layers of the {name}" for name, count in counts.items())
+        options.say(f"LoRA {path}: {layers}, weight {weight:g}")
+        settings["weights"] += "+" + checksum([file.path])
     replayed = settings.pop("replayed_weights", None)
     if replayed not in (None, settings["weights"]):
         if "resume" in args:

@@ -237,6 +237,8 @@ class Attention(nn.Module):
         parts = [self[name] for name in names]
         if any("scales" in part for part in parts):
             raise ValueError("quantized projections cannot be fused; fuse them before quantizing")
+        if any("branches" in part for part in parts):
+            raise ValueError("projections with adapters cannot be fused; fuse and unload the adapters first")
         weight = mx.concatenate([part.weight for part in parts])
         fused = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in parts[0])
         fused.weight = weight

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoints import ModelConfig, PretrainedModel
+from .adapters import LoRAMixin
 
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,  # the exact one, by erf
@@ -172,7 +173,7 @@ class CLIPTextTransformer(nn.Module):
         return self.final_layer_norm(self.encoder(self.embeddings(input_ids), num_layers))
 
 
-class CLIPTextModel(PretrainedModel):
+class CLIPTextModel(LoRAMixin, PretrainedModel):
     """Text states of token ids, for the cross-attention of a UNet; transformers' class of that
     name.
 
@@ -194,6 +195,7 @@ class CLIPTextModel(PretrainedModel):
     config_class = CLIPTextConfig
     weights_stem = "model"
     class_names = ("CLIPTextModel",)
+    lora_component = "text_encoder"
 
     def __init__(
         self,

@@ -13,8 +13,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..checkpoints import ModelConfig, PretrainedModel
+from ..checkpoints.adapters import is_custom_diffusion, read_adapter
 from ..layers.attention import Attention, BasicTransformerBlock, TextContext
 from ..layers.attention_adapters import (
     LoRAAttnProcessor,
@@ -41,6 +43,7 @@ from ..layers.unet_3d_blocks import (
     Conditions,
     UNetMidBlock3DCrossAttn,
 )
+from .adapters import LoRAMixin, custom_diffusion_processors, write_adapter
 from .outputs import ModelOutput
 
 # `transformer_in` always has this many heads, of attention_head_dim channels each.
@@ -163,7 +166,7 @@ class UNet3DConditionOutput(ModelOutput):
     sample: mx.array
 
 
-class UNet3DConditionModel(PretrainedModel):
+class UNet3DConditionModel(LoRAMixin, PretrainedModel):
     """Predicts noise, velocity or sample of a noisy video latent at a timestep, given text states.
 
     Args:
@@ -187,6 +190,7 @@ class UNet3DConditionModel(PretrainedModel):
 
     config_class = UNet3DConditionConfig
     class_names = ("UNet3DConditionModel",)
+    lora_component = "unet"
 
     def __init__(
         self,
@@ -298,7 +302,7 @@ class UNet3DConditionModel(PretrainedModel):
             class_labels: must be None; the network has no class embedding.
             timestep_cond: (B, time_cond_proj_dim), added to the sinusoid of the timestep.
             attention_mask: (B, L), 1 for text tokens to attend to, 0 for others.
-            cross_attention_kwargs: keywords for the attention processors, such as the LoRA `scale`.
+            cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA.
             down_block_additional_residuals: added to the skip connections, one each, (N, C, h, w) with
                 frames of a sample together, or broadcasting to that.
             mid_block_additional_residual: the same for the output of the mid block.
@@ -313,18 +317,29 @@ class UNet3DConditionModel(PretrainedModel):
                 "class_labels must be None: UNet3DConditionModel has no class embedding "
                 "(diffusers takes them and ignores them)"
             )
-        cond = Conditions(
-            temb=self._embed_time(timestep, timestep_cond, batch, sample.dtype),
-            num_frames=frames,
-            context=self._check_context(encoder_hidden_states, batch, sample.dtype),
-            context_mask=self._context_bias(attention_mask, encoder_hidden_states, sample.dtype),
-            cross_attention_kwargs=cross_attention_kwargs,
-        )
+        with self._scaled_adapters(cross_attention_kwargs):
+            cond = Conditions(
+                temb=self._embed_time(timestep, timestep_cond, batch, sample.dtype),
+                num_frames=frames,
+                context=self._check_context(encoder_hidden_states, batch, sample.dtype),
+                context_mask=self._context_bias(attention_mask, encoder_hidden_states, sample.dtype),
+                cross_attention_kwargs=cross_attention_kwargs,
+            )
+            x = self._forward(sample, cond, down_block_additional_residuals, mid_block_additional_residual)
+        return UNet3DConditionOutput(sample=x) if return_dict else (x,)
 
+    def _forward(
+        self,
+        sample: mx.array,
+        cond: Conditions,
+        down_block_additional_residuals: Sequence[mx.array] | None,
+        mid_block_additional_residual: mx.array | None,
+    ) -> mx.array:
+        batch, frames = sample.shape[0], sample.shape[2]
         # (B, C, F, H, W) -> (N, H, W, C)
         x = sample.transpose(0, 2, 3, 4, 1).reshape(batch * frames, *sample.shape[3:], -1)
         x = self.conv_in(x)
-        x = self.transformer_in(x, frames, cross_attention_kwargs)
+        x = self.transformer_in(x, frames, cond.cross_attention_kwargs)
 
         skips = [x]
         for block in self.down_blocks:
@@ -346,8 +361,7 @@ class UNet3DConditionModel(PretrainedModel):
 
         x = self.conv_out(nn.silu(self.conv_norm_out(x)))
         # (N, H, W, C) -> (B, C, F, H, W)
-        x = x.reshape(batch, frames, *x.shape[1:]).transpose(0, 4, 1, 2, 3)
-        return UNet3DConditionOutput(sample=x) if return_dict else (x,)
+        return x.reshape(batch, frames, *x.shape[1:]).transpose(0, 4, 1, 2, 3)
 
     # What goes into a forward.
 
@@ -560,6 +574,44 @@ class UNet3DConditionModel(PretrainedModel):
                     f"{type(processor).__name__}; call `set_attn_processor` instead"
                 )
         self.set_attn_processor(AttnProcessor(), _remove_lora=True)
+
+    def load_attn_procs(
+        self,
+        source: str | Path | Mapping[str, mx.array],
+        *,
+        weight_name: str | None = None,
+        adapter_name: str = "default",
+        **hub: Any,
+    ) -> None:
+        """Load a LoRA (see `load_lora_adapter`), or the processors of Custom Diffusion.
+
+        Raises as `load_lora_adapter`.
+        """
+        file = read_adapter(source, weight_name=weight_name, **hub)
+        if not is_custom_diffusion(file):
+            self.load_lora_adapter(file, adapter_name)
+            return
+        processors = custom_diffusion_processors(file, self._attentions())
+        self.set_attn_processor(processors)
+
+    def save_attn_procs(self, folder: str | Path, *, weight_name: str | None = None) -> Path:
+        """Write the weights of the attention processors, LoRA or Custom Diffusion, under diffusers' names;
+        returns the file.
+
+        Adapters of `load_lora_adapter` are written by `save_lora_adapter`. ValueError where no processor has
+        weights, or processors of both kinds are set.
+        """
+        found = {k: p for k, p in self.attn_processors.items() if isinstance(p, nn.Module)}
+        tensors = {
+            f"{key}.{name}": array for key, p in found.items() for name, array in tree_flatten(p.parameters())
+        }
+        custom = {"custom_diffusion" in name for name in tensors}
+        if len(custom) != 1:
+            state = "of two kinds" if tensors else "without weights"
+            raise ValueError(f"the attention processors are {state}; set LoRA or Custom Diffusion processors")
+        kind = "custom_diffusion" if custom.pop() else "lora"
+        name = weight_name or f"pytorch_{kind}_weights.safetensors"
+        return write_adapter(Path(folder), name, tensors, {"format": "pt"})
 
     def fuse_qkv_projections(self) -> None:
         """One matrix product for query, key and value (for key and value in cross-attention)."""

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..atomic import write_text
 from ..checkpoints import PretrainedModel, read_component_config
+from ..checkpoints.adapters import AdapterFile, components_of, read_adapter
 from ..errors import CheckpointError, NonFiniteError
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
@@ -289,6 +290,70 @@ class VideoPipeline:
                 f"this model does not know {', '.join(map(repr, unknown))}; it knows {', '.join(known)}",
                 stacklevel=4,
             )
+
+    # Adapters.
+
+    def load_lora_weights(
+        self,
+        source: str | Path | Mapping[str, mx.array] | AdapterFile,
+        adapter_name: str = "default",
+        *,
+        weight: float = 1.0,
+        weight_name: str | None = None,
+        **hub: Any,
+    ) -> dict[str, int]:
+        """Load a LoRA for the UNet, the text encoder, or both; returns the number of layers of each.
+
+        See `UNet3DConditionModel.load_lora_adapter` for the arguments and errors; single networks have the
+        other methods for adapters too.
+        """
+        file = read_adapter(source, weight_name=weight_name, **hub)
+        networks = {"unet": self.unet, "text_encoder": self.text_encoder}
+        loaded: dict[str, int] = {}
+        try:
+            for name in sorted(components_of(file), reverse=True):
+                loaded[name] = networks[name].load_lora_adapter(file, adapter_name, weight=weight)
+        except (ValueError, CheckpointError):
+            for name in loaded:
+                networks[name].delete_adapters(adapter_name)
+            raise
+        return loaded
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], weights: float | Sequence[float] = 1.0
+    ) -> None:
+        """Use these adapters with these weights, and no other; see `UNet3DConditionModel.set_adapters`."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        amounts = [weights] * len(names) if isinstance(weights, (int, float)) else list(weights)
+        known = self.unet.list_adapters() | self.text_encoder.list_adapters()
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise ValueError(f"there is no adapter {missing[0]!r}; there are: {', '.join(known) or 'none'}")
+        if len(amounts) != len(names):
+            raise ValueError(f"there are {len(names)} adapter names and {len(amounts)} weights")
+        for network in (self.unet, self.text_encoder):
+            own = network.list_adapters()
+            chosen = {n: a for n, a in zip(names, amounts, strict=True) if n in own}
+            if own:
+                network.set_adapters(list(chosen), list(chosen.values()))
+
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Make adapters part of the weights; see `UNet3DConditionModel.fuse_lora`."""
+        if not (self.unet.list_adapters() or self.text_encoder.list_adapters()):
+            raise ValueError("there is no adapter to fuse; load one with load_lora_weights")
+        for network in (self.unet, self.text_encoder):
+            if network.list_adapters():
+                network.fuse_lora(lora_scale)
+
+    def unfuse_lora(self) -> None:
+        """Undo `fuse_lora`."""
+        self.unet.unfuse_lora()
+        self.text_encoder.unfuse_lora()
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters; fused ones stay in the weights for good."""
+        self.unet.unload_lora()
+        self.text_encoder.unload_lora()
 
     # Frames.
 
