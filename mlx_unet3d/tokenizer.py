@@ -193,6 +193,28 @@ class CLIPTokenizer:
         """Number of tokens, the added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens beside the vocabulary that are not special, and their ids."""
+        decoder = self._backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in sorted(decoder.items()) if not token.special}
+
+    def add_tokens(self, tokens: Sequence[str]) -> list[int]:
+        """Give texts such as "<cat-toy>" tokens of their own; returns the new ids, which follow the others.
+
+        Raises ValueError for an empty text, one with white space, or one that is a token already; none is
+        added then.
+        """
+        for token in tokens:
+            if not token or token.split() != [token]:
+                raise ValueError(f"token={token!r} must be a text without white space")
+            if token in self.vocab or self._backend.token_to_id(token) is not None:
+                raise ValueError(f"{token!r} is a token already; choose another name")
+        if len(set(tokens)) != len(tokens):
+            raise ValueError(f"tokens={list(tokens)} has one twice")
+        self._backend.add_tokens([AddedToken(token, normalized=True) for token in tokens])
+        return [self._backend.token_to_id(token) for token in tokens]
+
     # Texts to ids and back.
 
     def __call__(self, texts: str | Sequence[str], *, max_length: int | None = None) -> np.ndarray:

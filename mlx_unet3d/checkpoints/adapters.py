@@ -37,6 +37,7 @@ CUSTOM_DIFFUSION_NAMES = (
     "pytorch_custom_diffusion_weights.safetensors",
     "pytorch_custom_diffusion_weights.bin",
 )
+TEXTUAL_INVERSION_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
 _PREFIXES = (  # longest first
     ("base_model.model.unet.", "unet"),
     ("base_model.model.text_encoder.", "text_encoder"),
@@ -151,6 +152,28 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def components_of(file: AdapterFile) -> set[str]:
     """The networks that the file is for; keys without a prefix are the UNet's."""
     return {_owner(key)[0] or "unet" for key in file.tensors}
+
+
+def learned_token(file: AdapterFile, token: str | None) -> tuple[str, mx.array]:
+    """The name and the embeddings (T, E) of a textual inversion (arXiv:2208.01618).
+
+    diffusers' files have the name as their key; files of the web UI have "emb_params" and need `token`.
+    Raises CheckpointError for a file that is none, ValueError where `token` is missing.
+    """
+    if len(file.tensors) != 1:
+        keys = ", ".join(list(file.tensors)[:4])
+        raise CheckpointError(
+            f"{file.name} has {len(file.tensors)} tensors ({keys}); a textual inversion has one, under its "
+            "token or as emb_params"
+        )
+    [(key, embeddings)] = file.tensors.items()
+    if key == "emb_params" and token is None:
+        raise ValueError(f"{file.name} does not say what its token is called; pass token=")
+    if embeddings.ndim not in (1, 2) or not mx.issubdtype(embeddings.dtype, mx.floating):
+        raise CheckpointError(
+            f"{file.name}: {key!r} is {embeddings.dtype} {tuple(embeddings.shape)}, which is no embedding"
+        )
+    return token or key, embeddings.reshape(-1, embeddings.shape[-1])
 
 
 def is_custom_diffusion(file: AdapterFile) -> bool:

@@ -5,8 +5,8 @@ Source: transformers' class of that name; Radford et al., arXiv:2103.00020. Lett
 tokens, E = hidden_size.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import mlx.core as mx
@@ -244,6 +244,22 @@ class CLIPTextModel(LoRAMixin, PretrainedModel):
                 f"{num_layers} layers and needs one of them"
             )
         return self.text_model(self._checked_ids(input_ids), num_layers - skipped)
+
+    def set_token_embeddings(self, ids: Sequence[int], embeddings: mx.array) -> None:
+        """Give token ids their embeddings (T, E); `vocab_size` grows to take in the largest id.
+
+        Raises ValueError where the shape does not fit.
+        """
+        layer, width = self.text_model.embeddings.token_embedding, self.config.hidden_size
+        if embeddings.shape != (len(ids), width):
+            raise ValueError(f"embeddings are {tuple(embeddings.shape)}; they must be {(len(ids), width)}")
+        weight = layer.weight
+        missing = max(ids) + 1 - weight.shape[0]
+        if missing > 0:
+            weight = mx.concatenate([weight, mx.zeros((missing, width), weight.dtype)])
+        weight[mx.array(ids)] = embeddings.astype(weight.dtype)
+        layer.weight = weight
+        self.config = replace(self.config, vocab_size=weight.shape[0])
 
     def _checked_ids(self, input_ids: mx.array | np.ndarray) -> mx.array:
         ids = np.array(input_ids)

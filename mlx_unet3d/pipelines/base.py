@@ -17,7 +17,13 @@ from tqdm import tqdm
 
 from ..atomic import write_text
 from ..checkpoints import PretrainedModel, read_component_config
-from ..checkpoints.adapters import AdapterFile, components_of, read_adapter
+from ..checkpoints.adapters import (
+    TEXTUAL_INVERSION_NAMES,
+    AdapterFile,
+    components_of,
+    learned_token,
+    read_adapter,
+)
 from ..errors import CheckpointError, NonFiniteError
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
@@ -154,6 +160,8 @@ class VideoPipeline:
     ) -> Pipeline:
         """Read a diffusers pipeline folder, or one that `save_pretrained` wrote, or a hub id of one.
 
+        "demo" is the small model that comes in this package.
+
         Args:
             dtype: of the UNet and the text encoder; None for that of their files.
             vae_dtype: of the VAE, which is prone to overflow in half precision; None as above.
@@ -276,13 +284,15 @@ class VideoPipeline:
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
             raise TypeError(f"{name}={text!r} must be a string or a list of strings")
         self._warn_of_unknown_words(texts)
-        ids = mx.array(self.tokenizer(list(texts)))
+        ids = mx.array(self.tokenizer([self._expand(text) for text in texts]))
         states = self.text_encoder(ids, clip_skip=clip_skip)
         mx.eval(states)
         return states
 
     def _warn_of_unknown_words(self, texts: Sequence[str]) -> None:
         known = self.recommended.vocabulary
+        for token in self.tokenizer.added_tokens:
+            texts = [text.replace(token, " ") for text in texts]
         words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
         unknown = [word for word in words if word not in known]
         if known and unknown:
@@ -292,6 +302,52 @@ class VideoPipeline:
             )
 
     # Adapters.
+
+    def load_textual_inversion(
+        self,
+        source: str | Path | Mapping[str, mx.array],
+        token: str | None = None,
+        *,
+        weight_name: str | None = None,
+        **hub: Any,
+    ) -> list[str]:
+        """Teach tokenizer and text encoder a learned token; returns its tokens, one a vector.
+
+        A prompt with the token, such as "a <cat-toy> on a table", then means what was learned; one of several
+        vectors is written out by itself.
+
+        Args:
+            source: a file of diffusers or the web UI, a folder or hub id that holds one, or arrays by key.
+            token: what to call it; None for its own name.
+            weight_name: the file's name in the folder, "learned_embeds.safetensors" or ".bin" by default.
+            hub: `revision`, `subfolder`, `local_files_only`, `token`, `cache_dir`.
+
+        Raises:
+            ValueError: the token is known, or has to be named.
+            CheckpointError: the file is no textual inversion, or one for another text encoder.
+        """
+        file = read_adapter(source, weight_name=weight_name, names=TEXTUAL_INVERSION_NAMES, **hub)
+        name, embeddings = learned_token(file, token)
+        width = self.text_encoder.config.hidden_size
+        if embeddings.shape[1] != width:
+            raise CheckpointError(
+                f"{file.name}: {name!r} has {embeddings.shape[1]} channels, this text encoder {width}; it is "
+                "for another model"
+            )
+        names = [name, *(f"{name}_{i}" for i in range(1, len(embeddings)))]
+        self.text_encoder.set_token_embeddings(self.tokenizer.add_tokens(names), embeddings)
+        return names
+
+    def _expand(self, text: str) -> str:
+        """The text with learned tokens of several vectors written out."""
+        added = self.tokenizer.added_tokens
+        for token in added:
+            rest = []
+            while f"{token}_{len(rest) + 1}" in added:
+                rest.append(f"{token}_{len(rest) + 1}")
+            if rest:
+                text = text.replace(token, " ".join([token, *rest]))
+        return text
 
     def load_lora_weights(
         self,

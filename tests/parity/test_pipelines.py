@@ -20,6 +20,7 @@ from diffusers import (  # noqa: E402
 from mlx_unet3d.schedulers import scheduler_from_config  # noqa: E402
 from PIL import Image  # noqa: E402
 from reference import TINY, randomize_constants, to_mlx  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from tiny import SCHEDULER, write_tokenizer  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
@@ -246,3 +247,24 @@ def test_half_precision_follows(folder):
     half = pipe(**args).frames
     psnr = -10 * np.log10(np.square(half - full).mean())
     assert psnr > 35
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_textual_inversion(folder, tmp_path, count, suffix):
+    learned = torch.randn(count, TINY["cross_attention_dim"], generator=torch.Generator().manual_seed(3))
+    file = tmp_path / f"learned_embeds{suffix}"
+    if suffix == ".bin":
+        torch.save({"<toy>": learned}, file)
+    else:
+        save_file({"<toy>": learned}, file)
+    theirs = TextToVideoSDPipeline.from_pretrained(folder)
+    ours = TextToVideoPipeline.from_pretrained(folder)
+    prompt = "a <toy> on a <Table>, <toy>"
+    before = ours.encode_prompt(prompt, guidance_scale=1)
+    theirs.load_textual_inversion(tmp_path, weight_name=file.name, token="<toy>")
+    ours.load_textual_inversion(tmp_path, weight_name=file.name)
+    expected, _ = theirs.encode_prompt(prompt, "cpu", 1, False)
+    states = ours.encode_prompt(prompt, guidance_scale=1)
+    assert difference(states, expected.detach()) <= 1e-5 * expected.abs().max()
+    assert difference(states, before) > 0.1
