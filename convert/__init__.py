@@ -5,6 +5,7 @@ and the command `mlx-unet3d convert`.
 """
 
 from .conversion import convert
-from .plan import ComponentPlan, TensorPlan, plan_checkpoint
+from .plan import ComponentPlan, TensorPlan
+from .planning import plan_checkpoint
 
 __all__ = ["ComponentPlan", "TensorPlan", "convert", "plan_checkpoint"]

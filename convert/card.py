@@ -70,10 +70,10 @@ def _weights(component: ComponentPlan) -> str:
 
 
 def _name(plan: CheckpointPlan) -> str:
-    """The hub id with its commit, or the name of the folder, without where it lay."""
+    """The hub id with its commit, or the name of the file or folder, without where it lay."""
     local = Path(plan.source).expanduser()
     if local.exists():
-        return f"the folder `{local.resolve().name}`"
+        return f"the {'file' if local.is_file() else 'folder'} `{local.resolve().name}`"
     commit = plan.folder.name if re.fullmatch(r"[0-9a-f]{40}", plan.folder.name) else None
     return f"`{plan.source}`" + (f" at `{commit}`" if commit else "")
 

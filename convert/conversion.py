@@ -26,7 +26,8 @@ from mlx_unet3d.schedulers import scheduler_from_config
 from tqdm import tqdm
 
 from .card import model_card
-from .plan import CheckpointPlan, ComponentPlan, TensorPlan, plan_checkpoint
+from .plan import CheckpointPlan, ComponentPlan, TensorPlan
+from .planning import plan_checkpoint
 
 CONFIG = "scheduler_config.json"
 # Some 6 to 10 dB below what normally distributed weights have: a bound for damage, not for quality.
@@ -37,6 +38,7 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
+    tokenizer: str | Path | None = None,
     dtype: mx.Dtype | None = None,
     layout: str = "mlx",
     variant: str | None = None,
@@ -52,7 +54,7 @@ def convert(
     """Convert a checkpoint; memory use is a few tensors, not the model.
 
     Args:
-        source, dtype, layout, variant, quantization, recipe, hub: see `plan_checkpoint`.
+        source, tokenizer, dtype, layout, variant, quantization, recipe, hub: see `plan_checkpoint`.
         target: folder to make; it appears when all is written, and verified if asked for.
         max_shard_size: bytes, or text such as "5GB", above which weights are divided over files.
         force: replace what is at `target`; else it must not be there.
@@ -70,7 +72,14 @@ def convert(
     check_target(target, source, force)
     shard_bytes = parse_size(max_shard_size)
     plan = plan_checkpoint(
-        source, dtype=dtype, layout=layout, variant=variant, quantization=quantization, recipe=recipe, **hub
+        source,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        layout=layout,
+        variant=variant,
+        quantization=quantization,
+        recipe=recipe,
+        **hub,
     )
     for line in summary(plan):
         say(line)
@@ -113,7 +122,7 @@ def check_space(target: Path, nbytes: int) -> None:
 
 
 def summary(plan: CheckpointPlan) -> Iterator[str]:
-    """A line for each network: what is read, and why, and what comes of it."""
+    """What is read of each network, and why, what comes of it, and what is assumed."""
     for component in plan.components:
         dtypes = sorted({str(tensor.dtype).removeprefix("mlx.core.") for tensor in component.tensors})
         names = ", ".join(path.name for path in component.files)
@@ -125,6 +134,9 @@ def summary(plan: CheckpointPlan) -> Iterator[str]:
             f"{len(component.tensors)} tensors{dropped}{quantized}, {'/'.join(dtypes)}, "
             f"{component.nbytes / 1e9:.2f} GB"
         )
+        if component.assumption:
+            yield f"{component.title}: {component.assumption}"
+    yield from plan.notes
 
 
 def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int, progress: bool) -> None:
@@ -208,10 +220,16 @@ def write_rest(plan: CheckpointPlan, folder: Path) -> None:
     """The index, the tokenizer and the scheduler's config, each checked by loading it."""
     index = {key: value for key, value in plan.index.items() if key != "_name_or_path"}
     if "tokenizer" in index:
-        tokenizer = mlx_unet3d.CLIPTokenizer.from_pretrained(plan.source, subfolder="tokenizer", **plan.hub)
+        tokenizer = plan.tokenizer
+        if tokenizer is None:
+            tokenizer = mlx_unet3d.CLIPTokenizer.from_pretrained(
+                plan.source, subfolder="tokenizer", **plan.hub
+            )
         tokenizer.save_pretrained(folder / "tokenizer")
     if "scheduler" in index:
-        config = read_component_config(plan.source, CONFIG, subfolder="scheduler", **plan.hub)
+        config = plan.scheduler
+        if config is None:
+            config = read_component_config(plan.source, CONFIG, subfolder="scheduler", **plan.hub)
         scheduler_from_config(config)
         (folder / "scheduler").mkdir()
         write_text(folder / "scheduler" / CONFIG, _json(config))  # as it is: what it leaves open stays open

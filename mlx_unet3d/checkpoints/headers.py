@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,26 @@ class TensorInfo:
     nbytes: int
     begin: int
     strides: tuple[int, ...] | None = None
+
+    def rows(self, start: int, stop: int) -> "TensorInfo":
+        """Rows `start` to `stop` of its first axis, where they lie."""
+        row_stride = math.prod(self.shape[1:]) if self.strides is None else self.strides[0]
+        item_bytes = self.nbytes // max(math.prod(self.shape), 1)
+        shape = (stop - start, *self.shape[1:])
+        return replace(
+            self,
+            shape=shape,
+            nbytes=math.prod(shape) * item_bytes,
+            begin=self.begin + start * row_stride * item_bytes,
+        )
+
+    def squeezed(self) -> "TensorInfo":
+        """The same without its last axis, which must be of size 1."""
+        if not self.shape or self.shape[-1] != 1:
+            raise ValueError(f"the last axis of {self.shape} is not of size 1")
+        return replace(
+            self, shape=self.shape[:-1], strides=None if self.strides is None else self.strides[:-1]
+        )
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "convert",
         help="convert a checkpoint",
         description="Convert a diffusers pipeline or one network, in safetensors or torch pickles (read "
-        "without torch, and never run), to the MLX layout, to another dtype, or back to diffusers.",
+        "without torch, and never run), to the MLX layout, to another dtype, or back to diffusers. The "
+        "original files of ModelScope, as a folder or one by one, are told by their tensors.",
     )
-    parser.add_argument("--hf-path", required=True, metavar="PATH_OR_ID", help="folder or hub id to convert")
+    parser.add_argument(
+        "--hf-path", required=True, metavar="PATH_OR_ID", help="folder, hub id or weight file to convert"
+    )
     parser.add_argument("--mlx-path", default="mlx_model", metavar="PATH", help="folder to make (mlx_model)")
     parser.add_argument(
         "--dtype", choices=options.DTYPES, help="of all floating tensors (default: that of the source)"
@@ -33,6 +36,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         choices=("mixed", "uniform", "linear"),
         help="mixed (default): first, last and time layers in 8 bits; uniform: all alike; linear: no "
         "convolutions; implies -q",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH_OR_ID",
+        help="folder or hub id of the tokenizer, or of a pipeline that has it; original files have none",
     )
     parser.add_argument("--to", choices=("mlx", "diffusers"), default="mlx", help="layout (default: mlx)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -60,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quantize or any(value is not None for value in asked):
         quantization = Quantization(args.q_bits, args.q_group_size, args.q_mode or "affine")
     common = dict(
+        tokenizer=args.tokenizer,
         quantization=quantization,
         recipe=args.q_recipe or "mixed",
         dtype=None if args.dtype is None else options.DTYPES[args.dtype],
@@ -87,10 +96,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(plan) -> Iterator[str]:
-    """A line a tensor: name and shape in the source, and in the result."""
+    """A line a tensor: name and shape in the source, and in the result; and what is assumed."""
     for component in plan.components:
         names = ", ".join(path.name for path in component.files)
         yield f"{component.title}: {names} ({component.reason})"
+        if component.assumption:
+            yield f"{component.title}: {component.assumption}"
         width = max(len(tensor.key) for tensor in component.tensors)
         for tensor in component.tensors:
             renamed = "" if tensor.name == tensor.key else f"{tensor.name} "
@@ -102,3 +113,4 @@ def table(plan) -> Iterator[str]:
         for key in component.dropped:
             yield f"  {key:<{width}} -> not needed"
         yield f"  {len(component.tensors)} tensors, {component.nbytes / 1e9:.2f} GB"
+    yield from plan.notes

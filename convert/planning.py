@@ -1,0 +1,322 @@
+"""Finding out what a conversion would do: which files are read, and how. Reads headers only."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx_unet3d
+import mlx.core as mx
+from mlx_unet3d.checkpoints import (
+    Header,
+    PretrainedModel,
+    TensorInfo,
+    file_shapes,
+    find_folder,
+    pickle_files,
+    read_header,
+    read_json,
+    read_pickle,
+    weight_files,
+)
+from mlx_unet3d.checkpoints.matching import file_format, majority_dtype, match
+from mlx_unet3d.checkpoints.pickles import is_pickle
+from mlx_unet3d.checkpoints.quantization import choose, to_config
+from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.layers.quantized import Quantization
+
+from .inference import Shapes, infer_config
+from .modelscope import INDEX, PUBLISHED_FILES, find_tokenizer, padded_as_trained, scheduler_config
+from .plan import CheckpointPlan, ComponentPlan, TensorPlan
+from .recognition import COMPONENTS, Recognized, recognize, weight_files_in
+
+CLASSES: dict[str, type[PretrainedModel]] = {
+    "UNet3DConditionModel": mlx_unet3d.UNet3DConditionModel,
+    "AutoencoderKL": mlx_unet3d.AutoencoderKL,
+    "CLIPTextModel": mlx_unet3d.CLIPTextModel,
+}
+"""The networks that can be converted, by their names in `config.json` and `model_index.json`."""
+
+LAYOUTS = ("mlx", "diffusers")
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """What is asked for, of every network."""
+
+    dtype: mx.Dtype | None
+    layout: str
+    variant: str | None
+    quantization: Quantization | None
+    recipe: str
+
+    def quantize(self, model: PretrainedModel) -> dict[str, Quantization]:
+        if self.quantization is None or isinstance(model, mlx_unet3d.AutoencoderKL):
+            return {}
+        if isinstance(model, mlx_unet3d.CLIPTextModel):
+            return choose(model, Quantization(bits=8), "linear")
+        chosen = choose(model, self.quantization, self.recipe)
+        if not chosen:
+            raise ValueError(
+                f"no layer of {type(model).__name__} divides into groups of "
+                f"{self.quantization.group_size}; choose smaller groups"
+            )
+        return chosen
+
+
+def plan_checkpoint(
+    source: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: mx.Dtype | None = None,
+    layout: str = "mlx",
+    variant: str | None = None,
+    quantization: Quantization | None = None,
+    recipe: str = "mixed",
+    **hub: Any,
+) -> CheckpointPlan:
+    """Find out what a conversion would do; no tensor is read.
+
+    Args:
+        source: folder or hub id of a diffusers pipeline or of one network, in safetensors or torch pickles;
+            or original files, which are told by their tensors: the folder of ModelScope's model, or one file
+            of its UNet, of a latent diffusion autoencoder or of OpenCLIP. A single file may have diffusers'
+            names, too.
+        tokenizer: folder or hub id of a CLIP tokenizer, or of a pipeline that has one, in place of the
+            source's; original files come without.
+        dtype: of all floating tensors; None for that of most bytes of each network.
+        layout: "mlx" or "diffusers", of the result.
+        variant: weight files such as "fp16", of a diffusers folder.
+        quantization, recipe: how the UNet is quantized, see `PretrainedModel.quantize`; None for not at
+            all. The linear layers of the text encoder then have 8 bits, and the VAE, which is small and whose
+            errors are seen at once, keeps its floating point.
+        hub: `revision`, `local_files_only`, `token`, `cache_dir`, as in `find_folder`.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: see `find_folder`.
+        ValueError: settings that do not go with each other or with the source, such as original files of a
+            pipeline without `tokenizer`.
+        CheckpointError: the files are damaged, are of no known kind, or do not fit their config.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} must be 'mlx' or 'diffusers'")
+    if quantization is not None and layout == "diffusers":
+        raise ValueError("diffusers does not read MLX's quantized weights; quantize with the layout 'mlx'")
+    ways = _Ways(dtype, layout, variant, quantization, recipe)
+    file = Path(source).expanduser()
+    if file.is_file():
+        if hub.get("revision") is not None:
+            raise ValueError(
+                f"revision={hub['revision']!r} is for hub ids, but {file} is a file; leave it out"
+            )
+        plan = CheckpointPlan(str(source), file, None, [_plan_recognized(recognize(file), "", ways)], hub)
+        return _with_tokenizer(plan, tokenizer)
+    folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), **hub)
+    if not (folder / "model_index.json").is_file():
+        if not (folder / "config.json").is_file():
+            folder = find_folder(source, files=PUBLISHED_FILES, **hub)
+            if weight_files_in(folder):
+                return _plan_originals(source, folder, tokenizer, ways, hub)
+        config = read_json(folder / "config.json")
+        component = _plan_component(source, "", _class_of(config, folder), ways, hub)
+        return _with_tokenizer(CheckpointPlan(str(source), folder, None, [component], hub), tokenizer)
+    index = read_json(folder / "model_index.json")
+    components = []
+    for name, entry in index.items():
+        known = isinstance(entry, list) and len(entry) == 2 and entry[1] in CLASSES
+        if known:
+            components.append(_plan_component(source, name, CLASSES[entry[1]], ways, hub))
+    if not components:
+        raise CheckpointError(
+            f"{folder / 'model_index.json'} lists none of {', '.join(CLASSES)}; there is nothing to convert"
+        )
+    return _with_tokenizer(CheckpointPlan(str(source), folder, index, components, hub), tokenizer)
+
+
+def _with_tokenizer(plan: CheckpointPlan, tokenizer: str | Path | None) -> CheckpointPlan:
+    if tokenizer is None:
+        return plan
+    if plan.index is None or "tokenizer" not in plan.index:
+        raise ValueError(
+            f"tokenizer={str(tokenizer)!r} is for pipelines; {plan.source} has none to replace: leave it out"
+        )
+    return replace(plan, tokenizer=find_tokenizer(tokenizer, plan.components, plan.hub))
+
+
+def _plan_originals(
+    source: str | Path,
+    folder: Path,
+    tokenizer: str | Path | None,
+    ways: _Ways,
+    hub: dict[str, Any],
+) -> CheckpointPlan:
+    """A folder of weight files without any config: one network, or the three of a pipeline."""
+    found: dict[str, Recognized] = {}
+    for path in weight_files_in(folder):
+        network = recognize(path)
+        name = COMPONENTS[network.family.cls]
+        if name in found:
+            raise CheckpointError(
+                f"{folder} has two files of the {name}, {found[name].path.name} and {path.name}; leave one "
+                "there, or give one of them alone"
+            )
+        found[name] = network
+    if len(found) == 1:
+        (network,) = found.values()
+        component = _plan_recognized(network, "", ways)
+        return _with_tokenizer(CheckpointPlan(str(source), folder, None, [component], hub), tokenizer)
+    missing = [name for name in COMPONENTS.values() if name not in found]
+    if missing:
+        there = ", ".join(f"the {name} ({network.path.name})" for name, network in found.items())
+        raise CheckpointError(
+            f"{folder} has {there}, and no file of the {' and '.join(missing)}, which a pipeline needs; put "
+            "it there, or give one file to convert that network alone"
+        )
+    if tokenizer is None:
+        raise ValueError(
+            f"{folder} is a pipeline in original files, which come without a tokenizer; pass --tokenizer "
+            "with a folder that has vocab.json and merges.txt, or a pipeline or hub id that has them, such "
+            "as the same model in diffusers' form"
+        )
+    components = [_plan_recognized(found[name], name, ways) for name in COMPONENTS.values()]
+    words, notes = padded_as_trained(find_tokenizer(tokenizer, components, hub))
+    return CheckpointPlan(str(source), folder, dict(INDEX), components, hub, words, scheduler_config(), notes)
+
+
+def _class_name(config: dict[str, Any]) -> str | None:
+    return config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+
+
+def _class_of(config: dict[str, Any], folder: Path) -> type[PretrainedModel]:
+    name = _class_name(config)
+    if name not in CLASSES:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is of the class {name}; this converter knows {', '.join(CLASSES)}"
+        )
+    return CLASSES[name]
+
+
+def _plan_component(
+    source: str | Path,
+    name: str,
+    cls: type[PretrainedModel],
+    ways: _Ways,
+    hub: dict[str, Any],
+) -> ComponentPlan:
+    """A network of a diffusers folder."""
+    folder, files, reason = _find_weights(source, name, cls, ways.variant, hub)
+    config = read_json(folder / "config.json")
+    cls.check_class_name(config, str(folder / "config.json"))
+    if "quantization" in config:
+        raise CheckpointError(f"{folder} is quantized already; convert the checkpoint that it was made of")
+    headers = {path: read_pickle(path) if is_pickle(path) else read_header(path) for path in files}
+    model = cls.from_config(config)
+    tensors, names = _plan_tensors(str(folder), model, headers, cls.rename_key, ways)
+    dropped = [key for _, key, _ in _tensors(headers) if key not in names]
+    return ComponentPlan(name, cls, _config(model, tensors), files, reason, tensors, dropped)
+
+
+def _plan_recognized(network: Recognized, name: str, ways: _Ways) -> ComponentPlan:
+    """A network in a single file, with the `config.json` beside it if that is of its class."""
+    path, cls = network.path, network.family.cls
+    if ways.variant is not None:
+        raise ValueError(
+            f"variant={ways.variant!r} chooses among the files of a diffusers folder, but {path} is taken as "
+            "it is; leave it out"
+        )
+    headers = {path: network.header}
+    config, reason, assumed = _config_beside(network), network.reason, {}
+    if config is not None:
+        reason += "; with the config.json beside it"
+        if "quantization" in config:
+            raise CheckpointError(f"{path} is quantized already; convert the checkpoint that it was made of")
+    else:
+        shapes = {network.names[key]: info.shape for key, info in network.header.tensors.items()}
+        config, assumed = infer_config(cls, Shapes(str(path), shapes, file_format(headers)))
+        config |= assumed
+    try:
+        model = cls.from_config(config)
+    except (ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} does not describe a {cls.__name__}: {error}") from error
+    tensors, _ = _plan_tensors(str(path), model, headers, lambda key, _: network.names[key], ways)
+    return ComponentPlan(
+        name, cls, _config(model, tensors), [path], reason, tensors, network.dropped, assumed
+    )
+
+
+def _config_beside(network: Recognized) -> dict[str, Any] | None:
+    path = network.path.parent / "config.json"
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    return config if _class_name(config) == network.family.cls.__name__ else None
+
+
+def _plan_tensors(
+    where: str,
+    model: PretrainedModel,
+    headers: dict[Path, Header],
+    rename: Callable[[str, Collection[str]], str | None],
+    ways: _Ways,
+) -> tuple[list[TensorPlan], dict[str, str]]:
+    """What becomes of each tensor, and the parameter of each key."""
+    expected = model.expected_tensors()
+    source_layout = file_format(headers)
+    names = match(f"{where} does not fit {type(model).__name__}", expected, headers, source_layout, rename)
+    dtype = ways.dtype or majority_dtype(headers)[0] or mx.float32
+    quantized = ways.quantize(model)
+    tensors = []
+    for path, key, info in _tensors(headers):
+        if key not in names:
+            continue
+        want = expected[names[key]]
+        shape = file_shapes(want.layout, want.shape)[0] if ways.layout == "diffusers" else want.shape
+        result = dtype if mx.issubdtype(want.dtype, mx.floating) else want.dtype
+        layer, _, kind = names[key].rpartition(".")
+        tensors.append(
+            TensorPlan(
+                key,
+                names[key],
+                path,
+                info,
+                want.layout,
+                shape,
+                result,
+                source_layout,
+                ways.layout,
+                quantized.get(layer) if kind == "weight" else None,
+            )
+        )
+    return tensors, names
+
+
+def _config(model: PretrainedModel, tensors: list[TensorPlan]) -> dict[str, Any]:
+    """The `config.json` to write."""
+    quantized = {
+        tensor.name.removesuffix(".weight"): tensor.quantization
+        for tensor in tensors
+        if tensor.quantization is not None
+    }
+    return model.config_to_save() | ({"quantization": to_config(quantized)} if quantized else {})
+
+
+def _find_weights(
+    source: str | Path, name: str, cls: type[PretrainedModel], variant: str | None, hub: dict[str, Any]
+) -> tuple[Path, list[Path], str]:
+    where = dict(subfolder=name or None, variant=variant, stem=cls.weights_stem, **hub)
+    folder = find_folder(source, **where)
+    if any(path.suffix == ".safetensors" for path in folder.iterdir()):
+        return folder, weight_files(folder, cls.weights_stem, variant), "safetensors"
+    folder = find_folder(source, pickles=True, **where)
+    try:
+        files = pickle_files(folder, cls.weights_stem, variant)
+    except FileNotFoundError:
+        # Neither: the message of the other kind says what there is instead.
+        return folder, weight_files(folder, cls.weights_stem, variant), "safetensors"
+    return folder, files, "torch pickles, read without running them: there is no .safetensors"
+
+
+def _tensors(headers: dict[Path, Header]) -> Iterator[tuple[Path, str, TensorInfo]]:
+    for path, header in headers.items():
+        for key, info in header.tensors.items():
+            yield path, key, info

@@ -1,0 +1,151 @@
+"""Networks written as their original files name them: the inverse of what the converter undoes."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_unet3d.checkpoints import PretrainedModel, headers, parameter_layouts, to_diffusers
+from test_pickles import dictionary, tensor, write_legacy, write_zip
+
+Tensors = dict[str, np.ndarray]
+
+
+def as_diffusers(model: PretrainedModel) -> Tensors:
+    """The parameters as in a diffusers file."""
+    layouts = parameter_layouts(model)
+    return {
+        name: np.ascontiguousarray(to_diffusers(layouts.get(name, "identity"), array))
+        for name, array in tree_flatten(model.parameters())
+    }
+
+
+def unet(tensors: Mapping[str, np.ndarray], layers: int) -> Tensors:
+    """`text2video_pytorch_model.pth` of a UNet with `layers` layers a block."""
+    halves = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    halves |= {f"time_embedding.linear_{i}": f"time_embed.{2 * i - 2}" for i in (1, 2)}
+    halves |= {"transformer_in": "input_blocks.0.1"}
+    for i in range(8):
+        halves[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(i + 1) * (layers + 1)}.op"
+        for j in range(layers):
+            number = f"input_blocks.{1 + i * (layers + 1) + j}"
+            halves |= _layer(f"down_blocks.{i}", j, f"{number}.0", f"{number}.1", f"{number}.2")
+        for j in range(layers + 1):
+            number = f"output_blocks.{i * (layers + 1) + j}"
+            halves |= _layer(f"up_blocks.{i}", j, f"{number}.0", f"{number}.1", f"{number}.2")
+        # The doubling comes last in its layer, behind the transformers where there are some.
+        attends = f"up_blocks.{i}.attentions.0.norm.weight" in tensors
+        number = f"output_blocks.{i * (layers + 1) + layers}.{3 if attends else 1}"
+        halves[f"up_blocks.{i}.upsamplers.0.conv"] = f"{number}.conv"
+    halves |= _layer("mid_block", 0, "middle_block.0", "middle_block.1", "middle_block.2")
+    halves |= _layer("mid_block", 1, "middle_block.3", "", "")
+
+    made = {}
+    for name, array in tensors.items():
+        path = next(path for path in halves if name.startswith(f"{path}."))
+        temporal = ".temp_attentions." in name or path == "transformer_in"
+        if temporal and re.search(r"proj_(in|out)\.weight$", name):
+            array = array[:, :, None]
+        made[halves[path] + name.removeprefix(path)] = array
+    assert len(made) == len(tensors)
+    return made
+
+
+def _layer(block: str, j: int, resnet: str, spatial: str, temporal: str) -> dict[str, str]:
+    parts = dict(norm1="in_layers.0", conv1="in_layers.2", time_emb_proj="emb_layers.1")
+    parts |= dict(norm2="out_layers.0", conv2="out_layers.3", conv_shortcut="skip_connection")
+    return {
+        **{f"{block}.resnets.{j}.{ours}": f"{resnet}.{theirs}" for ours, theirs in parts.items()},
+        f"{block}.temp_convs.{j}": f"{resnet}.temopral_conv",
+        f"{block}.attentions.{j}": spatial,
+        f"{block}.temp_attentions.{j}": temporal,
+    }
+
+
+def vae(tensors: Mapping[str, np.ndarray], levels: int) -> Tensors:
+    """An LDM autoencoder of `levels` resolutions."""
+    made = {}
+    for name, array in tensors.items():
+        key = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
+        key = key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        key = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", key)
+        key = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", key)
+        key = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", key)
+        key = re.sub(
+            r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", key
+        )
+        if ".attentions.0." in key:
+            key = key.replace("mid_block.attentions.0", "mid.attn_1").replace("group_norm", "norm")
+            key = re.sub(r"to_([qkv])\.", r"\1.", key).replace("to_out.0", "proj_out")
+            array = array[:, :, None, None] if array.ndim == 2 else array
+        made[key] = array
+    assert len(made) == len(tensors)
+    return made
+
+
+def text(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """OpenCLIP's file: the text tower with one layer more, an image tower, and what compares the two."""
+    simple = {
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm.weight": "ln_final.weight",
+        "final_layer_norm.bias": "ln_final.bias",
+    }
+    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj"}
+    parts |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    made, fused = {}, {}
+    for name, array in tensors.items():
+        name = name.removeprefix("text_model.")
+        if name in simple:
+            made[simple[name]] = array
+            continue
+        number, module, kind = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(\w+)", name).groups()
+        block = f"transformer.resblocks.{number}"
+        if module in parts:
+            made[f"{block}.{parts[module]}.{kind}"] = array
+        else:
+            fused.setdefault(f"{block}.attn.in_proj_{kind}", {})[module.removesuffix("_proj")[-1]] = array
+    made |= {key: np.concatenate([qkv[letter] for letter in "qkv"]) for key, qkv in fused.items()}
+    layers = 1 + max(int(key.split(".")[2]) for key in made if key.startswith("transformer."))
+    last = [key for key in made if key.startswith(f"transformer.resblocks.{layers - 1}.")]
+    made |= {key.replace(f".{layers - 1}.", f".{layers}.", 1): 2 * made[key] for key in last}
+    width = made["ln_final.bias"].size
+    made |= {"text_projection": np.ones((width, width), np.float32), "logit_scale": np.float32(4.6)}
+    return made | {"visual.conv1.weight": np.ones((8, 3, 2, 2), np.float32)}
+
+
+_STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage"}
+
+
+def write_pickle(
+    path: Path, tensors: Mapping[str, np.ndarray], *, legacy: bool = False, wrapped: bool = False
+) -> Path:
+    """What torch.save writes of a state dict. Arrays that are views of transposed ones are saved as such."""
+    entries, data = {}, []
+    for i, (name, array) in enumerate(tensors.items()):
+        array = np.asarray(array)
+        assert array.flags.c_contiguous or array.flags.f_contiguous
+        entries[name] = tensor(
+            key=str(i),
+            cls=_STORAGES[str(array.dtype)],
+            count=array.size,
+            shape=array.shape,
+            strides=tuple(stride // array.itemsize for stride in array.strides),
+            legacy=legacy,
+        )
+        data.append((str(i), array.size, array.tobytes("A")))
+    body = dictionary(**entries)
+    if wrapped:
+        body = dictionary(state_dict=body)
+    if legacy:
+        return write_legacy(path, body, data)
+    return write_zip(path, body, [(key, content) for key, _, content in data])
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
+    """As torch users save them, under any name."""
+    arrays = {key: mx.array(np.ascontiguousarray(array)) for key, array in tensors.items()}
+    headers.write_safetensors(path, arrays, {"format": "pt"})
+    return path
