@@ -26,6 +26,7 @@ from mlx_unet3d.schedulers import scheduler_from_config
 from tqdm import tqdm
 
 from .card import model_card
+from .forward import compare_forwards
 from .plan import CheckpointPlan, ComponentPlan, TensorPlan
 from .planning import plan_checkpoint
 
@@ -59,7 +60,8 @@ def convert(
         max_shard_size: bytes, or text such as "5GB", above which weights are divided over files.
         force: replace what is at `target`; else it must not be there.
         verify: read everything back and compare it with the source: bit for bit after the cast, and for
-            quantized weights by their signal-to-noise ratio.
+            quantized weights by their signal-to-noise ratio; then compare a small forward, see
+            `compare_forwards`, for which one network at a time is in memory.
         progress: show progress bars.
         say: called with lines about what is done.
 
@@ -89,6 +91,7 @@ def convert(
             write(component, partial / component.name, layout, shard_bytes, progress)
             if verify:
                 say(f"{component.title}: {compare(component, partial / component.name, progress)}")
+                say(f"{component.title}: {compare_forwards(component, partial / component.name)}")
         if plan.index is not None:
             write_rest(plan, partial)
         write_text(partial / "README.md", model_card(plan, layout))

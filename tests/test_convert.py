@@ -260,6 +260,23 @@ def test_verify_finds_what_the_disk_did(model, monkeypatch):
     assert not os.listdir()
 
 
+def test_verify_finds_another_config(model, monkeypatch, capsys):
+    """All tensors are right, and the network is not: the forward tells."""
+    write = conversion.write
+
+    def failing(component, folder, *arguments):
+        write(component, folder, *arguments)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"norm_eps": 0.1}))
+
+    assert convert(model / "unet", "--verify") == 0
+    assert "UNet3DConditionModel: a forward is equal to the source's" in capsys.readouterr().err
+    monkeypatch.setattr(conversion, "write", failing)
+    with pytest.raises(CheckpointError, match="a forward of the converted UNet3DConditionModel differs"):
+        converter.convert(model / "unet", "other", verify=True)
+    assert os.listdir() == ["out"]
+
+
 def test_killed_at_any_moment(tmp_path):
     """kill -9 at 20 moments of a run: no output that loads, no source touched, and the next run succeeds."""
     unet = tiny.randomize(UNet3DConditionModel(**tiny.UNET | {"block_out_channels": (64, 128)}))

@@ -172,3 +172,29 @@ def test_to_diffusers_and_back_is_exact(folder, tmp_path, zipped, dtype):
     assert loaded.unet.dtype == dtype
     for key, value in cast(state(folder, "unet")).items():
         assert torch.equal(loaded.unet.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "least"), [((), 100), (("--dtype", "float16"), 40), (("-q", "--q-bits", "8"), 100)]
+)
+def test_verified_against_diffusers_itself(folder, tmp_path, monkeypatch, capsys, arguments, least):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "--hf-path", str(folder), "--mlx-path", "out", "--verify", *arguments]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "from diffusers'" in line]
+    ratios = {
+        line.split(":")[0]: float(line.split(" dB above its difference")[0].split()[-1]) for line in lines
+    }
+    assert ratios.keys() == set(NETWORKS)
+    assert min(ratios.values()) > least
+    assert len([line for line in lines if "what quantization changed" in line]) == ("-q" in arguments)
+
+
+def test_a_network_that_diffusers_computes_otherwise(folder, tmp_path, monkeypatch):
+    """A mistake of ours in a forward, which both sides of the conversion share."""
+    from mlx_unet3d.errors import CheckpointError
+    from mlx_unet3d_convert import convert
+
+    monkeypatch.setattr(UNet3DConditionModel, "_embed_time", lambda self, *_: mx.zeros((1, 4 * 32)))
+    with pytest.raises(CheckpointError, match="its difference from diffusers', below"):
+        convert(folder / "unet", tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
