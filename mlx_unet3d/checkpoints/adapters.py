@@ -7,6 +7,7 @@
 | PEFT, diffusers since 0.26      | `[unet.]...attn1.to_q.lora_A.weight`, `base_model.model....`   |
 | kohya                           | `lora_unet_..._attn1_to_q.lora_down.weight`, `.alpha`          |
 | Text-To-Video-Finetuning        | `...attn1.to_q.lora_A` ("stable_lora"; alpha is the rank)      |
+| the same, "cloneofsimo" (`.pt`) | none: a list of up, down, up, down, ... over all layers        |
 
 Text encoders: the prefix `text_encoder.` or `lora_te_`. diffusers' keys may have a network alpha beside.
 """
@@ -129,7 +130,7 @@ def read_adapter(
                 f"{folder} has none of {', '.join(wanted)}; it has {there}. Give the file itself, or its "
                 "name by weight_name"
             )
-    header = read_pickle(path) if is_pickle(path) else read_header(path)
+    header = read_pickle(path, lists=True) if is_pickle(path) else read_header(path)
     tensors = {key: read_tensor(path, info) for key, info in header.tensors.items()}
     return AdapterFile(path, tensors, _settings(path, header.metadata))
 
@@ -186,10 +187,12 @@ def parse_lora(file: AdapterFile, component: str, layers: Collection[str]) -> di
 
     Args:
         component: "unet" or "text_encoder"; keys that name another are passed over.
-        layers: paths of the layers that adapters can be put beside.
+        layers: paths of the layers that adapters can be put beside, in the order of diffusers.
 
     Raises CheckpointError for a key that is of no known kind, or names a layer that there is not.
     """
+    if file.tensors and all(key.isdecimal() for key in file.tensors):
+        return _parse_list(file, layers)
     flattened = {path.replace(".", "_"): path for path in layers}
     found: dict[str, LayerLoRA] = {}
     unmatched = []
@@ -222,6 +225,16 @@ def parse_lora(file: AdapterFile, component: str, layers: Collection[str]) -> di
                 "incomplete"
             )
     return found
+
+
+def _parse_list(file: AdapterFile, layers: Collection[str]) -> dict[str, LayerLoRA]:
+    if len(file.tensors) != 2 * len(layers):
+        raise CheckpointError(
+            f"{file.name} is a list of {len(file.tensors)} tensors without names, which must be an up and a "
+            f"down of each layer, here {len(layers)}; it is for another network, or for some layers only"
+        )
+    arrays = iter(file.tensors.values())
+    return {path: LayerLoRA(up=next(arrays), down=next(arrays)) for path in layers}
 
 
 def _owner(key: str) -> tuple[str | None, str]:

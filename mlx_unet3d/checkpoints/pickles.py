@@ -82,11 +82,11 @@ def is_pickle(path: str | Path) -> bool:
     return start == b"PK\x03\x04" or (len(start) > 1 and start[0] == 0x80 and start[1] in (2, 3, 4, 5))
 
 
-def read_pickle(path: str | Path) -> Header:
+def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
     """The tensors of a state dict and where they lie, as `read_header`; no tensor data is read.
 
     A file that wraps its state dict ("state_dict", "module" or "model", beside an optimizer and the like)
-    gives the wrapped one.
+    gives the wrapped one. With `lists`, a list of tensors counts as well: their names are "0", "1" and so on.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -106,6 +106,8 @@ def read_pickle(path: str | Path) -> Header:
             raise CheckpointError(
                 f"{path} is not a torch file, or a damaged one ({error}); download it again"
             ) from error
+    if lists and isinstance(value, list) and value and all(isinstance(v, _Tensor) for v in value):
+        value = {str(i): tensor for i, tensor in enumerate(value)}
     tensors = _state_dict(path, value)
     return Header({name: _located(path, name, tensor, places, size) for name, tensor in tensors.items()}, {})
 

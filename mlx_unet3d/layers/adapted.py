@@ -1,5 +1,6 @@
 """A layer with low-rank adapters beside it (LoRA, arXiv:2106.09685)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,3 +142,18 @@ def replace_module(model: nn.Module, path: str, module: Any) -> None:
         parent[int(name)] = module
     else:
         parent[name] = module
+
+
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of everything below, parents first, in order of registration."""
+    yield path, module
+    for name, child in module.children().items():
+        yield from _walk_child(child, f"{path}.{name}" if path else name)
+
+
+def _walk_child(child: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(child, nn.Module):
+        yield from walk(child, path)
+    elif isinstance(child, list):
+        for i, item in enumerate(child):
+            yield from _walk_child(item, f"{path}.{i}")

@@ -29,6 +29,7 @@ from ..layers.adapted import (
     LowRank,
     layout_of,
     replace_module,
+    walk,
     weight_shape,
 )
 from ..layers.attention import Attention
@@ -193,8 +194,8 @@ class LoRAMixin:
     def _adaptable(self) -> dict[str, nn.Module]:
         adapted = self._adapted()
         inside = tuple(f"{path}." for path in adapted)
-        layers = {path: m for path, m in self.named_modules() if isinstance(m, ADAPTABLE)}
-        return {p: m for p, m in layers.items() if not p.startswith(inside)} | adapted
+        layers = {path: m for path, m in walk(self) if isinstance(m, (*ADAPTABLE, AdaptedLayer))}
+        return {path: m for path, m in layers.items() if not path.startswith(inside)}
 
     def _check_names(self, names: Sequence[str]) -> None:
         known = self.list_adapters()

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoints import ModelConfig, PretrainedModel
 from ..checkpoints.adapters import is_custom_diffusion, read_adapter
+from ..layers.adapted import walk
 from ..layers.attention import Attention, BasicTransformerBlock, TextContext
 from ..layers.attention_adapters import (
     LoRAAttnProcessor,
@@ -480,7 +481,7 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
         self._set_chunking(None, 0)
 
     def _set_chunking(self, size: int | None, dim: int) -> None:
-        for _, module in _walk(self):
+        for _, module in walk(self):
             if isinstance(module, BasicTransformerBlock):
                 module.set_chunk_feed_forward(size, dim)
 
@@ -522,7 +523,7 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
 
     def _attentions(self) -> dict[str, Attention]:
         """Path -> attention layer, in the order of diffusers' registration."""
-        return {path: module for path, module in _walk(self) if isinstance(module, Attention)}
+        return {path: module for path, module in walk(self) if isinstance(module, Attention)}
 
     @property
     def attn_processors(self) -> dict[str, Processor]:
@@ -650,21 +651,6 @@ class _Frozen:
     """Keeps processors out of the tree of parameters, which takes in plain dicts."""
 
     processors: dict[str, Processor]
-
-
-def _walk(module: nn.Module, path: str = ""):
-    """(path, module) of everything below, parents first, in order of registration."""
-    yield path, module
-    for name, child in module.children().items():
-        yield from _walk_child(child, f"{path}.{name}" if path else name)
-
-
-def _walk_child(child: Any, path: str):
-    if isinstance(child, nn.Module):
-        yield from _walk(child, path)
-    elif isinstance(child, list):
-        for i, item in enumerate(child):
-            yield from _walk_child(item, f"{path}.{i}")
 
 
 def _add_residuals(skips: list[mx.array], residuals: Sequence[mx.array]) -> list[mx.array]:

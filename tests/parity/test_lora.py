@@ -8,6 +8,7 @@ peft = pytest.importorskip("peft")
 
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor  # noqa: E402
 from diffusers.utils import convert_state_dict_to_kohya  # noqa: E402
+from mlx_unet3d.errors import CheckpointError  # noqa: E402
 from reference import Inputs, relative_error, unet_pair  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -82,6 +83,31 @@ def test_kohya(tmp_path):
     ours.load_lora_adapter(tmp_path / "kohya.safetensors")
     # That converter writes the rank as alpha, whatever it was: a factor of 1 instead of 6 / 4.
     assert relative_error(inputs.ours(ours), inputs.theirs(scaled(model, 4 / 6))) <= 1e-5
+
+
+def test_list_without_names(tmp_path):
+    """cloneofsimo's files: an up and a down of every layer, in the order of torch's modules."""
+    theirs, ours = unet_pair(tmp_path / "unet")
+    inputs = Inputs(theirs)
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    with torch.no_grad():
+        for module in theirs.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)):
+                out, *rest = module.weight.shape
+                rank = min(4, out, rest[0])
+                up = torch.randn(out, rank, *(1 for _ in rest[1:]), generator=generator)
+                down = torch.randn(rank, *rest, generator=generator) / 50
+                tensors += [up, down]
+                module.weight += (up.flatten(1) @ down.flatten(1)).view(module.weight.shape)
+    torch.save(tensors, tmp_path / "1000_unet.pt")
+    base = inputs.ours(ours)
+    assert ours.load_lora_adapter(tmp_path / "1000_unet.pt") == len(tensors) // 2
+    assert relative_error(inputs.ours(ours), inputs.theirs(theirs)) <= 1e-5
+    assert relative_error(base, inputs.theirs(theirs)) > 1e-2
+    torch.save(tensors[2:], tmp_path / "less.pt")
+    with pytest.raises(CheckpointError, match="must be an up and a down of each layer"):
+        ours.load_lora_adapter(tmp_path / "less.pt", "less")
 
 
 def peft_state(model):
