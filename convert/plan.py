@@ -131,7 +131,7 @@ class CheckpointPlan:
         folder: where its files are; the file itself where one was given.
         index: the `model_index.json` to write; None for a single network.
         components: its networks.
-        hub: keywords of `find_folder` that say where to look.
+        hub: keywords of `find_folder` that say where to look; of a hub id, always the same commit.
         tokenizer: the one to write; None for that of the source.
         scheduler: the config to write; None for that of the source.
         notes: what else is to be said.

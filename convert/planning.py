@@ -22,6 +22,7 @@ from mlx_unet3d.checkpoints import (
 from mlx_unet3d.checkpoints.matching import file_format, majority_dtype, match
 from mlx_unet3d.checkpoints.pickles import is_pickle
 from mlx_unet3d.checkpoints.quantization import choose, to_config
+from mlx_unet3d.checkpoints.source import pinned_revision
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
 
@@ -112,6 +113,7 @@ def plan_checkpoint(
         plan = CheckpointPlan(str(source), file, None, [_plan_recognized(recognize(file), "", ways)], hub)
         return _with_tokenizer(plan, tokenizer)
     folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), **hub)
+    hub = {**hub, "revision": pinned_revision(source, folder, hub.get("revision"))}
     if not (folder / "model_index.json").is_file():
         if not (folder / "config.json").is_file():
             folder = find_folder(source, files=PUBLISHED_FILES, **hub)

@@ -1,5 +1,6 @@
 """Where a checkpoint is: local folders, the hub and its cache, and the weight files in a folder."""
 
+import errno
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -47,7 +48,8 @@ def find_folder(
         ValueError: neither a folder nor a hub id, or `revision` with a local folder.
         FileNotFoundError: no such folder, subfolder, repository or revision, or not in the cache.
         PermissionError: the repository is gated or private.
-        ConnectionError: the hub answered with another error.
+        ConnectionError: the hub answered with another error, or the connection broke.
+        OSError: the disk is full, or the cache cannot be written.
     """
     _check_subfolder(subfolder)
     local = Path(path_or_id).expanduser()
@@ -77,6 +79,17 @@ def find_folder(
         cache_dir=cache_dir,
     )
     return _inside(snapshot, subfolder, hub_id=path_or_id)
+
+
+def pinned_revision(path_or_id: str | Path, folder: Path, revision: str | None) -> str | None:
+    """The commit of a folder that `find_folder` gave for a hub id, for what else is read of it.
+
+    A branch may move between two downloads; their files would then be of different versions. For a local
+    folder, and where the cache does not say the commit, it is `revision`.
+    """
+    if Path(path_or_id).expanduser().is_dir():
+        return revision
+    return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
 
 
 def read_component_config(
@@ -293,15 +306,14 @@ def _download(hub_id: str, **arguments: Any) -> Path:
     # Imported late: it takes longer than the rest of the package together, and folders need none
     # of it.
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     page = f"https://huggingface.co/{hub_id}"
-    login = "log in with `hf auth login` or pass token="
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, **arguments))
     except errors.GatedRepoError as error:
         raise PermissionError(
-            f"{hub_id} is gated: accept its licence at {page}, then {login}; a local folder with "
+            f"{hub_id} is gated: accept its licence at {page}, then {LOGIN}; a local folder with "
             "its files works too"
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -312,9 +324,12 @@ def _download(hub_id: str, **arguments: Any) -> Path:
         raise FileNotFoundError(
             f"there is no folder {hub_id!r} here, and the hub has no {page} or does not show it to "
             "you: check the spelling; repositories also move or close. If it is private or gated, "
-            f"{login}"
+            f"{LOGIN}"
         ) from error
     except errors.LocalEntryNotFoundError as error:
+        # Also raised where the hub did answer, with an error, and the cache does not have the file.
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _refusal(hub_id, page, error.__cause__) from error
         raise FileNotFoundError(
             f"there is no folder {hub_id!r} here, and the hub's cache does not have all its files, "
             "while the hub is out of reach or not to be asked (local_files_only, HF_HUB_OFFLINE): "
@@ -322,12 +337,46 @@ def _download(hub_id: str, **arguments: Any) -> Path:
             f"says: {error}"
         ) from error
     except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            raise PermissionError(
-                f"the hub refuses {hub_id} (HTTP {status}): accept its licence at {page} if it has "
-                f"one, then {login}"
+        raise _refusal(hub_id, page, error) from error
+    except OSError as error:
+        cache = arguments.get("cache_dir") or constants.HF_HUB_CACHE
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"no room for {hub_id}: the disk of the hub's cache {cache} is full; make room, or "
+                "move the cache with HF_HOME or cache_dir="
             ) from error
-        raise ConnectionError(
-            f"the hub answered HTTP {status} for {hub_id}: {error}; try again later, or pass a local folder"
+        raise OSError(
+            f"{hub_id} could not be downloaded to the hub's cache {cache} ({error}); try again, or "
+            "move the cache with HF_HOME or cache_dir="
         ) from error
+    except Exception as error:
+        if not is_broken_connection(error):
+            raise
+        raise ConnectionError(
+            f"the download of {hub_id} broke off ({error}); run again: the files that are complete "
+            "are not downloaded twice"
+        ) from error
+
+
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN or pass token="
+
+
+def is_broken_connection(error: Exception) -> bool:
+    """Whether an error is one of the HTTP library or of the transfer library below huggingface_hub.
+
+    Which libraries these are differs between its versions, and their errors are no OSErrors.
+    """
+    return isinstance(error, RuntimeError) or type(error).__module__.split(".")[0].startswith("http")
+
+
+def _refusal(hub_id: str, page: str, error: Any) -> OSError:
+    """For an answer of the hub that is an error of no class of its own."""
+    status = getattr(error.response, "status_code", None)
+    if status in (401, 403):
+        return PermissionError(
+            f"the hub refuses {hub_id} (HTTP {status}): accept its licence at {page} if it has "
+            f"one, then {LOGIN}"
+        )
+    return ConnectionError(
+        f"the hub answered HTTP {status} for {hub_id}: {error}; try again later, or pass a local folder"
+    )

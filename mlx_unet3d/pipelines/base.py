@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..atomic import write_text
-from ..checkpoints import PretrainedModel, read_component_config
+from ..checkpoints import PretrainedModel, find_folder, read_component_config, read_json
 from ..checkpoints.adapters import (
     TEXTUAL_INVERSION_NAMES,
     AdapterFile,
@@ -24,6 +24,7 @@ from ..checkpoints.adapters import (
     learned_token,
     read_adapter,
 )
+from ..checkpoints.source import pinned_revision
 from ..errors import CheckpointError, NonFiniteError
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
@@ -167,10 +168,12 @@ class VideoPipeline:
             vae_dtype: of the VAE, which is prone to overflow in half precision; None as above.
             revision, variant, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
 
-        Raises FileNotFoundError, CheckpointError.
+        Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
         """
         where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
-        index = read_component_config(path_or_id, "model_index.json", **where)
+        folder = find_folder(path_or_id, files=("model_index.json",), **where)
+        where["revision"] = pinned_revision(path_or_id, folder, revision)
+        index = read_json(folder / "model_index.json")
         name = index.get("_class_name")
         if name not in _PIPELINE_NAMES:
             raise CheckpointError(

@@ -1,0 +1,282 @@
+"""Checkpoints on the hub, with a local server in its place: what is downloaded, and what is said."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel
+from hub_server import TOKEN, Hub
+from huggingface_hub import close_session, constants, file_download
+from mlx_unet3d.checkpoints import find_folder, weight_files
+from mlx_unet3d.cli import main
+
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A pipeline with a licence, and beside its weights what a download must leave out."""
+    folder = tiny.write_pipeline(tmp_path_factory.mktemp("model") / "source")
+    (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    for name in ("unet", "vae"):
+        shutil.copy(folder / name / WEIGHTS, folder / name / f"{STEM}.fp16.safetensors")
+        (folder / name / f"{STEM}.bin").write_bytes(b"never asked for")
+    shutil.copy(folder / "text_encoder/model.safetensors", folder / "text_encoder/model.fp16.safetensors")
+    (folder / "unet/unet.onnx").write_bytes(b"never asked for")
+    (folder / "samples").mkdir()
+    (folder / "samples/a.gif").write_bytes(b"never asked for")
+    return folder
+
+
+@pytest.fixture
+def hub(model, tmp_path, monkeypatch):
+    """The server, with "owner/video" on it, and an empty cache; nobody is logged in."""
+    server = Hub()
+    server.add("owner/video", model)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub library waits between its attempts
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield server
+    close_session()  # its open connections
+    server.close()
+
+
+def convert(*arguments, source="owner/video"):
+    return main(["convert", "--hf-path", source, "--mlx-path", "out", *arguments])
+
+
+def refused(capsys, *words, source="owner/video", arguments=()):
+    """A conversion that fails with one message, which has these words, and leaves nothing."""
+    assert convert(*arguments, source=source) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    message = error[error.index("mlx-unet3d: error: ") :]
+    for word in words:
+        assert word in message, message
+    assert os.listdir() == []
+
+
+def needed(weights, text_weights):
+    tokenizer = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
+    names = ["README.md", "model_index.json", "scheduler/scheduler_config.json"]
+    names += [f"tokenizer/{name}" for name in tokenizer]
+    names += [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
+    names += [f"unet/{weights}", f"vae/{weights}", f"text_encoder/{text_weights}"]
+    return sorted(f"owner/video/{name}" for name in names)
+
+
+def test_only_what_is_needed_is_downloaded_and_once(hub, model):
+    assert convert("--verify") == 0
+    assert hub.files() == needed(WEIGHTS, "model.safetensors")
+    assert f"`owner/video` at `{hub.repos['owner/video'].refs['main']}`" in Path("out/README.md").read_text()
+    assert "license: cc-by-nc-4.0" in Path("out/README.md").read_text()
+    assert convert("--force") == 0
+    TextToVideoPipeline.from_pretrained("owner/video")
+    assert hub.files() == []
+    ours = (Path("out/unet") / WEIGHTS).read_bytes()
+    assert ours == (model / "unet" / WEIGHTS).read_bytes()
+
+
+def test_a_variant_alone(hub):
+    assert convert("--variant", "fp16") == 0
+    assert hub.files() == needed(f"{STEM}.fp16.safetensors", "model.fp16.safetensors")
+
+
+def test_from_pretrained(hub):
+    pipe = TextToVideoPipeline.from_pretrained("owner/video")
+    assert hub.files() == [name for name in needed(WEIGHTS, "model.safetensors") if "README" not in name]
+    alone = UNet3DConditionModel.from_pretrained("owner/video", subfolder="unet")
+    assert alone.weights_checksum == pipe.unet.weights_checksum
+    assert hub.files() == []
+
+
+def test_shards(hub, model, tmp_path):
+    folder = tmp_path / "sharded"
+    UNet3DConditionModel.from_pretrained(model / "unet").save_pretrained(folder, max_shard_size="200KB")
+    shutil.copy(model / "unet" / WEIGHTS, folder / f"{STEM}.fp16.safetensors")
+    hub.add("owner/sharded", folder)
+    assert len(weight_files(find_folder("owner/sharded", stem=STEM), STEM)) > 1
+    assert hub.files() == sorted(f"owner/sharded/{p.name}" for p in folder.iterdir() if "fp16" not in p.name)
+
+
+def test_pickles_are_downloaded_only_where_there_is_nothing_else(hub, model, capsys):
+    del hub.repos["owner/video"].commits[hub.repos["owner/video"].refs["main"]]["vae/" + WEIGHTS]
+    refused(capsys, f"vae/{STEM}.bin is not", "download it again")
+    assert [name for name in hub.files() if name.endswith(".bin")] == [f"owner/video/vae/{STEM}.bin"]
+
+
+def test_revision(hub, capsys):
+    repo = hub.repos["owner/video"]
+    first = repo.refs["main"]
+    changed = repo.commits[first] | {"README.md": b"---\nlicense: mit\n---\n"}
+    second = repo.commit(changed)
+    repo.refs["v1"] = first
+    for revision, commit, licence in (("v1", first, "cc-by-nc-4.0"), ("main", second, "mit")):
+        assert convert("--force", "--revision", revision) == 0
+        card = Path("out/README.md").read_text()
+        assert f"`owner/video` at `{commit}`" in card
+        assert f"license: {licence}" in card
+    assert convert("--force", "--revision", first) == 0
+    assert f"at `{first}`" in Path("out/README.md").read_text()
+    shutil.rmtree("out")
+    refused(capsys, "owner/video has no revision 'v9'", "/tree/main", arguments=("--revision", "v9"))
+
+
+def test_all_files_are_of_one_commit(hub, model):
+    """The branch moves on while it is read: the networks still belong together."""
+    repo = hub.repos["owner/video"]
+    first = repo.refs["main"]
+    other = dict(repo.commits[first])
+    other["vae/" + WEIGHTS] = b"of another version"
+
+    def push(method, path):
+        if method == "GET" and path.endswith("unet/config.json"):
+            repo.commit(other)
+
+    hub.answer = push
+    assert convert() == 0
+    assert (Path("out/vae") / WEIGHTS).read_bytes() == (model / "vae" / WEIGHTS).read_bytes()
+    assert repo.refs["main"] != first
+
+
+# Refusals say what to do.
+
+
+def test_repository_that_is_not_there(hub, capsys):
+    refused(capsys, "'owner/vidoe'", "check the spelling", "hf auth login", source="owner/vidoe")
+
+
+def test_gated(hub, model, capsys, monkeypatch):
+    hub.add("owner/gated", model, gated=True)
+    words = ("owner/gated is gated", "accept its licence at https", "hf auth login", "a local folder")
+    refused(capsys, *words, source="owner/gated")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert convert(source="owner/gated") == 0
+
+
+def test_private(hub, model, capsys, tmp_path):
+    hub.add("owner/private", model, private=True)
+    refused(capsys, "does not show it to you", "hf auth login", source="owner/private")
+    (tmp_path / "token").write_text(TOKEN)
+    assert convert(source="owner/private") == 0
+
+
+@pytest.mark.parametrize("place", ["/api/", "/resolve/"])
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, ("refuses owner/video (HTTP 401)", "hf auth login")),
+        (403, ("refuses owner/video (HTTP 403)", "accept its licence")),
+        (429, ("HTTP 429", "try again later")),
+        (500, ("HTTP 500", "try again later")),
+        (503, ("HTTP 503", "or pass a local folder")),
+    ],
+)
+def test_other_answers(hub, capsys, place, status, words):
+    hub.answer = lambda method, path: status if place in path else None
+    refused(capsys, *words)
+
+
+def test_file_that_is_gone(hub, capsys):
+    """Listed, and then not there."""
+    hub.answer = lambda method, path: 404 if path.endswith("unet/config.json") else None
+    refused(capsys, "HTTP 404", "unet/config.json")
+
+
+def test_missing_weights(hub, capsys):
+    commit = hub.repos["owner/video"].commits[hub.repos["owner/video"].refs["main"]]
+    for name in [name for name in commit if name.startswith("unet/") and "config" not in name]:
+        del commit[name]
+    refused(capsys, f"unet has no {WEIGHTS}", "huggingface.co/owner/video/tree/main")
+
+
+def test_missing_variant(hub, capsys):
+    refused(capsys, f"has no {STEM}.bf16.safetensors", "/tree/main", arguments=("--variant", "bf16"))
+    assert convert() == 0
+    shutil.rmtree("out")
+    refused(capsys, "it has variant=None: pass", arguments=("--variant", "bf16"))
+
+
+def test_no_checkpoint(hub, capsys):
+    hub.repos["owner/data"] = type(hub.repos["owner/video"])()
+    hub.repos["owner/data"].commit({"train.csv": b"1,2"})
+    refused(capsys, "config.json does not exist", source="owner/data")
+
+
+def test_no_connection(hub, capsys):
+    """With what is in the cache it works, and without it says that it is the connection."""
+    assert convert() == 0
+    close_session()
+    hub.close()
+    assert convert("--force") == 0
+    shutil.rmtree("out")
+    refused(capsys, "owner/other", "out of reach", "run once online", source="owner/other")
+    # Only the plain weights are there.
+    refused(capsys, "owner/video", "out of reach", arguments=("--variant", "fp16"))
+
+
+def test_asked_to_stay_offline(hub, capsys):
+    refused(capsys, "local_files_only", "run once online", arguments=("--local-files-only",))
+    assert hub.requests == []
+
+
+def test_a_connection_that_breaks_is_taken_up_again(hub, model):
+    hub.cuts = 3
+    assert convert() == 0
+    assert hub.cuts == 0
+    assert (Path("out/unet") / WEIGHTS).read_bytes() == (model / "unet" / WEIGHTS).read_bytes()
+
+
+def test_a_connection_that_keeps_breaking(hub, model, capsys):
+    """No half file is taken for a whole one, then or later."""
+    hub.answer = lambda method, path: setattr(hub, "cuts", int(path.endswith("vae/" + WEIGHTS)))
+    refused(capsys, "the download of owner/video broke off", "run again")
+    hub.answer = lambda method, path: None
+    hub.files()
+    assert convert("--verify") == 0
+    assert f"owner/video/vae/{WEIGHTS}" in hub.files()
+    assert (Path("out/vae") / WEIGHTS).read_bytes() == (model / "vae" / WEIGHTS).read_bytes()
+
+
+def test_full_disk(hub, capsys, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_download, "http_get", full)
+        refused(capsys, "no room for owner/video", str(tmp_path / "cache"), "make room", "HF_HOME")
+    assert convert() == 0
+
+
+def test_cache_that_cannot_be_written(hub, capsys, tmp_path):
+    (tmp_path / "cache").write_text("a file in its place")
+    refused(capsys, "owner/video could not be downloaded", str(tmp_path / "cache"), "HF_HOME")
+
+
+def test_as_a_process_with_progress(hub, tmp_path):
+    """The command itself, pointed to the server by the environment; the downloads show a bar."""
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
+    command = [sys.executable, "-m", "mlx_unet3d", "convert", "--hf-path"]
+    ran = subprocess.run([*command, "owner/video"], env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "mlx_model\n")
+    assert "Fetching" in ran.stderr
+    assert "100%" in ran.stderr
+    more = ["owner/none", "--mlx-path", "other"]
+    ran = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "check the spelling" in ran.stderr
