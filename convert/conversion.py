@@ -29,6 +29,7 @@ from .card import model_card
 from .forward import compare_forwards
 from .plan import CheckpointPlan, ComponentPlan, TensorPlan
 from .planning import plan_checkpoint
+from .upload import check_upload, upload
 
 CONFIG = "scheduler_config.json"
 # Some 6 to 10 dB below what normally distributed weights have: a bound for damage, not for quality.
@@ -48,6 +49,7 @@ def convert(
     max_shard_size: int | str = "5GB",
     force: bool = False,
     verify: bool = False,
+    upload_repo: str | None = None,
     progress: bool = False,
     say: Callable[[str], None] = lambda line: None,
     **hub: Any,
@@ -62,17 +64,26 @@ def convert(
         verify: read everything back and compare it with the source: bit for bit after the cast, and for
             quantized weights by their signal-to-noise ratio; then compare a small forward, see
             `compare_forwards`, for which one network at a time is in memory.
+        upload_repo: "owner/name" on the hub to send the result to when it is finished. A repository that is
+            not there is made, private; one that holds files is refused, or with `force` replaced, before
+            anything is converted. `target` stays, also where the upload fails.
         progress: show progress bars.
         say: called with lines about what is done.
 
     Raises:
-        FileExistsError: `target` is there and not `force`.
-        OSError: not enough space, or as `find_folder`.
+        FileExistsError: `target` is there, or `upload_repo` holds files, and not `force`.
+        PermissionError: as `find_folder`, or no login that may write to `upload_repo`.
+        OSError: not enough space, or as `find_folder`; ConnectionError where only the upload failed.
         CheckpointError: the source does not convert, or what was written differs from it.
     """
     target = Path(target).expanduser()
     check_target(target, source, force)
     shard_bytes = parse_size(max_shard_size)
+    token = hub.get("token")
+    if upload_repo is not None:
+        if upload_repo.lower() == str(source).lower():
+            raise ValueError(f"{upload_repo} is the source; give another place to upload to")
+        check_upload(upload_repo, force=force, token=token)
     plan = plan_checkpoint(
         source,
         tokenizer=tokenizer,
@@ -96,6 +107,8 @@ def convert(
             write_rest(plan, partial)
         write_text(partial / "README.md", model_card(plan, layout))
     say(f"written to {target}")
+    if upload_repo is not None:
+        say(f"uploaded to {upload(target, upload_repo, force=force, token=token)}")
     return plan
 
 

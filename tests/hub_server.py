@@ -37,7 +37,8 @@ class Repo:
 
 
 class Hub:
-    """The server. `requests` lists what it was asked, `answer` may answer in its place with a status."""
+    """The server. `requests` lists what it was asked; `answer` may give a status in place of the answer, or
+    raise ConnectionAbortedError for none."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -97,7 +98,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append((self.command, path))
-        status = self.hub.answer(self.command, path)
+        try:
+            status = self.hub.answer(self.command, path)
+        except ConnectionAbortedError:  # no answer at all
+            self.close_connection = True
+            return
         if status is not None:
             self.send(status, b"")
         elif path == "/api/whoami-v2":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN, Hub, Repo, read_folder
 from huggingface_hub import close_session, constants, file_download
 from mlx_unet3d.checkpoints import find_folder, weight_files
 from mlx_unet3d.cli import main
@@ -212,7 +212,7 @@ def test_missing_variant(hub, capsys):
 
 
 def test_no_checkpoint(hub, capsys):
-    hub.repos["owner/data"] = type(hub.repos["owner/video"])()
+    hub.repos["owner/data"] = Repo()
     hub.repos["owner/data"].commit({"train.csv": b"1,2"})
     refused(capsys, "config.json does not exist", source="owner/data")
 
@@ -280,3 +280,125 @@ def test_as_a_process_with_progress(hub, tmp_path):
     ran = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
     assert ran.returncode == 2
     assert "check the spelling" in ran.stderr
+
+
+# Uploads.
+
+
+@pytest.fixture
+def login(tmp_path, hub):
+    (tmp_path / "token").write_text(TOKEN)
+
+
+def upload(source, *arguments, repo="me/converted"):
+    return convert("--upload-repo", repo, *arguments, source=str(source))
+
+
+def refused_upload(hub, capsys, *words, repo="me/converted"):
+    """Refused before anything is read."""
+    refused(capsys, *words, arguments=("--upload-repo", repo))
+    assert hub.files() == []
+    assert list(hub.repos) == ["owner/video"]
+
+
+@pytest.mark.usefixtures("login")
+@pytest.mark.parametrize("repo", ["me/converted", "team/converted"])
+def test_upload(hub, model, capsys, repo):
+    """To a private repository, of which the checkpoint comes back the same."""
+    assert upload(model, "--verify", "--dtype", "float16", repo=repo) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "out\n"
+    assert captured.err.endswith(f"written to out\nuploaded to {hub.url}/{repo}\n")
+    made = hub.repos[repo]
+    assert made.private
+    held = made.commits[made.refs["main"]]
+    assert held == read_folder(Path("out")) | {".gitattributes": b""}
+    unet = UNet3DConditionModel.from_pretrained(repo, subfolder="unet")
+    assert unet.weights_checksum == UNet3DConditionModel.from_pretrained("out/unet").weights_checksum
+
+
+@pytest.mark.usefixtures("login")
+def test_upload_to_a_repository_that_is_there(hub, model, capsys):
+    """Refused before the work; with --force its content is replaced, in one commit, and it stays public."""
+    repo = hub.add("me/converted", model)
+    before = repo.refs["main"]
+    refused(capsys, "me/converted has files already", "--force", arguments=("--upload-repo", "me/converted"))
+    assert hub.files() == []
+    assert upload(model / "vae", "--force") == 0
+    assert len(repo.commits) == 2
+    assert repo.commits[repo.refs["main"]] == read_folder(Path("out"))
+    assert before in repo.commits
+    assert not repo.private
+
+
+@pytest.mark.usefixtures("login")
+def test_upload_to_an_empty_repository(hub, model):
+    hub.repos["me/converted"] = repo = Repo(private=True)
+    repo.commit({".gitattributes": b"*.safetensors filter=lfs"})
+    assert upload(model / "vae") == 0
+    assert repo.commits[repo.refs["main"]].keys() == {".gitattributes", *read_folder(Path("out"))}
+
+
+def test_upload_without_login(hub, capsys):
+    refused_upload(hub, capsys, "to upload to me/converted, log in with `hf auth login`", "no login yet")
+
+
+def test_upload_with_a_token_that_is_not_accepted(hub, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    refused_upload(hub, capsys, "does not accept the login for me/converted", "a token that may write")
+
+
+@pytest.mark.usefixtures("login")
+def test_upload_that_is_not_allowed(hub, capsys):
+    refused_upload(hub, capsys, "cannot write to other", "me/... or team/...", repo="other/converted")
+    hub.user["auth"]["accessToken"]["role"] = "read"
+    refused_upload(hub, capsys, "the login of me may only read", "settings/tokens")
+
+
+@pytest.mark.usefixtures("login")
+@pytest.mark.parametrize("name", ["converted", "me/a/b", "https://huggingface.co/me/a", "../me/a", ""])
+def test_upload_to_no_repository(hub, capsys, name):
+    refused_upload(hub, capsys, "must be owner/name", repo=name)
+
+
+@pytest.mark.usefixtures("login")
+def test_upload_over_the_source(hub, capsys):
+    refused_upload(hub, capsys, "is the source", repo="Owner/Video")
+
+
+@pytest.mark.usefixtures("login")
+def test_upload_with_the_hub_out_of_reach(hub, capsys):
+    hub.answer = lambda method, path: 500 if "/api/" in path else None
+    refused_upload(hub, capsys, "cannot be asked about me/converted", "try later")
+    hub.answer = lambda method, path: None
+    close_session()
+    hub.close()
+    refused_upload(hub, capsys, "cannot be asked about me/converted", "without --upload-repo")
+
+
+@pytest.mark.usefixtures("login")
+@pytest.mark.parametrize(
+    ("place", "status"),
+    [("/api/repos/create", 403), ("/commit/", 500), ("/preupload/", 413), ("/commit/", None)],
+)
+def test_upload_that_fails(hub, model, capsys, place, status):
+    """What was converted stays, and how to upload it is said."""
+
+    def answer(method, path):
+        if place in path and status is None:
+            raise ConnectionAbortedError
+        return status if place in path else None
+
+    hub.answer = answer
+    assert upload(model / "vae", "--verify") == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert "the checkpoint is in out, but could not be uploaded to me/converted" in message
+    assert "hf upload me/converted out . --private" in message
+    assert (Path("out") / WEIGHTS).read_bytes() == (model / "vae" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.usefixtures("login")
+def test_a_dry_run_uploads_nothing(hub, model):
+    assert upload(model / "vae", "--dry-run") == 0
+    assert hub.requests == []

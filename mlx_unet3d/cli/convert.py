@@ -47,9 +47,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--variant", help="weight files to read, such as fp16")
     parser.add_argument("--local-files-only", action="store_true", help="never ask the hub")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
-    parser.add_argument("--force", action="store_true", help="replace an existing folder")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument(
         "--verify", action="store_true", help="read the result back and compare it with the source"
+    )
+    parser.add_argument(
+        "--upload-repo",
+        metavar="OWNER/NAME",
+        help="send the result to the hub as well, to a repository that is made, private, if it is not there; "
+        "one that holds files is only replaced with --force",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would become of each tensor, and stop"
@@ -87,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         max_shard_size=args.max_shard_size,
         force=args.force,
         verify=args.verify,
+        upload_repo=args.upload_repo,
         progress=True,
         say=options.say,
         **common,
