@@ -10,6 +10,8 @@ from mlx_unet3d.checkpoints import checksum
 
 from .plan import CheckpointPlan, ComponentPlan
 
+_FRONT = 2**16  # characters of a card in which its front matter is looked for
+
 
 def model_card(plan: CheckpointPlan, layout: str) -> str:
     """A `README.md` with the hub's front matter; the licence is that of the source's card, if it has one."""
@@ -82,6 +84,7 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
+    with card.open(encoding="utf-8", errors="replace") as file:
+        front = re.match(r"---\n(.*?)\n---", file.read(_FRONT), re.S)
     found = re.search(r"^license:\s*(\S+)", front[1], re.M) if front else None
     return found[1] if found else None

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx_unet3d
 import mlx.core as mx
 from mlx_unet3d.atomic import whole_folder, write_text
 from mlx_unet3d.checkpoints import (
     Deferred,
     TensorInfo,
-    read_component_config,
     read_header,
     read_tensor,
     weight_files,
@@ -22,16 +20,14 @@ from mlx_unet3d.checkpoints import (
 from mlx_unet3d.checkpoints.storage import parse_size, write_component
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
-from mlx_unet3d.schedulers import scheduler_from_config
 from tqdm import tqdm
 
 from .card import model_card
 from .forward import compare_forwards
 from .plan import CheckpointPlan, ComponentPlan, TensorPlan
-from .planning import plan_checkpoint
+from .planning import SCHEDULER_CONFIG, plan_checkpoint
 from .upload import check_upload, upload
 
-CONFIG = "scheduler_config.json"
 # Some 6 to 10 dB below what normally distributed weights have: a bound for damage, not for quality.
 _LEAST_RATIO = {2: 2, 3: 8, 4: 12, 5: 18, 6: 24, 8: 24}
 
@@ -233,22 +229,14 @@ def _signal_to_noise(tensor: TensorPlan, written: Mapping[str, tuple[Path, Tenso
 
 
 def write_rest(plan: CheckpointPlan, folder: Path) -> None:
-    """The index, the tokenizer and the scheduler's config, each checked by loading it."""
+    """The index, the tokenizer and the scheduler's config."""
     index = {key: value for key, value in plan.index.items() if key != "_name_or_path"}
-    if "tokenizer" in index:
-        tokenizer = plan.tokenizer
-        if tokenizer is None:
-            tokenizer = mlx_unet3d.CLIPTokenizer.from_pretrained(
-                plan.source, subfolder="tokenizer", **plan.hub
-            )
-        tokenizer.save_pretrained(folder / "tokenizer")
-    if "scheduler" in index:
-        config = plan.scheduler
-        if config is None:
-            config = read_component_config(plan.source, CONFIG, subfolder="scheduler", **plan.hub)
-        scheduler_from_config(config)
+    if plan.tokenizer is not None:
+        plan.tokenizer.save_pretrained(folder / "tokenizer")
+    if plan.scheduler is not None:
         (folder / "scheduler").mkdir()
-        write_text(folder / "scheduler" / CONFIG, _json(config))  # as it is: what it leaves open stays open
+        # As it is: what it leaves open stays open.
+        write_text(folder / "scheduler" / SCHEDULER_CONFIG, _json(plan.scheduler))
     kept = {"tokenizer", "scheduler", *(component.name for component in plan.components)}
     index = {k: v for k, v in index.items() if k.startswith("_") or k in kept or not isinstance(v, list)}
     write_text(folder / "model_index.json", _json(index))

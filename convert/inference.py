@@ -46,7 +46,7 @@ class Shapes:
         if shape is None:
             raise CheckpointError(
                 f"{self.where} has no tensor for the parameter {name!r}, whose shape tells the config; is "
-                "the file whole?"
+                "the file whole? If not, download it again"
             )
         if len(shape) <= max(axis, 0):
             raise CheckpointError(f"{self.where}: {name!r} has shape {shape}, which is not one of its kind")

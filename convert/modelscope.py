@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import mlx_unet3d
 from mlx_unet3d.checkpoints import find_folder
+from mlx_unet3d.checkpoints.config import naming
 from mlx_unet3d.checkpoints.pretrained import DIFFUSERS_VERSION
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.tokenizer_files import FILES, read_tokenizer
@@ -62,7 +63,8 @@ def find_tokenizer(
         folder = find_folder(path_or_id, subfolder="tokenizer", files=FILES, **where)
     except FileNotFoundError:
         folder = find_folder(path_or_id, files=FILES, **where)
-    tokenizer = mlx_unet3d.CLIPTokenizer(**read_tokenizer(folder))
+    with naming(folder):
+        tokenizer = mlx_unet3d.CLIPTokenizer(**read_tokenizer(folder))
     for component in components:
         known = component.config.get("vocab_size")
         if known is not None and len(tokenizer) > known:

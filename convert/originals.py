@@ -70,7 +70,7 @@ _UNET_RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_UNET_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:(\d+)\.)?(.+)")
+_UNET_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d{1,4})\.(?:(\d{1,4})\.)?(.+)")
 
 
 def unet_naming(keys: Collection[str]) -> Naming:
@@ -80,7 +80,7 @@ def unet_naming(keys: Collection[str]) -> Naming:
     """
     inputs = [match for match in map(_UNET_BLOCK.fullmatch, keys) if match and match[1] == "input_blocks"]
     halvings = [int(match[2]) for match in inputs if match[4].startswith("op.")]
-    layers = min(halvings) - 1 if halvings else max((int(match[2]) for match in inputs), default=0)
+    layers = max(min(halvings) - 1, 0) if halvings else max((int(match[2]) for match in inputs), default=0)
 
     def naming(key: str) -> list[Part]:
         module, _, kind = key.rpartition(".")
@@ -136,7 +136,9 @@ def _unet_transformer(path: str, rest: str, temporal: bool) -> Part:
 # The autoencoder of latent diffusion.
 
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_VAE_BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d+)\.(?:block\.(\d+)\.(.+)|(\w+)\.conv\.(\w+))")
+_VAE_BLOCK = re.compile(
+    r"(encoder\.down|decoder\.up)\.(\d{1,4})\.(?:block\.(\d{1,4})\.(.+)|(\w+)\.conv\.(\w+))"
+)
 _VAE_MID = re.compile(r"((?:en|de)coder)\.mid\.(?:block_([12])\.(.+)|attn_1\.(\w+)\.(\w+))")
 # Of training: the loss with its discriminator, and the running mean of all weights.
 _VAE_UNUSED = ("loss.", "model_ema.")
@@ -192,7 +194,7 @@ _TEXT_LAYER = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-_TEXT_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+_TEXT_BLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.(.+)")
 # The image tower, and what compares images with texts.
 _TEXT_UNUSED = re.compile(r"visual\..*|logit_scale|logit_bias|text_projection(\..*)?|attn_mask")
 

@@ -132,8 +132,8 @@ class CheckpointPlan:
         index: the `model_index.json` to write; None for a single network.
         components: its networks.
         hub: keywords of `find_folder` that say where to look; of a hub id, always the same commit.
-        tokenizer: the one to write; None for that of the source.
-        scheduler: the config to write; None for that of the source.
+        tokenizer: the one to write; None for a single network, or a pipeline without.
+        scheduler: the config to write, as the source has it; None likewise.
         notes: what else is to be said.
     """
 

@@ -1,5 +1,6 @@
 """Finding out what a conversion would do: which files are read, and how. Reads headers only."""
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,14 @@ from mlx_unet3d.checkpoints import (
     read_pickle,
     weight_files,
 )
+from mlx_unet3d.checkpoints.config import naming
 from mlx_unet3d.checkpoints.matching import file_format, majority_dtype, match
 from mlx_unet3d.checkpoints.pickles import is_pickle
 from mlx_unet3d.checkpoints.quantization import choose, to_config
 from mlx_unet3d.checkpoints.source import pinned_revision
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
+from mlx_unet3d.schedulers import scheduler_from_config
 
 from .inference import Shapes, infer_config
 from .modelscope import INDEX, PUBLISHED_FILES, find_tokenizer, padded_as_trained, scheduler_config
@@ -39,6 +42,7 @@ CLASSES: dict[str, type[PretrainedModel]] = {
 """The networks that can be converted, by their names in `config.json` and `model_index.json`."""
 
 LAYOUTS = ("mlx", "diffusers")
+SCHEDULER_CONFIG = "scheduler_config.json"
 
 
 @dataclass(frozen=True)
@@ -115,27 +119,58 @@ def plan_checkpoint(
     folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), **hub)
     hub = {**hub, "revision": pinned_revision(source, folder, hub.get("revision"))}
     if not (folder / "model_index.json").is_file():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").exists():
             folder = find_folder(source, files=PUBLISHED_FILES, **hub)
-            if weight_files_in(folder):
+            if folder.is_dir() and weight_files_in(folder):  # nothing downloaded, no folder
                 return _plan_originals(source, folder, tokenizer, ways, hub)
         config = read_json(folder / "config.json")
         component = _plan_component(source, "", _class_of(config, folder), ways, hub)
         return _with_tokenizer(CheckpointPlan(str(source), folder, None, [component], hub), tokenizer)
-    index = read_json(folder / "model_index.json")
+    return _plan_pipeline(source, folder, tokenizer, ways, hub)
+
+
+def _plan_pipeline(
+    source: str | Path,
+    folder: Path,
+    tokenizer: str | Path | None,
+    ways: _Ways,
+    hub: dict[str, Any],
+) -> CheckpointPlan:
+    """A folder with a `model_index.json`."""
+    path = folder / "model_index.json"
+    index = read_json(path)
     components = []
     for name, entry in index.items():
-        known = isinstance(entry, list) and len(entry) == 2 and entry[1] in CLASSES
-        if known:
-            components.append(_plan_component(source, name, CLASSES[entry[1]], ways, hub))
+        cls = _known(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
+        if cls is None:
+            if name in COMPONENTS.values() and entry != [None, None]:  # a pipeline is of no use without
+                raise CheckpointError(
+                    f"{path} has for {name} {repr(entry)[:200]}; this converter knows "
+                    f"{', '.join(CLASSES)}: convert a pipeline of these"
+                )
+            continue
+        if not re.fullmatch(r"[A-Za-z]\w*", name):  # it becomes the name of a folder
+            raise CheckpointError(
+                f"{path} lists a network by the name {name[:200]!r}, which must be plain, such as 'unet'; "
+                "correct it or download it again"
+            )
+        components.append(_plan_component(source, name, cls, ways, hub))
     if not components:
-        raise CheckpointError(
-            f"{folder / 'model_index.json'} lists none of {', '.join(CLASSES)}; there is nothing to convert"
-        )
-    return _with_tokenizer(CheckpointPlan(str(source), folder, index, components, hub), tokenizer)
+        raise CheckpointError(f"{path} lists none of {', '.join(CLASSES)}; there is nothing to convert")
+    words = scheduler = None
+    if tokenizer is None and "tokenizer" in index:
+        words = mlx_unet3d.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **hub)
+    if "scheduler" in index:
+        where = find_folder(source, subfolder="scheduler", files=(SCHEDULER_CONFIG,), **hub)
+        scheduler = read_json(where / SCHEDULER_CONFIG)
+        with naming(where / SCHEDULER_CONFIG):
+            scheduler_from_config(scheduler)
+    plan = CheckpointPlan(str(source), folder, index, components, hub, words, scheduler)
+    return _with_tokenizer(plan, tokenizer)
 
 
 def _with_tokenizer(plan: CheckpointPlan, tokenizer: str | Path | None) -> CheckpointPlan:
+    """The plan with another tokenizer, where one was given."""
     if tokenizer is None:
         return plan
     if plan.index is None or "tokenizer" not in plan.index:
@@ -185,17 +220,24 @@ def _plan_originals(
     return CheckpointPlan(str(source), folder, dict(INDEX), components, hub, words, scheduler_config(), notes)
 
 
-def _class_name(config: dict[str, Any]) -> str | None:
-    return config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+def _class_name(config: dict[str, Any]) -> Any:
+    listed = config.get("architectures")
+    return config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else None)
 
 
 def _class_of(config: dict[str, Any], folder: Path) -> type[PretrainedModel]:
     name = _class_name(config)
-    if name not in CLASSES:
+    cls = _known(name)
+    if cls is None:
         raise CheckpointError(
-            f"{folder / 'config.json'} is of the class {name}; this converter knows {', '.join(CLASSES)}"
+            f"{folder / 'config.json'} is of the class {str(name)[:200]}; this converter knows "
+            f"{', '.join(CLASSES)}: give the folder of one of these"
         )
-    return CLASSES[name]
+    return cls
+
+
+def _known(name: Any) -> type[PretrainedModel] | None:
+    return CLASSES.get(name) if isinstance(name, str) else None
 
 
 def _plan_component(
@@ -212,7 +254,8 @@ def _plan_component(
     if "quantization" in config:
         raise CheckpointError(f"{folder} is quantized already; convert the checkpoint that it was made of")
     headers = {path: read_pickle(path) if is_pickle(path) else read_header(path) for path in files}
-    model = cls.from_config(config)
+    with naming(folder / "config.json"):
+        model = cls.from_config(config)
     tensors, names = _plan_tensors(str(folder), model, headers, cls.rename_key, ways)
     dropped = [key for _, key, _ in _tensors(headers) if key not in names]
     return ComponentPlan(name, cls, _config(model, tensors), files, reason, tensors, dropped)
@@ -236,10 +279,8 @@ def _plan_recognized(network: Recognized, name: str, ways: _Ways) -> ComponentPl
         shapes = {network.names[key]: info.shape for key, info in network.header.tensors.items()}
         config, assumed = infer_config(cls, Shapes(str(path), shapes, file_format(headers)))
         config |= assumed
-    try:
+    with naming(f"{path} does not describe a {cls.__name__}" if assumed else path.parent / "config.json"):
         model = cls.from_config(config)
-    except (ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} does not describe a {cls.__name__}: {error}") from error
     tensors, _ = _plan_tensors(str(path), model, headers, lambda key, _: network.names[key], ways)
     return ComponentPlan(
         name, cls, _config(model, tensors), [path], reason, tensors, network.dropped, assumed
@@ -248,7 +289,7 @@ def _plan_recognized(network: Recognized, name: str, ways: _Ways) -> ComponentPl
 
 def _config_beside(network: Recognized) -> dict[str, Any] | None:
     path = network.path.parent / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     config = read_json(path)
     return config if _class_name(config) == network.family.cls.__name__ else None

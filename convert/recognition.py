@@ -16,6 +16,9 @@ from .originals import Naming, Part, text_naming, unet_naming, vae_naming
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 """What weight files are looked for by in a folder; what they hold is told by their content."""
 
+# Telling what a file is nearest to compares all kinds of keys; real files have a hundred, and short ones.
+_COMPARED, _LONGEST = 500, 200
+
 COMPONENTS: dict[type[PretrainedModel], str] = {
     mlx_unet3d.UNet3DConditionModel: "unet",
     mlx_unet3d.AutoencoderKL: "vae",
@@ -195,7 +198,9 @@ def _matches(keys: Collection[str]) -> Iterator[tuple[Family, str]]:
 
 def _unknown(path: Path, keys: Collection[str]) -> str:
     """What the file is nearest to, and what it lacks to be that."""
-    kinds = {re.sub(r"\d+", "0", key) for key in keys}  # few of thousands: layers repeat
+    # Few of thousands, as layers repeat.
+    kinds = dict.fromkeys(re.sub(r"\d+", "0", key) for key in keys if len(key) <= _LONGEST)
+    kinds = list(kinds)[:_COMPARED]
 
     def nearness(choice: tuple[Family, str]) -> tuple[int, int]:
         signs = [choice[1] + sign for sign in choice[0].signs]
@@ -205,7 +210,7 @@ def _unknown(path: Path, keys: Collection[str]) -> str:
     choices = [(family, prefix) for family in FAMILIES for prefix in dict.fromkeys(("", family.prefix))]
     family, prefix = max(choices, key=nearness)
     lacking = ", ".join(prefix + sign for sign in family.signs if prefix + sign not in keys)
-    shown = ", ".join(list(keys)[:4])
+    shown = ", ".join(key[:_LONGEST] for key in list(keys)[:4])
     known = ", ".join(dict.fromkeys(family.title for family in FAMILIES))
     near = f"Nearest is {family.title}, for which it lacks {lacking}"
     if nearness((family, prefix)) == (0, 0):

@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 
 from .atomic import write_text
 from .checkpoints import find_folder
+from .checkpoints.config import naming
 from .errors import CheckpointError
 from .tokenizer_files import CURE, END_OF_WORD, FILES, content_of, read_tokenizer
 
@@ -96,6 +97,9 @@ class CLIPTokenizer:
             if content_of(token) not in known:
                 known.add(content_of(token))
                 self._backend.add_tokens([_as_special(token)])
+        for name, content in self.special_tokens.items():
+            if self._backend.token_to_id(content) is None:
+                raise CheckpointError(f"{name}={content!r} cannot be a token; {CURE}")
 
     @classmethod
     def from_pretrained(
@@ -135,7 +139,8 @@ class CLIPTokenizer:
             cache_dir=cache_dir,
             files=FILES,
         )
-        return cls(**read_tokenizer(folder))
+        with naming(folder):
+            return cls(**read_tokenizer(folder))
 
     def save_pretrained(self, folder: str | Path) -> list[Path]:
         """Write `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json`,

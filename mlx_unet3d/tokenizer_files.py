@@ -1,5 +1,6 @@
 """The files of a CLIP tokenizer, checked: vocabulary, merges and special tokens."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from .checkpoints import read_json
+from .checkpoints.config import read_text
 from .errors import CheckpointError
 
 END_OF_WORD = "</w>"
@@ -67,6 +69,8 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     length = config.get("model_max_length")
     if not isinstance(length, (int, float)) or not length < _NO_LIMIT:
         length = 77
+    if not length >= 2:
+        raise CheckpointError(f"{path}: model_max_length={length!r} must be at least 2; {CURE}")
     vocab, merges, listed = _read_vocabulary(folder)
     special, extra, added = _read_special_tokens(folder, config)
     return {
@@ -120,10 +124,7 @@ def _read_vocabulary(
         )
     vocab = _checked_vocab(folder / "vocab.json", read_json(folder / "vocab.json"))
     path = folder / "merges.txt"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text ({error}); {CURE}") from error
+    text = read_text(path)
     lines = [line for line in text.split("\n") if line.strip() and not line.startswith("#version")]
     return vocab, _checked_merges(path, vocab, lines), {}
 
@@ -132,6 +133,7 @@ def _checked_vocab(path: Path, vocab: Any) -> dict[str, int]:
     if not isinstance(vocab, dict) or not vocab:
         raise CheckpointError(f"{path} has no vocabulary of tokens and ids; {CURE}")
     for token, token_id in vocab.items():
+        _check_text(path, token)
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**31:
             raise CheckpointError(
                 f"{path}: token {token!r} has id {token_id!r}, which must be an integer of at least 0; {CURE}"
@@ -206,19 +208,30 @@ def _special_tokens(
     return named, extra
 
 
+def _check_text(path: Path, token: str) -> str:
+    """The token; CheckpointError for half a character, which JSON can hold and no text has."""
+    try:
+        token.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path}: the token {token!r} is not valid Unicode; {CURE}") from error
+    return token
+
+
 def _token(path: Path, value: Any) -> str | AddedToken:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+    if isinstance(value, str) and value:
+        return _check_text(path, value)
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
         raise CheckpointError(f"{path}: {value!r} is not a token; {CURE}")
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-    return AddedToken(value["content"], **{flag: bool(value[flag]) for flag in flags if flag in value})
+    return AddedToken(
+        _check_text(path, value["content"]), **{flag: bool(value[flag]) for flag in flags if flag in value}
+    )
 
 
 def _added_tokens(path: Path, entries: Iterable[tuple[Any, Any]]) -> dict[int, AddedToken]:
     added = {}
     for token_id, value in entries:
-        if not isinstance(value, dict) or not str(token_id).isdecimal():
-            raise CheckpointError(f"{path}: added token {token_id!r}: {value!r} is not one; {CURE}")
+        if not isinstance(value, dict) or not re.fullmatch(r"[0-9]{1,10}", str(token_id)):
+            raise CheckpointError(f"{path}: added token {str(token_id)[:80]!r}: {value!r} is not one; {CURE}")
         added[int(token_id)] = _token(path, value)
     return added

@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from .config import read_json
+from .config import naming, read_json
 from .headers import read_header, read_tensor
 from .pickles import is_pickle, read_pickle
 from .source import find_folder
@@ -131,22 +131,27 @@ def read_adapter(
                 "name by weight_name"
             )
     header = read_pickle(path, lists=True) if is_pickle(path) else read_header(path)
+    nbytes = sum(info.nbytes for info in header.tensors.values())
+    if nbytes > path.stat().st_size:  # many names for the same data
+        raise CheckpointError(
+            f"{path}: its tensors take {nbytes} bytes, more than the file; save it again, each tensor once"
+        )
     tensors = {key: read_tensor(path, info) for key, info in header.tensors.items()}
     return AdapterFile(path, tensors, _settings(path, header.metadata))
 
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if "lora_adapter_metadata" in metadata:
-        try:
+        with naming(f"{path}: lora_adapter_metadata"):
             settings = json.loads(metadata["lora_adapter_metadata"])
-        except ValueError as error:
-            raise CheckpointError(f"{path}: its lora_adapter_metadata is not JSON ({error})") from error
     elif path.name.startswith("adapter_model") and path.with_name("adapter_config.json").is_file():
         settings = read_json(path.with_name("adapter_config.json"))
     else:
         return {}
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: its settings must be an object, not {type(settings).__name__}")
+        raise CheckpointError(
+            f"{path}: its settings must be an object, not {type(settings).__name__}; download it again"
+        )
     return settings
 
 
@@ -162,7 +167,7 @@ def learned_token(file: AdapterFile, token: str | None) -> tuple[str, mx.array]:
     Raises CheckpointError for a file that is none, ValueError where `token` is missing.
     """
     if len(file.tensors) != 1:
-        keys = ", ".join(list(file.tensors)[:4])
+        keys = ", ".join(key[:200] for key in list(file.tensors)[:4])
         raise CheckpointError(
             f"{file.name} has {len(file.tensors)} tensors ({keys}); a textual inversion has one, under its "
             "token or as emb_params"
@@ -170,11 +175,24 @@ def learned_token(file: AdapterFile, token: str | None) -> tuple[str, mx.array]:
     [(key, embeddings)] = file.tensors.items()
     if key == "emb_params" and token is None:
         raise ValueError(f"{file.name} does not say what its token is called; pass token=")
-    if embeddings.ndim not in (1, 2) or not mx.issubdtype(embeddings.dtype, mx.floating):
+    usable = embeddings.ndim in (1, 2) and embeddings.size and mx.issubdtype(embeddings.dtype, mx.floating)
+    if not usable:
         raise CheckpointError(
-            f"{file.name}: {key!r} is {embeddings.dtype} {tuple(embeddings.shape)}, which is no embedding"
+            f"{file.name}: {key[:200]!r} is {embeddings.dtype} {tuple(embeddings.shape)}, which is no "
+            "embedding"
         )
+    if len(key) > 200 or not _is_text(key):
+        raise CheckpointError(f"{file.name}: {key[:200]!r} is no name of a token; pass another file")
     return token or key, embeddings.reshape(-1, embeddings.shape[-1])
+
+
+def _is_text(key: str) -> bool:
+    """Whether it is valid Unicode; pickles can hold half a character."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_custom_diffusion(file: AdapterFile) -> bool:
@@ -208,6 +226,8 @@ def parse_lora(file: AdapterFile, component: str, layers: Collection[str]) -> di
         entry = found.setdefault(path, LayerLoRA(stable=stable))
         entry.keys.append(key)
         if role == "alpha":
+            if array.size != 1:
+                raise CheckpointError(f"{file.name}: {key!r} is {tuple(array.shape)}, which must be a number")
             entry.alpha = float(array.item())
         else:
             setattr(entry, role, array)
@@ -216,7 +236,7 @@ def parse_lora(file: AdapterFile, component: str, layers: Collection[str]) -> di
         kind = f" ({' and '.join(sorted(kinds))}, which this package does not read)" if kinds else ""
         raise CheckpointError(
             f"{file.name}: {len(unmatched)} of {len(file.tensors)} tensors fit no layer of the {component}"
-            f"{kind}, the first is {unmatched[0]!r}; it is for another network, or of another kind"
+            f"{kind}, the first is {unmatched[0][:200]!r}; it is for another network, or of another kind"
         )
     for path, entry in found.items():
         if entry.down is None or entry.up is None:
@@ -279,6 +299,8 @@ def scaling_of(file: AdapterFile, component: str, path: str, entry: LayerLoRA, r
     alpha = entry.alpha
     if alpha is None:
         patterns = setting("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{file.name}: its alpha_pattern must be an object; download it again")
         own = next((a for p, a in patterns.items() if path == p or path.endswith(f".{p}")), None)
         alpha = own if own is not None else setting("lora_alpha", rank)
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):

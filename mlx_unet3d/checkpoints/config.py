@@ -2,14 +2,23 @@
 
 import dataclasses
 import json
+import math
+import types
+import typing
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..errors import CheckpointError
 
 Config = TypeVar("Config", bound="ModelConfig")
+
+_MAX_TEXT_BYTES = 100_000_000  # the largest vocabularies have a tenth of that
+_LARGEST = 2**31 - 1  # MLX shapes are int32
+# What values of a wrong kind or size may raise in the code that takes them.
+_MISFITS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 class ModelConfig(Mapping[str, Any]):
@@ -31,6 +40,7 @@ class ModelConfig(Mapping[str, Any]):
 
         Raises:
             CheckpointError: a key without a default is missing.
+            ValueError: a value is not of the declared type; numbers must be finite and below 2**31.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(
@@ -53,7 +63,13 @@ class ModelConfig(Mapping[str, Any]):
         )
         if missing:
             raise CheckpointError(f"{cls.__name__} needs the config keys {', '.join(missing)}")
-        return cls(**{key: _tuples(config[key]) for key in config if key in fields})
+        values = {key: _tuples(config[key]) for key in config if key in fields}
+        hints = typing.get_type_hints(cls)
+        for key, value in values.items():
+            if not _is_a(value, hints[key]):
+                kind = hints[key].__name__ if hints[key] in _PLAIN else hints[key]
+                raise ValueError(f"{key}={_shown(value)} must be {kind}, of finite numbers below 2**31")
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and their values as a new dict."""
@@ -71,12 +87,82 @@ class ModelConfig(Mapping[str, Any]):
         return len(dataclasses.fields(self))  # type: ignore[arg-type]
 
 
+_PLAIN = (bool, int, float, str)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value of a JSON file, with tuples for its lists, is of an annotated type."""
+    if hint in (None, types.NoneType):
+        return value is None
+    if hint is float:
+        number = type(value) in (int, float)
+        return number and math.isfinite(value) and abs(value) <= _LARGEST
+    if hint is int:
+        return type(value) is int and abs(value) <= _LARGEST
+    if hint in _PLAIN:
+        return type(value) is hint
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is not tuple:
+        return any(_is_a(value, part) for part in parts)
+    if parts[-1] is ...:
+        parts = parts[:1] * len(value) if isinstance(value, tuple) else ()
+    return (
+        isinstance(value, tuple)
+        and len(value) == len(parts)
+        and all(_is_a(item, part) for item, part in zip(value, parts, strict=True))
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Turns errors about values that were read from `path` into CheckpointErrors that name it."""
+    try:
+        yield
+    except _MISFITS as error:
+        if isinstance(error, CheckpointError) and str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}; correct it or download it again") from error
+
+
+def disguise(start: bytes) -> str | None:
+    """What a file is instead of what its name says, and the cure, by its first bytes; None if neither a
+    git-lfs pointer nor a web page."""
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer; run `git lfs pull` in its folder"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
+        return "a web page; download the file itself (the `resolve` link)"
+    return None
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file.
+
+    Raises:
+        CheckpointError: it is no text in UTF-8, a git-lfs pointer, a web page, or larger than any such file.
+    """
+    if path.stat().st_size > _MAX_TEXT_BYTES:
+        raise CheckpointError(f"{path} is too large ({path.stat().st_size} bytes); download it again")
+    content = path.read_bytes()
+    other = disguise(content[:512])
+    if other is not None:
+        raise CheckpointError(f"{path} is not what its name says but {other}")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text ({error}); download it again") from error
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
         FileNotFoundError: there is no such file; the message names the JSON files beside it.
-        CheckpointError: it is not JSON, or not an object.
+        CheckpointError: it is not JSON, not an object, or what `read_text` refuses.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,13 +173,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
             "it need a subfolder?"
         )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not valid JSON ({error}); repair it or download it again"
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+        raise CheckpointError(
+            f"{path} must hold a JSON object, not a {type(value).__name__}; download it again"
+        )
     return value
 
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from .config import disguise
 
 MLX_DTYPES: dict[str, mx.Dtype] = {
     "F32": mx.float32,
@@ -50,6 +51,8 @@ _BITS = {name: 8 * dtype.size for name, dtype in MLX_DTYPES.items()} | {
 }
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_DIMENSION = 2**31 - 1  # MLX shapes are int32
+MAX_AXES = 32
+"""The most axes of a tensor: what NumPy 1 has, and far more than any layer needs."""
 
 
 @dataclass(frozen=True)
@@ -232,13 +235,11 @@ def write_safetensors(
 
 def _why_not_safetensors(path: Path, start: bytes, size: int, length: int) -> str:
     """One sentence for a file whose first bytes cannot be a safetensors header."""
-    head = start.lstrip().lower()
+    other = disguise(start)
     if size == 0:
         return f"{path} is empty; download it again"
-    if start.startswith(b"version https://git-lfs"):
-        return f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder"
-    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
-        return f"{path} is a web page saved as weights; download the file itself (the `resolve` link)"
+    if other is not None:
+        return f"{path} holds no weights but is {other}"
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")) or (
         start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[8:9] != b"{"
     ):
@@ -288,7 +289,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
 def _check_header(path: Path, header: dict[str, Any], start: int, data_bytes: int) -> Header:
     def bad(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {what}; the file is damaged, download or convert it again")
+        short = what if len(what) <= 500 else f"{what[:250]} ... {what[-250:]}"
+        return CheckpointError(f"{path}: {short}; the file is damaged, download or convert it again")
 
     metadata = header.pop("__metadata__", {})
     if metadata is None:  # as mx.save_safetensors writes it without any
@@ -304,6 +306,8 @@ def _check_header(path: Path, header: dict[str, Any], start: int, data_bytes: in
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
             raise bad(f"tensor {name!r} has the unknown dtype {dtype!r}")
+        if isinstance(shape, list) and len(shape) > MAX_AXES:
+            raise bad(f"tensor {name[:80]!r} has {len(shape)} axes, more than {MAX_AXES}")
         if not _naturals(shape) or any(n > _MAX_DIMENSION for n in shape):
             raise bad(f"tensor {name!r} has shape {shape!r}; sizes go from 0 to 2**31 - 1")
         if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

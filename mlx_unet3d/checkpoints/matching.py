@@ -12,6 +12,8 @@ from .headers import MLX_DTYPES, Header, TensorInfo
 from .layouts import file_shapes
 
 _SHOWN = 8
+# Finding the nearest name takes the product of the numbers and of the lengths; real ones stay far below.
+_COMPARED, _LONGEST = 5000, 200
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def file_format(headers: Mapping[Path, Header]) -> str:
         named = header.metadata.get("format", "pt")
         if named not in ("mlx", "pt"):
             raise CheckpointError(
-                f"{path} is in the layout of {named!r} by its metadata; this package reads the "
+                f"{path} is in the layout of {named[:80]!r} by its metadata; this package reads the "
                 "layouts of torch ('pt') and MLX ('mlx'): save the weights from torch"
             )
         formats["mlx" if named == "mlx" else "diffusers"] = path
@@ -88,7 +90,8 @@ def match(
             continue
         if name in sources:
             raise CheckpointError(
-                f"{what}: {sources[name]!r} and {key!r} are both the parameter {name!r}; remove one"
+                f"{what}: {sources[name][:_LONGEST]!r} and {key[:_LONGEST]!r} are both the parameter "
+                f"{name[:_LONGEST]!r}; remove one"
             )
         names[key], sources[name] = name, key
 
@@ -148,7 +151,8 @@ def _listing(title: str, items: list[str], candidates: list[str]) -> list[str]:
     if not items:
         return []
     lines = [f"{title} ({len(items)}):"]
-    for item in items[:_SHOWN]:
+    candidates = [name for name in candidates[:_COMPARED] if len(name) <= _LONGEST]
+    for item in (name[:_LONGEST] for name in items[:_SHOWN]):
         near = difflib.get_close_matches(item, candidates, n=1)
         lines.append(f"  {item}" + (f"  (nearest: {near[0]})" if near else ""))
     if len(items) > _SHOWN:

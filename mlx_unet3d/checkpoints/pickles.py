@@ -19,10 +19,10 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from ..errors import CheckpointError
-from .headers import Header, TensorInfo
+from .headers import MAX_AXES, Header, TensorInfo
 
 # torch's storage classes -> names of dtypes in safetensors' spelling, and bytes an element.
 _STORAGES = {
@@ -41,10 +41,14 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 # What reading nonsense may raise.
 _DAMAGE = (
-    ValueError, TypeError, LookupError, EOFError, RecursionError, OverflowError, NotImplementedError,
+    ValueError, TypeError, LookupError, AttributeError, EOFError, RuntimeError, OverflowError,
     OSError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
-_MAX_PICKLE_BYTES = 256 * 2**20  # names and shapes of 100,000 tensors take a tenth of that
+# Names and shapes of 50,000 tensors take a twentieth of the bytes, and all of the steps. The steps bound the
+# memory: each is a byte or more of the file and may make a list, which takes 64.
+_MAX_PICKLE_BYTES = 256 * 2**20
+_UTF_8 = 0x800  # the flag of zip entries whose names are not in its old code page
+_MAX_STEPS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
             raise
         except _DAMAGE as error:
             raise CheckpointError(
-                f"{path} is not a torch file, or a damaged one ({error}); download it again"
+                f"{path} is not a torch file, or a damaged one ({str(error)[:300]}); download it again"
             ) from error
     if lists and isinstance(value, list) and value and all(isinstance(v, _Tensor) for v in value):
         value = {str(i): tensor for i, tensor in enumerate(value)}
@@ -119,7 +123,7 @@ def _state_dict(path: Path, value: Any) -> dict[str, _Tensor]:
             tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, _Tensor)}
             if tensors:
                 return tensors
-    keys = f" with {', '.join(str(key) for key in list(value)[:6])}" if isinstance(value, dict) else ""
+    keys = f" with {', '.join(_shown(key) for key in list(value)[:6])}" if isinstance(value, dict) else ""
     raise CheckpointError(
         f"{path} holds no tensors by name but a {type(value).__name__}{keys}; is it a checkpoint of weights?"
     )
@@ -133,17 +137,29 @@ def _located(
     begin, nbytes = places.get(storage.key, (0, -1))
     if nbytes != storage.count * storage.item_bytes or begin + nbytes > size:
         raise CheckpointError(
-            f"{path}: the data of {name!r} is {'missing' if nbytes < 0 else 'cut short'}; download it again"
-        )
-    axes = list(zip(tensor.shape, tensor.strides, strict=True))
-    last = tensor.first + sum((length - 1) * stride for length, stride in axes)
-    if math.prod(tensor.shape) and last >= storage.count:
-        raise CheckpointError(
-            f"{path}: {name!r} reaches beyond its data; the file is damaged, download it again"
+            f"{path}: the data of {name[:80]!r} is {'missing' if nbytes < 0 else 'cut short'}; "
+            "download it again"
         )
     nbytes = math.prod(tensor.shape) * storage.item_bytes
+    if not nbytes:
+        return TensorInfo(storage.dtype, tensor.shape, 0, begin, (0,) * len(tensor.shape))
+    # How far it is to the next element of an axis that has one says nothing.
+    axes = [
+        (length, stride if length > 1 else 0)
+        for length, stride in zip(tensor.shape, tensor.strides, strict=True)
+    ]
+    last = tensor.first + sum((length - 1) * stride for length, stride in axes)
+    if last >= storage.count:
+        raise CheckpointError(
+            f"{path}: {name[:80]!r} reaches beyond its data; the file is damaged, download it again"
+        )
+    if nbytes > size:  # it repeats a part of its data
+        raise CheckpointError(
+            f"{path}: {name[:80]!r} of {tensor.shape} is larger than the file; save it again from torch, "
+            "as tensor.contiguous()"
+        )
     first = begin + tensor.first * storage.item_bytes
-    return TensorInfo(storage.dtype, tensor.shape, nbytes, first, tensor.strides)
+    return TensorInfo(storage.dtype, tensor.shape, nbytes, first, tuple(stride for _, stride in axes))
 
 
 # The two containers.
@@ -161,18 +177,24 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, tup
                 "unpack it, or take the weights themselves"
             )
         root = pickles[0].removesuffix("data.pkl")
-        order = archive.read(root + "byteorder") if root + "byteorder" in entries else b"little"
-        if order != b"little":
-            raise CheckpointError(f"{path} has {order.decode(errors='replace')}-endian data; save it again")
+        for name, entry in entries.items():
+            if name.startswith(root) and entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"{path}: {name[:80]} is compressed, which torch never does; download it again"
+                )
+            if name.startswith(root + "data/"):
+                places[name.removeprefix(root + "data/")] = _data_of(file, entry), entry.file_size
+        if root + "byteorder" in entries:
+            with archive.open(root + "byteorder") as data:
+                order = data.read(20)
+            if order != b"little":
+                raise CheckpointError(
+                    f"{path} has {order.decode(errors='replace')}-endian data; save it again"
+                )
         if entries[pickles[0]].file_size > _MAX_PICKLE_BYTES:
             raise CheckpointError(
                 f"{path}: its data.pkl is larger than any list of tensors; download it again"
             )
-        for name, entry in entries.items():
-            if name.startswith(root + "data/"):
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(f"{path}: {name} is compressed, which torch never does")
-                places[name.removeprefix(root + "data/")] = _data_of(file, entry), entry.file_size
         with archive.open(pickles[0]) as data:
             value = _Machine(path, io.BytesIO(data.read())).run()
     return value, places
@@ -185,27 +207,30 @@ def _data_of(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     if header[:4] != b"PK\x03\x04":
         raise ValueError(f"no local header for {entry.filename}")
     name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+    if file.read(name_bytes) != entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF_8 else "cp437"):
+        raise ValueError(f"the local header of {entry.filename} has another name")
     return entry.header_offset + 30 + name_bytes + extra_bytes
 
 
 def _read_legacy(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
     """As `_read_zip`: magic number, protocol, system facts, object, the storages' keys, their data."""
     file.seek(0)
-    magic, protocol, system = (_Machine(path, file).run() for _ in range(3))
+    pickles = _Bounded(file)
+    magic, protocol, system = (_Machine(path, pickles).run() for _ in range(3))
     if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:
         raise ValueError("it does not begin with torch's magic number")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise CheckpointError(f"{path} has big-endian data; save it again")
-    machine = _Machine(path, file)
-    value, keys = machine.run(), _Machine(path, file).run()
+    machine = _Machine(path, pickles)
+    value, keys = machine.run(), _Machine(path, pickles).run()
     if not isinstance(keys, list):
         raise ValueError("no list of storages")
     places = {}
     for key in keys:
-        storage = machine.storages.get(key)
+        storage = machine.storages.get(key) if isinstance(key, str) else None
         (count,) = struct.unpack("<q", file.read(8))
         if storage is None or count != storage.count:
-            raise ValueError(f"storage {key!r} is not as announced")
+            raise ValueError(f"storage {_shown(key)} is not as announced")
         places[key] = file.tell(), count * storage.item_bytes
         file.seek(count * storage.item_bytes, os.SEEK_CUR)
     return value, places
@@ -216,14 +241,34 @@ def _read_legacy(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, 
 _MARK = object()
 
 
+class _Bounded:
+    """The part of a file that holds pickles: reads no more of it than any list of tensors takes."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self._left = file, _MAX_PICKLE_BYTES
+
+    def read(self, count: int) -> bytes:
+        return self._spent(self._file.read(count) if count <= self._left else None)
+
+    def readline(self) -> bytes:
+        return self._spent(self._file.readline(self._left + 1))
+
+    def _spent(self, data: bytes | None) -> bytes:
+        if data is None or len(data) > self._left:
+            raise ValueError("it is larger than any list of tensors")
+        self._left -= len(data)
+        return data
+
+
 class _Machine:
     """Runs one pickle as data, from where the file stands to its STOP."""
 
-    def __init__(self, path: Path, file: BinaryIO):
+    def __init__(self, path: Path, file: "io.BytesIO | _Bounded"):
         self.path, self.file = path, file
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, _Storage] = {}
+        self.steps = 0
 
     def run(self) -> Any:
         with warnings.catch_warnings():
@@ -232,6 +277,7 @@ class _Machine:
 
     def _run(self) -> Any:
         for opcode, argument, _ in pickletools.genops(self.file):
+            self.step()
             if opcode.name in _IGNORED:
                 continue
             if opcode.name == "STOP":
@@ -247,6 +293,11 @@ class _Machine:
                 raise self.refused(f"the operation {opcode.name}")
         raise EOFError("the pickle has no end")
 
+    def step(self, count: int = 1) -> None:
+        self.steps += count
+        if self.steps > _MAX_STEPS:
+            raise ValueError("it does more than any list of tensors needs")
+
     def refused(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"{self.path} asks for {what}, which a file of weights does not need; it may be malicious, and "
@@ -255,7 +306,9 @@ class _Machine:
 
     def marked(self) -> list[Any]:
         """What lies above the last mark, taken off with it."""
-        at = max(i for i, value in enumerate(self.stack) if value is _MARK)
+        at = next((i for i in reversed(range(len(self.stack))) if self.stack[i] is _MARK), None)
+        if at is None:
+            raise ValueError("no mark")
         items = self.stack[at + 1 :]
         del self.stack[at:]
         return items
@@ -263,7 +316,7 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         known = isinstance(module, str) and isinstance(name, str) and name in _NAMES.get(module, ())
         if not known:
-            raise self.refused(f"{module}.{name}")
+            raise self.refused(f"{_shown(module)}.{_shown(name)}")
         self.stack.append(_Name(module, name))
 
     def named(self, text: str) -> None:
@@ -280,6 +333,7 @@ class _Machine:
         make = _CALLS.get(function.name)
         if make is None:
             raise self.refused(f"a call of {function.module}.{function.name}")
+        self.step(sum(len(value) for value in arguments if isinstance(value, tuple | list | dict)))
         self.stack.append(make(*arguments))
 
     def build(self, _: Any) -> None:
@@ -291,13 +345,18 @@ class _Machine:
     def persistent(self, _: Any) -> None:
         """A storage: ("storage", class, key, device, elements), and in legacy files a view."""
         identity = self.stack.pop()
-        kind, cls, key, _device, count, *view = identity
+        kind, cls, key, _device, count, *view = identity if isinstance(identity, tuple) else (None,) * 5
         if kind != "storage" or not isinstance(cls, _Name) or cls.name not in _STORAGES:
-            raise self.refused(f"the storage {identity!r}")
-        if not isinstance(count, int) or count < 0 or any(part is not None for part in view):
-            raise ValueError(f"storage {key!r} of {count!r} elements")
+            raise self.refused(f"the storage {_shown(kind)}")
+        if (
+            not isinstance(key, str)
+            or type(count) is not int
+            or count < 0
+            or any(v is not None for v in view)
+        ):
+            raise ValueError(f"storage {_shown(key)} of {_shown(count)} elements")
         dtype, item_bytes = _STORAGES[cls.name]
-        self.storages[str(key)] = storage = _Storage(str(key), dtype, item_bytes, count)
+        self.storages[key] = storage = _Storage(key, dtype, item_bytes, count)
         self.stack.append(storage)
 
     def set_items(self, pairs: list[Any]) -> None:
@@ -323,12 +382,15 @@ class _Machine:
 
 def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *_unused: Any) -> _Tensor:
     """torch._utils._rebuild_tensor_v2."""
-    numbers = (first, *shape, *strides)
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"a tensor of shape {shape!r}, strides {strides!r} at {first!r}")
-    if len(shape) != len(strides):
-        raise ValueError(f"shape {shape!r} and strides {strides!r} differ in length")
-    return _Tensor(storage, first, tuple(shape), tuple(strides))
+    if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise ValueError(f"a tensor of a {type(storage).__name__} and a {type(shape).__name__}")
+    if len(shape) != len(strides) or len(shape) > MAX_AXES:
+        raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides, at most {MAX_AXES}")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (first, *shape, *strides)):
+        raise ValueError(
+            f"a tensor of shape {', '.join(map(_shown, shape))}, strides {', '.join(map(_shown, strides))}"
+        )
+    return _Tensor(storage, first, shape, strides)
 
 
 def _parameter(data: Any, *_unused: Any) -> Any:
@@ -338,10 +400,24 @@ def _parameter(data: Any, *_unused: Any) -> Any:
 
 def _dictionary(items: Any = ()) -> dict[Any, Any]:
     """collections.OrderedDict, made empty or of another dictionary's items; a dict keeps its order, too."""
-    made = dict(items)
-    if not all(type(key) in (str, int) for key in made):
+    pairs = list(items.items() if isinstance(items, dict) else items)
+    if not all(isinstance(pair, list | tuple) and type(pair[0]) in (str, int) for pair in pairs):
         raise ValueError("a key that is no name")
-    return made
+    return dict(pairs)
+
+
+def _size(lengths: Any) -> tuple[Any, ...]:
+    """torch.Size, of a tuple."""
+    if not isinstance(lengths, tuple):
+        raise ValueError("a size that is no tuple")
+    return lengths
+
+
+def _shown(value: Any) -> str:
+    """For a message: text and numbers, in short; of anything else only what it is, as it may be endless."""
+    if isinstance(value, str):
+        return value[:80]
+    return repr(value) if type(value) is int and abs(value) < 2**64 else type(value).__name__
 
 
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -351,7 +427,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }
 _CALLS: dict[str, Callable[..., Any]] = {
     "OrderedDict": _dictionary,
-    "Size": tuple,
+    "Size": _size,
     "_rebuild_tensor_v2": _tensor,
     "_rebuild_parameter": _parameter,
 }

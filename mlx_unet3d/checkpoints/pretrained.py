@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from ..errors import CheckpointError
 from ..layers.adapted import AdaptedLayer
 from ..layers.quantized import Quantization, QuantizedLayer
-from .config import ModelConfig, read_json
+from .config import ModelConfig, naming, read_json
 from .headers import Header, check_dtypes, load_tensors, read_header
 from .layouts import parameter_layouts, to_diffusers, to_mlx
 from .matching import Expected, file_format, majority_dtype, match
@@ -151,7 +151,8 @@ class PretrainedModel(nn.Module):
 
         # MLX is lazy: the random start values are replaced before anything computes them.
         quantization = config.pop("quantization", None)
-        model = cls.from_config(config)
+        with naming(folder / "config.json"):
+            model = cls.from_config(config)
         if quantization is not None:
             model._quantize_as(quantization, headers, layout, folder)
         names = match(

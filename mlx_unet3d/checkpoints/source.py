@@ -180,10 +180,13 @@ def _shards(
         raise CheckpointError(f"{index} has no weight_map of tensor names to files; download it again")
     for key, name in weight_map.items():
         # A plain name beside the index: a path could lead anywhere on the disk.
-        if not isinstance(name, str) or re.search(r"[/\\:\0]|^\.", name) or not name.endswith(suffix):
+        plain = isinstance(name, str) and re.fullmatch(
+            rf"[^./\\:\0][^/\\:\0]{{,200}}{re.escape(suffix)}", name
+        )
+        if not plain:
             raise CheckpointError(
-                f"{index} maps {key!r} to {name!r}; a shard must be the plain name of a "
-                f"{suffix} file in the same folder"
+                f"{index} maps {key[:80]!r} to {str(name)[:80]!r}; a shard must be the plain name of a "
+                f"{suffix} file in the same folder: download the index again"
             )
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
     absent = [shard.name for shard in shards if not shard.is_file()]
@@ -228,7 +231,8 @@ def _raise_no_weights(folder: Path, stem: str, variant: str | None) -> NoReturn:
             "mlx-unet3d convert --hf-path ... --mlx-path ..."
         )
     listing = f"it has {', '.join(there[:8])}" if there else "the folder is empty"
-    raise FileNotFoundError(f"{folder} has no {wanted}; {listing}{_page_of_snapshot(folder)}")
+    page = _page_of_snapshot(folder) or ": download the weights, or pass the folder that holds them"
+    raise FileNotFoundError(f"{folder} has no {wanted}; {listing}{page}")
 
 
 def _page_of_snapshot(folder: Path) -> str:
@@ -298,7 +302,9 @@ def _inside(folder: Path, subfolder: str | None, hub_id: str | None = None) -> P
         )
     there = sorted(path.name for path in folder.iterdir() if path.is_dir())
     listing = f"its folders are {', '.join(there)}" if there else "it has no folders"
-    raise FileNotFoundError(f"{folder} has no folder {subfolder!r}; {listing}")
+    raise FileNotFoundError(
+        f"{folder} has no folder {subfolder!r}; {listing}: download the rest of the checkpoint"
+    )
 
 
 def _download(hub_id: str, **arguments: Any) -> Path:

@@ -19,6 +19,7 @@ from ..checkpoints.adapters import (
     read_adapter,
     scaling_of,
 )
+from ..checkpoints.config import naming
 from ..checkpoints.headers import write_safetensors
 from ..checkpoints.layouts import to_diffusers, to_mlx
 from ..errors import CheckpointError
@@ -78,16 +79,17 @@ class LoRAMixin:
         weight = _number(adapter_name, weight)
         file = read_adapter(source, weight_name=weight_name, **hub)
         layers = self._adaptable()
-        parsed = parse_lora(file, self.lora_component, layers)
-        if not parsed:
-            raise CheckpointError(
-                f"{file.name} has nothing for the {self.lora_component}: none of its {len(file.tensors)} "
-                "tensors names a layer of it"
-            )
-        made = {
-            path: _low_rank(file, self.lora_component, path, entry, layers[path])
-            for path, entry in parsed.items()
-        }
+        with naming(file.name):
+            parsed = parse_lora(file, self.lora_component, layers)
+            if not parsed:
+                raise CheckpointError(
+                    f"{file.name} has nothing for the {self.lora_component}: none of its {len(file.tensors)} "
+                    "tensors names a layer of it"
+                )
+            made = {
+                path: _low_rank(file, self.lora_component, path, entry, layers[path])
+                for path, entry in parsed.items()
+            }
         dtype = self.dtype
         for path, low_rank in made.items():
             layer = layers[path]
@@ -236,6 +238,8 @@ def _low_rank(file: AdapterFile, component: str, path: str, entry: LayerLoRA, la
     if entry.stable:
         change = _stable_lora(down, up, shape, layout)
         low_rank = change if isinstance(change, LowRank) else None
+    elif down.ndim < 2 or up.ndim < 2:
+        low_rank = None
     else:
         rank = down.shape[0]
         try:
@@ -296,7 +300,9 @@ def custom_diffusion_processors(
     for key, array in file.tensors.items():
         path, _, name = key.removeprefix("unet.").partition(".processor.")
         if path not in grouped or "custom_diffusion" not in name:
-            raise CheckpointError(f"{file.name}: {key!r} is no Custom Diffusion of a layer of this network")
+            raise CheckpointError(
+                f"{file.name}: {key[:200]!r} is no Custom Diffusion of a layer of this network"
+            )
         grouped[path][name] = array
     processors = {}
     for path, weights in grouped.items():

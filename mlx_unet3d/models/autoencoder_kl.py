@@ -22,6 +22,9 @@ _MAX_ELEMENTS = 2**31 - 1
 # convolution needs several more as scratch.
 _CHUNK_ELEMENTS = 2**24
 
+# Far above any network, and few enough to be built before the weights are held against it.
+_MOST_LEVELS, _MOST_LAYERS = 16, 100
+
 # Names of the attention in files from before mid-2023.
 _LEGACY_SEGMENTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -79,6 +82,13 @@ class AutoencoderKLConfig(ModelConfig):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{key}={value!r} must be an integer of at least 1")
+        if len(self.block_out_channels) > _MOST_LEVELS or self.layers_per_block > _MOST_LAYERS:
+            raise ValueError(
+                f"layers_per_block={self.layers_per_block} in {len(self.block_out_channels)} levels: "
+                f"{_MOST_LAYERS} in {_MOST_LEVELS} are the most"
+            )
+        if min(self.block_out_channels, default=0) < 1:
+            raise ValueError(f"block_out_channels={self.block_out_channels} must be at least 1 each")
         if not self.scaling_factor > 0:
             raise ValueError(f"scaling_factor={self.scaling_factor!r} must be greater than 0")
         get_activation(self.act_fn)

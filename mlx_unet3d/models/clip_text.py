@@ -16,6 +16,9 @@ import numpy as np
 from ..checkpoints import ModelConfig, PretrainedModel
 from .adapters import LoRAMixin
 
+# Far above any network, and few enough to be built before the weights are held against it.
+_MOST_LAYERS = 1000
+
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,  # the exact one, by erf
     "quick_gelu": nn.gelu_fast_approx,  # x * sigmoid(1.702 x)
@@ -70,6 +73,8 @@ class CLIPTextConfig(ModelConfig):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{key}={value!r} must be an integer of at least 1")
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is above {_MOST_LAYERS}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide "

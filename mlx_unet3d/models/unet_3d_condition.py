@@ -50,6 +50,9 @@ from .outputs import ModelOutput
 # `transformer_in` always has this many heads, of attention_head_dim channels each.
 _TRANSFORMER_IN_HEADS = 8
 
+# Far above any network, and few enough to be built before the weights are held against it.
+_MOST_LEVELS, _MOST_LAYERS = 16, 100
+
 # Keys of early ModelScope configs, which later became fixed, with the values that this network has.
 _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
@@ -113,6 +116,8 @@ class UNet3DConditionConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         levels = len(self.down_block_types)
+        if levels > _MOST_LEVELS:
+            raise ValueError(f"down_block_types has {levels} levels; {_MOST_LEVELS} are the most")
         if self.num_attention_heads is not None:
             raise NotImplementedError(
                 f"num_attention_heads={self.num_attention_heads}: the number of heads follows from "
@@ -148,7 +153,17 @@ class UNet3DConditionConfig(ModelConfig):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{key}={value!r} must be an integer of at least 1")
+        if self.layers_per_block > _MOST_LAYERS:
+            raise ValueError(f"layers_per_block={self.layers_per_block} is above {_MOST_LAYERS}")
+        for key in ("cross_attention_dim", "time_cond_proj_dim"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}={value!r} must be at least 1, or None")
         narrowest = min(self.block_out_channels)
+        if narrowest < 1:
+            raise ValueError(f"block_out_channels={self.block_out_channels} must be at least 1 each")
+        if not self.mid_block_scale_factor:
+            raise ValueError("mid_block_scale_factor=0 would divide by 0")
         if self.attention_head_dim > narrowest:
             raise ValueError(
                 f"attention_head_dim={self.attention_head_dim} exceeds the {narrowest} channels of a block, "

@@ -24,6 +24,7 @@ from ..checkpoints.adapters import (
     learned_token,
     read_adapter,
 )
+from ..checkpoints.config import naming
 from ..checkpoints.source import pinned_revision
 from ..errors import CheckpointError, NonFiniteError
 from ..models.autoencoder_kl import AutoencoderKL
@@ -192,8 +193,10 @@ class VideoPipeline:
             )
 
         config = read_component_config(path_or_id, "scheduler_config.json", subfolder="scheduler", **where)
+        with naming(folder / "scheduler" / "scheduler_config.json"):
+            scheduler = scheduler_from_config(config)
         return cls(
-            scheduler=scheduler_from_config(config),
+            scheduler=scheduler,
             tokenizer=CLIPTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **where),
             text_encoder=load(CLIPTextModel, "text_encoder", dtype),
             vae=load(AutoencoderKL, "vae", vae_dtype),

@@ -80,6 +80,8 @@ def scheduler_from_config(config: Mapping[str, Any], name: str | None = None) ->
         asked = config.class_name if isinstance(config, SchedulerConfig) else config.get("_class_name")
     if asked is None:
         raise ValueError("the scheduler config has no _class_name; name a scheduler, one of " + _names())
+    if not isinstance(asked, str):
+        raise ValueError(f"_class_name={asked!r} is no name; there are {_names()}")
     if asked in SCHEDULERS and name is not None:
         cls, overrides = SCHEDULERS[asked]
         return cls.from_config(config, **overrides)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..noise import NoiseSource
 
 CONFIG_NAME = "scheduler_config.json"
+_MOST_TIMESTEPS = 10**6  # a thousand are usual; the tables hold a number for each
 
 
 class Scheduler:
@@ -70,8 +71,10 @@ class Scheduler:
             raise TypeError("Scheduler is a base class; use one of " + ", ".join(Scheduler.classes))
         config = self.config
         total = config.num_train_timesteps
-        if not isinstance(total, int) or total < 1:
-            raise ValueError(f"num_train_timesteps={total!r} must be a whole number above 0")
+        if not isinstance(total, int) or not 1 <= total <= _MOST_TIMESTEPS:
+            raise ValueError(
+                f"num_train_timesteps={total!r} must be a whole number above 0, and at most {_MOST_TIMESTEPS}"
+            )
         self._check_choice("prediction_type", self.prediction_types)
         self._check_choice("timestep_spacing", SPACINGS)
         ratio = config.get("dynamic_thresholding_ratio", 1.0)
@@ -87,6 +90,11 @@ class Scheduler:
                     f"trained_betas has shape {betas.shape}; it must hold one value for each of "
                     f"the num_train_timesteps={total}"
                 )
+        if not np.isfinite(betas).all():
+            raise ValueError(
+                f"beta_start={config.beta_start!r}, beta_end={config.beta_end!r} and trained_betas must be "
+                "finite numbers above 0"
+            )
         if config.get("rescale_betas_zero_snr", False):
             betas = rescale_zero_terminal_snr(betas)
         self.betas = betas
