@@ -1,11 +1,11 @@
 """Whether the clips of a model of examples/demo_model show what their prompts ask for: a table in Markdown.
 
-    python benchmarks/evaluate.py --model runs/demo/checkpoint --reference fp32.npz
-    python benchmarks/evaluate.py --model runs/demo/checkpoint --dtype float16 --reference fp32.npz
+    python benchmarks/evaluate.py --reference fp32.npz
+    python benchmarks/evaluate.py --dtype float16 --quantize 8 4-32 4-32-uniform mxfp4 --reference fp32.npz
 
 Prompts are combinations of attributes that training never saw; the judge reads the attributes back from the
 pixels. `--reference` writes the clips of the first run to a file, and later runs print the PSNR against them.
-Several values of --scheduler, --steps and --guidance make a row each.
+Several values of --scheduler, --steps, --guidance, --dtype and --quantize make a row each.
 """
 
 import argparse
@@ -13,10 +13,12 @@ import itertools
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx_unet3d
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_unet3d.schedulers import scheduler_from_config
 from tqdm import tqdm
 
@@ -29,13 +31,20 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", required=True, help="pipeline folder")
+    parser.add_argument("--model", default="demo", help="pipeline folder (default: demo)")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--scheduler", nargs="+", default=["dpm++"])
     parser.add_argument("--steps", nargs="+", type=int, default=[25])
     parser.add_argument("--guidance", nargs="+", type=float, default=[None])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="of all networks")
+    parser.add_argument(
+        "--quantize",
+        nargs="+",
+        default=["none"],
+        metavar="HOW",
+        help="of the UNet: none, or bits or mode, then group size and recipe, such as 8, 4-32-uniform, mxfp4",
+    )
     parser.add_argument("--freeu", nargs=4, type=float, metavar=("S1", "S2", "B1", "B2"))
     parser.add_argument("--slices", help="attention slices: auto, max or a number")
     parser.add_argument("--batch", type=int, default=10, help="clips at a time")
@@ -45,13 +54,17 @@ def main() -> None:
 
     prompts = world.held_out_prompts(args.prompts)
     names = list(world.ATTRIBUTES)
-    header = ["scheduler", "steps", "guidance", "dtype", *names, "all", "steadiness", "s a clip", "PSNR"]
+    header = ["scheduler", "steps", "guidance", "dtype", "quantized", "UNet MB", *names]
+    header += ["all", "steadiness", "s a clip", "PSNR"]
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header), flush=True)
-    for dtype in args.dtype:
+    for dtype, how in itertools.product(args.dtype, args.quantize):
         pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained(
             args.model, dtype=DTYPES[dtype], vae_dtype=DTYPES[dtype]
         )
+        if how != "none":
+            pipe.unet.quantize(**quantization(how))
+        megabytes = sum(array.nbytes for _, array in tree_flatten(pipe.unet.parameters())) / 1e6
         if args.freeu:
             pipe.unet.enable_freeu(*args.freeu)
         if args.slices:
@@ -63,10 +76,19 @@ def main() -> None:
             clips = generate(pipe, prompts, steps, guidance, args.first_seed, args.batch)
             seconds = (time.perf_counter() - start) / len(prompts)
             rates, steadiness = score(prompts, clips, args.save)
-            cells = [scheduler, steps, f"{pipe.guidance_scale(guidance):g}", dtype]
+            cells = [scheduler, steps, f"{pipe.guidance_scale(guidance):g}", dtype, how, f"{megabytes:.1f}"]
             cells += [f"{100 * rates[name]:.0f} %" for name in [*names, "all"]]
             cells += [f"{steadiness:.3f}", f"{seconds:.2f}", compare(clips, args.reference)]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def quantization(how: str) -> dict[str, Any]:
+    """The keywords of `model.quantize` for a text such as "4-32-uniform" or "mxfp4"."""
+    first, *rest = how.split("-")
+    keywords: dict[str, Any] = {"bits": int(first)} if first.isdigit() else {"mode": first}
+    for part in rest:
+        keywords |= {"group_size": int(part)} if part.isdigit() else {"recipe": part}
+    return keywords
 
 
 def generate(

@@ -22,8 +22,8 @@ def test_table(tmp_path):
         check=True,
     )
     header, _, first, second = done.stdout.strip().splitlines()
-    assert header.startswith("| scheduler | steps | guidance | dtype | size | colour | shape | motion |")
-    assert first.startswith("| dpm++ | 2 | 0 | float32 |")
+    assert header.startswith("| scheduler | steps | guidance | dtype | quantized | UNet MB | size | colour |")
+    assert first.startswith("| dpm++ | 2 | 0 | float32 | none |")
     assert first.endswith(" reference |")
     assert second.endswith(" dB |")
     assert "| 0 % |" in first  # of random weights
@@ -42,9 +42,9 @@ def test_table(tmp_path):
 def test_contact_sheet(tmp_path):
     tiny.write_pipeline(tmp_path / "model")
     script = ROOT / "examples" / "gallery" / "make.py"
-    options = ["--model", "model", "--output", "sheet.gif", "--frames", "2", "--steps", "1"]
+    options = ["--model", "model", "--output", "sheet.gif", "--steps", "1"]
     subprocess.run([sys.executable, str(script), *options], cwd=tmp_path, capture_output=True, check=True)
     frames, fps = media.read_video(tmp_path / "sheet.gif")
-    assert frames.shape[0] == 2
+    assert frames.shape[0] == 8
     assert fps > 5
-    assert media.read_metadata(tmp_path / "sheet.gif")["steps"] == 1
+    assert media.read_metadata(tmp_path / "sheet.gif")["model"] == "model"

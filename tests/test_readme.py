@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import tiny
 from mlx_unet3d import TextToVideoPipeline, media
@@ -17,6 +18,7 @@ from mlx_unet3d import TextToVideoPipeline, media
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HUB_ID = "damo-vilab/text-to-video-ms-1.7b"
+LORA = (("A", (1, 4, 3, 3)), ("B", (8, 1, 1, 1)))  # of the tiny network's first layer
 BY_CI = ("Install", "Tests")  # sections whose commands `.ci/run` runs
 
 
@@ -38,6 +40,8 @@ def place(tmp_path_factory):
     pipe = TextToVideoPipeline.from_pretrained(snapshot)
     for name in ("unet", "vae", "text_encoder"):
         getattr(pipe, name).save_pretrained(snapshot / name, variant="fp16")
+    lora = {f"conv_in.lora_{half}.weight": mx.zeros(shape) for half, shape in LORA}
+    mx.save_safetensors(str(folder / "style.safetensors"), lora)
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
     (refs / "main").write_text("0" * 40)

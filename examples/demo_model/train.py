@@ -55,6 +55,9 @@ SCHEDULER = dict(
 )
 
 
+RECOMMENDED = dict(num_frames=world.FRAMES, num_inference_steps=25, guidance_scale=2.0)
+
+
 class Run:
     """A model under training: its average, optimizer, step and random state, kept in one file.
 
@@ -493,10 +496,13 @@ def train_text_to_video(out: Path, threads: str, total: int, stills: int, focus:
         text = torch.where(unguided[:, None, None], nothing, text)
         clean = torch.from_numpy(clean).transpose(1, 2)  # (B, C, F, h, w)
         noise = torch.randn(clean[:half].shape).repeat(copies, 1, 1, 1, 1)
-        # Shape is decided between clear and drowned; motion, which all frames tell together, in more noise.
+        # Shape is decided between clear and drowned; motion, which all frames tell together, in more noise;
+        # that edges and colours are even, in less.
         place = np.where(rng.random(half) < 0.15, rng.random(half), rng.beta(2, 1.4, half))
         if not still:
-            place = np.where(rng.random(half) < 0.4, 1 - 0.15 * rng.random(half), place)
+            kind = rng.random(half)
+            place = np.where(kind < 0.45, rng.random(half), place)
+            place = np.where(kind < 0.25, 1 - 0.15 * rng.random(half), place)
         t = torch.from_numpy(999.99 * np.tile(place, copies)).long()
         a, s = signal[t].view(-1, 1, 1, 1, 1), noise_level[t].view(-1, 1, 1, 1, 1)
         guess = run.model(a * clean + s * noise, t, text).sample
@@ -539,6 +545,9 @@ def export(out: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     load_pipeline(out).save_pretrained(beside)
     shutil.copytree(out / "tokenizer", beside / "tokenizer", dirs_exist_ok=True)
+    index = json.loads((beside / "model_index.json").read_text())
+    index["_recommended"] = RECOMMENDED | dict(vocabulary=world.vocabulary())
+    (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if folder.exists():
         folder.rename(old)
     beside.rename(folder)
@@ -563,7 +572,7 @@ def main() -> None:
     elif args.stage == "text":
         train_text(args.out, args.threads, args.steps or 600)
     elif args.stage == "text-to-video":
-        train_text_to_video(args.out, args.threads, args.steps or 9000, args.stills, args.focus)
+        train_text_to_video(args.out, args.threads, args.steps or 10600, args.stills, args.focus)
     else:
         export(args.out)
 

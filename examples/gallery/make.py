@@ -1,6 +1,6 @@
-"""Draws the contact sheet beside this file: clips of a model of examples/demo_model under their prompts.
+"""Draws the contact sheet beside this file: clips of the demo model under their prompts.
 
-    python examples/gallery/make.py --model runs/demo/checkpoint
+    python examples/gallery/make.py
 
 The clips are the model's own for seed 0, 1, 2, ..., each in its first try.
 """
@@ -9,24 +9,25 @@ import argparse
 from pathlib import Path
 
 import mlx_unet3d
+import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PROMPTS = [
-    "a large red circle on a dark background",
-    "a small blue square on a light background",
-    "a large green triangle on a dark background",
-    "a yellow ring on a dark background",
-    "a large purple cross on a light background",
-    "a small cyan circle on a dark background",
-    "a large blue ring on a light background",
-    "a small red triangle on a light background",
-    "a large yellow cross on a dark background",
-    "a large cyan square on a dark background",
-    "a small green circle on a light background",
-    "a large purple triangle on a dark background",
+    "a large red circle moving left on a dark background",
+    "a small blue square moving up on a light background",
+    "a large green triangle growing on a dark background",
+    "a yellow ring moving right on a dark background",
+    "a large purple cross shrinking on a light background",
+    "a small cyan circle moving down on a dark background",
+    "a large blue ring standing still on a light background",
+    "a small red triangle moving right on a light background",
+    "a large yellow cross moving up on a dark background",
+    "a large cyan square growing on a dark background",
+    "a small green circle moving left on a light background",
+    "a large purple triangle moving down on a dark background",
 ]
-COLUMNS, ZOOM, MARGIN, CAPTION = 6, 2, 8, 40  # clips a row; pixels a pixel; around a clip; under it
+COLUMNS, ZOOM, MARGIN, CAPTION = 4, 3, 8, 44  # clips a row; pixels a pixel; around a clip; under it
 
 
 def contact_sheet(clips: np.ndarray, prompts: list[str]) -> np.ndarray:
@@ -35,7 +36,7 @@ def contact_sheet(clips: np.ndarray, prompts: list[str]) -> np.ndarray:
     cell = (width * ZOOM + MARGIN, height * ZOOM + CAPTION)
     rows = -(-len(clips) // COLUMNS)
     blank = Image.new("RGB", (COLUMNS * cell[0] + MARGIN, rows * cell[1] + MARGIN), "white")
-    draw, font = ImageDraw.Draw(blank), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(blank), ImageFont.load_default(13)
     places = [(MARGIN + i % COLUMNS * cell[0], MARGIN + i // COLUMNS * cell[1]) for i in range(len(clips))]
     for (x, y), prompt in zip(places, prompts, strict=True):
         words = prompt.split()
@@ -54,24 +55,15 @@ def contact_sheet(clips: np.ndarray, prompts: list[str]) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--steps", type=int, help="default: the model's")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("contact_sheet.gif"))
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
     args = parser.parse_args()
-    pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained(args.model)
-    pipe.scheduler = mlx_unet3d.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    frames = pipe(
-        PROMPTS,
-        num_frames=args.frames,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        seed=list(range(len(PROMPTS))),
-        progress=True,
-    ).frames
+    pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained(args.model, dtype=mx.float32)
+    seeds = list(range(len(PROMPTS)))
+    frames = pipe(PROMPTS, num_frames=8, num_inference_steps=args.steps, seed=seeds, progress=True).frames
     sheet = contact_sheet(mlx_unet3d.media.to_uint8(frames), PROMPTS)
-    metadata = {"steps": args.steps, "guidance": args.guidance, "weights": pipe.weights_checksum}
+    metadata = {"model": args.model, "weights": pipe.weights_checksum}
     mlx_unet3d.media.write_video(args.output, sheet, fps=6, metadata=metadata)
     print(args.output)
 

@@ -6,10 +6,11 @@ from .headers import Deferred, Header, TensorInfo, load_tensors, read_header, re
 from .layouts import file_shapes, parameter_layouts, to_diffusers, to_mlx
 from .pickles import read_pickle
 from .pretrained import PretrainedModel
-from .source import find_folder, pickle_files, read_component_config, weight_files
+from .source import DEMO, find_folder, pickle_files, read_component_config, weight_files
 from .storage import checksum
 
 __all__ = [
+    "DEMO",
     "Deferred",
     "Header",
     "ModelConfig",

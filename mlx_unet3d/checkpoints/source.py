@@ -13,6 +13,9 @@ from .pickles import read_pickle
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLE_STEMS = {"model": "pytorch_model"}
+DEMO = "demo"
+"""The name of the small model that the package brings along, wherever a folder or hub id is taken."""
+_DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -32,7 +35,8 @@ def find_folder(
     """The local folder of a checkpoint, downloaded first if it is on the hub.
 
     Args:
-        path_or_id: a folder, taken as it is, or a hub id `owner/name`. A folder of that name wins.
+        path_or_id: a folder, taken as it is, or a hub id `owner/name`; a folder of that name wins. "demo" is
+            the small model in this package, whatever folders there are; "./demo" is a folder.
         subfolder: the folder of the component inside it, such as "unet".
         revision: branch, tag or commit on the hub; only for hub ids.
         variant: with `stem`, which weight files to download, such as "fp16".
@@ -52,6 +56,10 @@ def find_folder(
         OSError: the disk is full, or the cache cannot be written.
     """
     _check_subfolder(subfolder)
+    if path_or_id == DEMO:
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for hub ids; {DEMO!r} is the model in this package")
+        return _inside(_DEMO_FOLDER, subfolder)
     local = Path(path_or_id).expanduser()
     if local.is_dir():
         if revision is not None:
@@ -65,7 +73,8 @@ def find_folder(
         raise FileNotFoundError(f"{local} does not exist; pass an existing folder or a hub id")
     if not _HUB_ID.fullmatch(path_or_id):
         raise ValueError(
-            f"{path_or_id!r} is neither an existing folder nor a hub id; a hub id is 'owner/name'"
+            f"{path_or_id!r} is neither an existing folder nor a hub id; a hub id is 'owner/name', and "
+            f"{DEMO!r} the small model in this package"
         )
 
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__, media
-from ..checkpoints import checksum
+from ..checkpoints import DEMO, checksum
 from ..checkpoints.adapters import read_adapter
 from ..errors import NonFiniteError
 from ..latents import load_latents, save_latents
@@ -195,7 +195,11 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
     if settings["prompt"] is None:
         raise ValueError("there is no prompt; give one, or --from a video")
     if settings["model"] is None:
-        raise ValueError("there is no model; give --model a pipeline folder or a hub id")
+        options.say(
+            "no --model: using the small demo model, which draws one moving shape; give a pipeline folder or "
+            "a hub id for anything else"
+        )
+        settings["model"] = DEMO
     if "strength" in args and settings["video"] is None:
         raise ValueError(f"--strength {args.strength:g} says how much to change a video; give --video too")
     if settings["dtype"] is None:

@@ -41,7 +41,11 @@ def rate(text: str) -> float:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="PATH_OR_ID", help="pipeline folder, or hub id owner/name")
+    group.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="pipeline folder, hub id owner/name, or demo (default: demo, or what a file says)",
+    )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--variant", help="weight files to read, such as fp16")
     group.add_argument("--local-files-only", action="store_true", default=False, help="never ask the hub")
