@@ -55,7 +55,7 @@ SCHEDULER = dict(
 )
 
 
-RECOMMENDED = dict(num_frames=world.FRAMES, num_inference_steps=25, guidance_scale=2.0)
+RECOMMENDED = dict(num_frames=world.FRAMES, num_inference_steps=8, guidance_scale=3.0)
 
 
 class Run:
