@@ -121,13 +121,16 @@ def _reference_forward(component: ComponentPlan) -> np.ndarray | None:
         variant = component.files[0].name.split(".")[1:-1]
         is_text = component.cls is mlx_unet3d.CLIPTextModel
         library, options = (transformers, {}) if is_text else (diffusers, {"low_cpu_mem_usage": False})
-        model = getattr(library, component.cls.__name__).from_pretrained(
+        model, report = getattr(library, component.cls.__name__).from_pretrained(
             folder,
             variant=variant[0] if variant else None,
             torch_dtype=torch.float32,
             local_files_only=True,
+            output_loading_info=True,
             **options,
         )
+        if report["missing_keys"]:  # names or wrappers that it does not know: it would compute with noise
+            raise ValueError(f"it misses {len(report['missing_keys'])} tensors")
         model.eval()
         arrays = [torch.from_numpy(array) for array in _inputs(component.config, component.cls)]
         if component.cls is mlx_unet3d.CLIPTextModel:
