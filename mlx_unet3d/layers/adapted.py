@@ -29,10 +29,6 @@ class LowRank:
     up: mx.array | None
     scaling: float = 1.0
 
-    @property
-    def out_channels(self) -> int:
-        return self.down.shape[0] if self.up is None else self.up.shape[0]
-
     def change(self) -> mx.array:
         """The change of the weight (O, ...), in float32."""
         down = self.down.astype(mx.float32)
@@ -88,10 +84,6 @@ class AdaptedLayer(nn.Module):
         else:
             h = mx.conv2d(x, down, padding=(1, 0))
         return h @ branch.up.T if "up" in branch else h
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        return weight_shape(self.base)
 
     @property
     def fused(self) -> bool:

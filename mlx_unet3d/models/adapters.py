@@ -111,13 +111,9 @@ class LoRAMixin:
 
         Raises ValueError for names that there are not, another number of weights, or fused adapters.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        amounts = [weights] * len(names) if isinstance(weights, (int, float)) else list(weights)
-        if len(amounts) != len(names):
-            raise ValueError(f"there are {len(names)} adapter names and {len(amounts)} weights")
+        chosen = chosen_weights(adapter_names, weights)
         self._refuse_fused("change weights")
-        self._check_names(names)
-        chosen = {name: _number(name, amount) for name, amount in zip(names, amounts, strict=True)}
+        self._check_names(list(chosen))
         for layer in self._adapted().values():
             for name, branch in layer.branches.items():
                 branch.amount = chosen.get(name, 0.0)
@@ -222,6 +218,17 @@ class LoRAMixin:
         finally:
             for layer in layers:
                 layer.factor = 1.0
+
+
+def chosen_weights(
+    adapter_names: str | Sequence[str], weights: float | Sequence[float] = 1.0
+) -> dict[str, float]:
+    """The weight of each name; one weight serves all. ValueError for another number of them."""
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    amounts = [weights] * len(names) if isinstance(weights, (int, float)) else list(weights)
+    if len(amounts) != len(names):
+        raise ValueError(f"there are {len(names)} adapter names and {len(amounts)} weights")
+    return {name: _number(name, amount) for name, amount in zip(names, amounts, strict=True)}
 
 
 def _number(what: str, value: Any) -> float:

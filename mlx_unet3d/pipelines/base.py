@@ -27,6 +27,7 @@ from ..checkpoints.adapters import (
 from ..checkpoints.config import naming
 from ..checkpoints.source import pinned_revision
 from ..errors import CheckpointError, NonFiniteError
+from ..models.adapters import chosen_weights
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
 from ..models.outputs import ModelOutput
@@ -385,19 +386,16 @@ class VideoPipeline:
         self, adapter_names: str | Sequence[str], weights: float | Sequence[float] = 1.0
     ) -> None:
         """Use these adapters with these weights, and no other; see `UNet3DConditionModel.set_adapters`."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        amounts = [weights] * len(names) if isinstance(weights, (int, float)) else list(weights)
+        chosen = chosen_weights(adapter_names, weights)
         known = self.unet.list_adapters() | self.text_encoder.list_adapters()
-        missing = [name for name in names if name not in known]
+        missing = [name for name in chosen if name not in known]
         if missing:
             raise ValueError(f"there is no adapter {missing[0]!r}; there are: {', '.join(known) or 'none'}")
-        if len(amounts) != len(names):
-            raise ValueError(f"there are {len(names)} adapter names and {len(amounts)} weights")
         for network in (self.unet, self.text_encoder):
             own = network.list_adapters()
-            chosen = {n: a for n, a in zip(names, amounts, strict=True) if n in own}
             if own:
-                network.set_adapters(list(chosen), list(chosen.values()))
+                its = {name: weight for name, weight in chosen.items() if name in own}
+                network.set_adapters(list(its), list(its.values()))
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
         """Make adapters part of the weights; see `UNet3DConditionModel.fuse_lora`."""
