@@ -23,7 +23,7 @@ class TextContext:
 
     def __init__(self, states: mx.array):
         self.states = states
-        self._projected: dict[tuple, tuple[Any, mx.array, mx.array]] = {}
+        self._projected: dict[tuple[int, float], tuple[Any, mx.array, mx.array]] = {}
 
     def keys_values(self, attn: "Attention", scale: float) -> tuple[mx.array, mx.array]:
         cache_key = (id(attn), scale)
@@ -31,6 +31,18 @@ class TextContext:
             key, value = attn.project_keys_values(self.states, scale)
             self._projected[cache_key] = (attn, key, value)  # holds attn: its id stays taken
         return self._projected[cache_key][1:]
+
+    def take_apart(self) -> tuple[mx.array, tuple[tuple[int, float], ...], list[list[mx.array]]]:
+        """What `put_together` makes it of again, in constants and arrays as `mx.compile` takes them."""
+        return self.states, tuple(self._projected), [list(made[1:]) for made in self._projected.values()]
+
+    @classmethod
+    def put_together(
+        cls, states: mx.array, names: tuple[tuple[int, float], ...], projected: list[list[mx.array]]
+    ) -> "TextContext":
+        context = cls(states)
+        context._projected = {name: (None, *made) for name, made in zip(names, projected, strict=True)}
+        return context
 
 
 class Attention(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoints import ModelConfig, PretrainedModel
 from ..checkpoints.adapters import is_custom_diffusion, read_adapter
+from ..compilation import CompiledForward
 from ..layers.adapted import walk
 from ..layers.attention import Attention, BasicTransformerBlock, TextContext
 from ..layers.attention_adapters import (
@@ -293,6 +295,7 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
         self.freeu: FreeU | None = None
+        self._compiled: _CompiledUNet | None = None
         self.processors_before_fusion: _Frozen | None = None
 
     def __call__(
@@ -327,31 +330,46 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
         Returns the prediction (B, out_channels, F, H, W) in the dtype of the sample.
         Raises ValueError for shapes, dtypes and counts that do not fit.
         """
-        batch, frames = self._check_sample(sample)
         if class_labels is not None:
             raise ValueError(
                 "class_labels must be None: UNet3DConditionModel has no class embedding "
                 "(diffusers takes them and ignores them)"
             )
+        if not isinstance(timestep, mx.array):
+            timestep = mx.array(np.asarray(timestep, dtype=np.float32))
+        forward = self._forward if self._compiled is None else self._compiled
         with self._scaled_adapters(cross_attention_kwargs):
-            cond = Conditions(
-                temb=self._embed_time(timestep, timestep_cond, batch, sample.dtype),
-                num_frames=frames,
-                context=self._check_context(encoder_hidden_states, batch, sample.dtype),
-                context_mask=self._context_bias(attention_mask, encoder_hidden_states, sample.dtype),
-                cross_attention_kwargs=cross_attention_kwargs,
+            x = forward(
+                sample,
+                timestep,
+                encoder_hidden_states,
+                timestep_cond,
+                attention_mask,
+                cross_attention_kwargs,
+                down_block_additional_residuals,
+                mid_block_additional_residual,
             )
-            x = self._forward(sample, cond, down_block_additional_residuals, mid_block_additional_residual)
         return UNet3DConditionOutput(sample=x) if return_dict else (x,)
 
     def _forward(
         self,
         sample: mx.array,
-        cond: Conditions,
+        timestep: mx.array,
+        encoder_hidden_states: mx.array | TextContext | None,
+        timestep_cond: mx.array | None,
+        attention_mask: mx.array | None,
+        cross_attention_kwargs: dict[str, Any] | None,
         down_block_additional_residuals: Sequence[mx.array] | None,
         mid_block_additional_residual: mx.array | None,
     ) -> mx.array:
-        batch, frames = sample.shape[0], sample.shape[2]
+        batch, frames = self._check_sample(sample)
+        cond = Conditions(
+            temb=self._embed_time(timestep, timestep_cond, batch, sample.dtype),
+            num_frames=frames,
+            context=self._check_context(encoder_hidden_states, batch, sample.dtype),
+            context_mask=self._context_bias(attention_mask, encoder_hidden_states, sample.dtype),
+            cross_attention_kwargs=cross_attention_kwargs,
+        )
         # (B, C, F, H, W) -> (N, H, W, C)
         x = sample.transpose(0, 2, 3, 4, 1).reshape(batch * frames, *sample.shape[3:], -1)
         x = self.conv_in(x)
@@ -435,11 +453,9 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
         return ((1 - mask.astype(mx.float32)) * -10_000.0).astype(dtype)[:, None]
 
     def _embed_time(
-        self, timestep: Any, timestep_cond: mx.array | None, batch: int, dtype: mx.Dtype
+        self, timestep: mx.array, timestep_cond: mx.array | None, batch: int, dtype: mx.Dtype
     ) -> mx.array:
         """-> (B, 4 * C0)."""
-        if not isinstance(timestep, mx.array):
-            timestep = mx.array(np.asarray(timestep, dtype=np.float32))
         timesteps = timestep.astype(mx.float32).reshape(-1)
         if timesteps.size not in (1, batch) or timestep.ndim > 1:
             raise ValueError(
@@ -461,6 +477,19 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
         return self.time_embedding(sinusoid.astype(dtype), timestep_cond)
 
     # Options.
+
+    def compile(self) -> None:
+        """Run forwards as traces of `mx.compile`, which fuse chains of element-wise operations.
+
+        A trace is made for each shape and dtype at its first call. Changes of weights, adapters,
+        quantization, processors and options are seen: they are part of what a trace is kept by. Processors of
+        your own must neither evaluate arrays nor keep them. Results are the plain forward's, up to rounding.
+        """
+        self._compiled = _CompiledUNet(self)
+
+    def uncompile(self) -> None:
+        """Run plain forwards again."""
+        self._compiled = None
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """FreeU (arXiv:2309.11497): `s1`, `s2` scale low frequencies of the skips of the two coarsest up
@@ -659,6 +688,32 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
                 "saving: set_attn_processor(AttnProcessor2_0(), _remove_lora=True)"
             )
         return super().save_pretrained(folder, **options)
+
+
+class _CompiledUNet(CompiledForward):
+    """The compiled `_forward` of a network; keys and values of a `TextContext` are inputs of the trace."""
+
+    def __init__(self, unet: UNet3DConditionModel):
+        super().__init__(unet, self._trace)
+        self._unet = unet
+        self._projected: WeakSet[TextContext] = WeakSet()
+
+    def __call__(
+        self, sample: mx.array, timestep: mx.array, context: mx.array | TextContext | None, *others: Any
+    ) -> mx.array:
+        if not isinstance(context, TextContext):
+            return super().__call__(sample, timestep, context, *others)
+        if context not in self._projected:
+            # Making a graph runs none of it, but has the context make all keys and values.
+            self._unet._forward(sample, timestep, context, *others)
+            mx.eval(context.take_apart()[2])
+            self._projected.add(context)
+        return super().__call__(sample, timestep, context.take_apart(), *others)
+
+    def _trace(self, sample: mx.array, timestep: mx.array, context: Any, *others: Any) -> mx.array:
+        if isinstance(context, tuple):
+            context = TextContext.put_together(*context)
+        return self._unet._forward(sample, timestep, context, *others)
 
 
 @dataclasses.dataclass(frozen=True)

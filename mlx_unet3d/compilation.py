@@ -1,0 +1,109 @@
+"""Compiled forwards: a network traced once a shape, dtype and structure, its element-wise chains fused.
+
+`mx.compile` keeps a trace for the shapes and dtypes of its inputs and of captured arrays, and knows nothing
+of the Python around them: a number that changed, a layer of another class or a processor that was replaced
+would go on as they were. So each structure of a network, all but its arrays, gets a function of its own here.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+_CONSTANTS = (bool, int, float, str, bytes, mx.Dtype)
+_OPAQUE = (type, FunctionType, MethodType, ModuleType)
+
+_MOST_STRUCTURES = 4
+"""Structures whose traces are kept: some to switch between, such as with and without FreeU."""
+
+
+class CompiledForward:
+    """`forward`, a method of `module`, compiled.
+
+    Takes what `mx.compile` takes: arrays, and tuples, lists and dicts of arrays and constants. Weights are
+    inputs of the trace, so that new ones count at once; what else changes in the module makes a new trace.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., mx.array]):
+        self._module, self._forward = module, forward
+        self._compiled: OrderedDict[Hashable, tuple[Callable[..., mx.array], list[Any]]] = OrderedDict()
+
+    def __call__(self, *args: Any) -> mx.array:
+        """What `forward` returns for these arguments."""
+        structure = _Structure(self._module)
+        key = structure.key
+        if key not in self._compiled:
+            # Dropout draws; a function of its own, for MLX keeps traces by function.
+            random = mx.random.state if self._module.training else None
+            function = mx.compile(
+                lambda *args: self._forward(*args), inputs=[self._module, random], outputs=random
+            )
+            self._compiled[key] = function, structure.held
+            if len(self._compiled) > _MOST_STRUCTURES:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        high, low = mx.random.state[0].tolist() if self._module.training else (0, 0)
+        try:
+            return self._compiled[key][0](*args)
+        except BaseException:
+            # MLX leaves the placeholders of a trace that failed where it put them.
+            for container, name, array in structure.arrays:
+                container[name] = array
+            if self._module.training:
+                mx.random.seed(high << 32 | low)
+            raise
+
+
+class _Structure:
+    """Everything in a module that a trace depends on but its arrays: classes, constants, nesting.
+
+    Attributes:
+        key: hashable; equal for modules of equal structure.
+        held: what could not be looked into, such as functions, and arrays outside the trees of modules, which
+            are constants of a trace: they count by identity, so that their ids must stay taken.
+        arrays: (container, key, array) of the arrays of the tree.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.held: list[Any] = []
+        self.arrays: list[tuple[Any, Any, mx.array]] = []
+        self._seen: dict[int, int] = {}
+        self.key = self._of(module)
+
+    def _of(self, value: Any) -> Hashable:
+        if value is None or isinstance(value, _CONSTANTS):
+            return type(value), value
+        if isinstance(value, CompiledForward):
+            return CompiledForward  # of itself, or of a network inside
+        if isinstance(value, list | tuple):
+            return type(value), tuple(map(self._of, value))
+        if isinstance(value, set | frozenset):
+            return type(value), frozenset(value)
+        if id(value) in self._seen:
+            return "seen", self._seen[id(value)]
+        self._seen[id(value)] = len(self._seen)
+        if isinstance(value, nn.Module):
+            # As a dict it holds its arrays, modules and containers; in its __dict__, all else.
+            return type(value), self._tree(value), self._of(vars(value))
+        if isinstance(value, dict):
+            return type(value), tuple((name, self._of(item)) for name, item in value.items())
+        if hasattr(value, "__dict__") and not isinstance(value, _OPAQUE):
+            return type(value), self._of(vars(value))
+        self.held.append(value)
+        return id(value)
+
+    def _tree(self, container: dict | list | tuple) -> Hashable:
+        """The same for a tree of parameters, whose arrays are inputs of a trace."""
+        inside = []
+        for name, value in container.items() if isinstance(container, dict) else enumerate(container):
+            if isinstance(value, mx.array):
+                self.arrays.append((container, name, value))
+                inside.append((name, mx.array))  # MLX looks at shape and dtype itself
+            elif isinstance(value, dict | list | tuple) and not isinstance(value, nn.Module):
+                inside.append((name, type(value), self._tree(value)))
+            else:
+                inside.append((name, self._of(value)))
+        return tuple(inside)

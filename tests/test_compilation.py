@@ -1,0 +1,265 @@
+"""Compiled forwards: the results of plain ones, whatever has changed since the trace was made."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+from mlx_unet3d import TextContext, TextToVideoPipeline, UNet3DConditionModel, compilation
+from mlx.utils import tree_map
+from mlx_unet3d.layers.attention_adapters import LoRAAttnProcessor
+from mlx_unet3d.layers.attention_processors import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+
+SHAPE = (2, 4, 3, 4, 6)
+
+
+@pytest.fixture
+def unet():
+    return tiny.randomize(UNet3DConditionModel(**tiny.UNET))
+
+
+def inputs(shape=SHAPE, dtype=mx.float32, seed=1):
+    mx.random.seed(seed)
+    text = mx.random.normal((shape[0], 5, 12))
+    return mx.random.normal(shape).astype(dtype), mx.array([500, 20][: shape[0]]), text.astype(dtype)
+
+
+def both(unet, *args, **keywords):
+    """The compiled and the plain result."""
+    compiled = unet(*args, **keywords).sample
+    mx.eval(compiled)
+    held, unet._compiled = unet._compiled, None
+    plain = unet(*args, **keywords).sample
+    unet._compiled = held
+    return np.array(compiled.astype(mx.float32)), np.array(plain.astype(mx.float32))
+
+
+def same(unet, *args, atol=1e-5, **keywords):
+    compiled, plain = both(unet, *(args or inputs(dtype=unet.dtype)), **keywords)
+    np.testing.assert_allclose(compiled, plain, atol=atol * np.abs(plain).max())
+    return compiled
+
+
+def count_traces(unet, monkeypatch):
+    """How often Python runs the forward from here on, as a list of one number."""
+    count, forward = [0], UNet3DConditionModel._forward
+
+    def counting(self, *args):
+        count[0] += 1
+        return forward(self, *args)
+
+    monkeypatch.setattr(UNet3DConditionModel, "_forward", counting)
+    return count
+
+
+def test_traced_once(unet, monkeypatch):
+    unet.compile()
+    count = count_traces(unet, monkeypatch)
+    for timestep in (999, 500, 0.5):
+        unet(inputs()[0], timestep, inputs()[2])
+    assert count == [1]
+    unet(*inputs((1, 4, 2, 5, 3)))
+    assert count == [2]
+    unet.uncompile()
+    unet(*inputs())
+    unet(*inputs())
+    assert count == [4]
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 3, 5), (2, 4, 5, 4, 4)])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_shapes_and_dtypes(unet, shape, dtype):
+    unet.set_dtype(dtype)
+    unet.compile()
+    same(unet, *inputs(shape, dtype), atol=1e-5 if dtype == mx.float32 else 5e-3)
+    assert unet(*inputs(shape, dtype)).sample.dtype == dtype
+
+
+def test_all_arguments(unet):
+    unet.compile()
+    sample, timestep, text = inputs()
+    skips = [(4, 6, 8), (4, 6, 8), (2, 3, 8), (2, 3, 16)]
+    residuals = [mx.random.normal((6, c, h, w)) for h, w, c in skips]
+    extra = dict(
+        attention_mask=mx.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]),
+        down_block_additional_residuals=residuals,
+        mid_block_additional_residual=mx.random.normal((6, 16, 2, 3)),
+        cross_attention_kwargs={"scale": 0.5},
+    )
+    without = same(unet, sample, timestep, text)
+    with_all = same(unet, sample, timestep, text, **extra)
+    assert np.abs(without - with_all).max() > 1e-2
+    assert isinstance(unet(sample, timestep, text, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_errors_leave_the_network_as_it_was(unet, training):
+    unet.compile()
+    unet.train(training)
+    sample, timestep, text = inputs()
+    state = mx.random.state[0].tolist()
+    with pytest.raises(ValueError, match="encoder_hidden_states has shape"):
+        unet(sample, timestep, text[:1])
+    with pytest.raises(ValueError, match="sample is"):
+        unet(sample.astype(mx.float16), timestep, text)
+    assert mx.random.state[0].tolist() == state
+    unet.eval()
+    same(unet)
+
+
+def lora(unet):
+    processors = {}
+    for path, layer in unet._attentions().items():
+        cross = layer.cross_attention_dim if layer.is_cross_attention else None
+        processors[f"{path}.processor"] = LoRAAttnProcessor(layer.query_dim, cross, rank=2)
+    unet.set_attn_processor(processors)
+    unet.update(tree_map(lambda p: p + 0.05, unet.parameters()))
+
+
+def adapter(unet):
+    rng = np.random.default_rng(3)
+    name = "unet.down_blocks.0.attentions.0.proj_in"
+    unet.load_lora_adapter(
+        {
+            f"{name}.lora_A.weight": mx.array(rng.normal(size=(2, 8)).astype(np.float32)),
+            f"{name}.lora_B.weight": mx.array(rng.normal(size=(8, 2)).astype(np.float32)),
+        }
+    )
+
+
+def mutated_processor(unet):
+    """A constant inside an object that stays in its place."""
+    unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.processor.gain = 3.0
+
+
+class Gain(AttnProcessor):
+    """The attention times a constant that may change."""
+
+    gain = 1.0
+
+    def __call__(self, *args, **keywords):
+        return super().__call__(*args, **keywords) * self.gain
+
+
+CHANGES = {
+    "update": lambda unet: unet.update(tree_map(lambda p: p * 1.1, unet.parameters())),
+    "one weight": lambda unet: setattr(unet.conv_out, "weight", unet.conv_out.weight * 2),
+    "freeu": lambda unet: unet.enable_freeu(0.9, 0.2, 1.2, 1.4),
+    "freeu again": lambda unet: (unet.enable_freeu(0.9, 0.2, 1.2, 1.4), unet.enable_freeu(0.1, 0.2, 2, 2)),
+    "quantize": lambda unet: unet.quantize(bits=4, group_size=32, recipe="uniform"),
+    "lora processors": lora,
+    "lora": adapter,
+    "lora fused": lambda unet: (adapter(unet), unet.fuse_lora(2.0)),
+    "lora weight": lambda unet: (adapter(unet), unet.set_adapters("default", 0.3)),
+    "constant of a layer": lambda unet: setattr(unet.conv_norm_out, "eps", 0.5),
+    "constant of a processor": mutated_processor,
+    "half precision": lambda unet: unet.set_dtype(mx.float16),
+    "another class": lambda unet: setattr(unet.down_blocks[0].resnets[0], "act", nn.GELU()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_seen(unet, name):
+    unet.set_attn_processor(Gain())
+    unet.compile()
+    before = same(unet)
+    CHANGES[name](unet)
+    after = same(unet, atol=5e-3 if name == "half precision" else 1e-5)
+    assert np.abs(before - after).max() > 1e-4 * np.abs(before).max()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda unet: unet.set_attn_processor(AttnProcessor2_0()),
+        lambda unet: unet.set_attn_processor(SlicedAttnProcessor(1)),
+        lambda unet: unet.fuse_qkv_projections(),
+        lambda unet: unet.enable_forward_chunking(1),
+    ],
+)
+def test_options_that_change_no_result(unet, change, monkeypatch):
+    unet.set_default_attn_processor()
+    unet.compile()
+    before = same(unet)
+    count = count_traces(unet, monkeypatch)
+    change(unet)
+    after = unet(*inputs()).sample
+    assert count == [1], "the option must be part of the trace"
+    np.testing.assert_allclose(np.array(after), before, atol=1e-5 * np.abs(before).max())
+
+
+def test_back_and_forth(unet, monkeypatch):
+    """An earlier structure finds its trace again, with the weights of now."""
+    unet.compile()
+    plain = same(unet)
+    adapter(unet)
+    with_lora = same(unet)
+    count = count_traces(unet, monkeypatch)
+    unet.unload_lora()
+    np.testing.assert_array_equal(np.array(unet(*inputs()).sample), plain)
+    assert count == [0]
+    unet.conv_out.weight = unet.conv_out.weight * 2
+    assert np.abs(same(unet) - plain).max() > 1e-2
+    assert np.abs(with_lora - plain).max() > 1e-3
+
+
+def test_few_structures_are_kept(unet):
+    unet.compile()
+    for i in range(compilation._MOST_STRUCTURES + 2):
+        unet.enable_freeu(0.9, 0.2, 1.2, 1.4 + i)
+        same(unet)
+    assert len(unet._compiled._compiled) == compilation._MOST_STRUCTURES
+
+
+def test_text_context(unet, monkeypatch):
+    """Keys and values are made once for all steps, and two prompts of one shape share a trace."""
+    unet.compile()
+    sample, timestep, text = inputs()
+    first, second = TextContext(text), TextContext(text + 1)
+    one = same(unet, sample, timestep, first)
+    keys = [id(array) for pair in first.take_apart()[2] for array in pair]
+    np.testing.assert_allclose(one, same(unet, sample, timestep, text), atol=1e-5)
+    count = count_traces(unet, monkeypatch)
+    assert np.abs(np.array(unet(sample, timestep, second).sample) - one).max() > 1e-2
+    assert count == [1]  # to make the keys and values of the second; its trace is the first's
+    same(unet, sample, 7, second)
+    same(unet, sample, timestep, first)
+    assert [id(array) for pair in first.take_apart()[2] for array in pair] == keys
+
+
+def test_gradients(unet):
+    sample, timestep, text = inputs()
+
+    def loss(sample):
+        return unet(sample, timestep, text).sample.square().mean()
+
+    plain = mx.grad(loss)(sample)
+    unet.compile()
+    np.testing.assert_allclose(np.array(mx.grad(loss)(sample)), np.array(plain), atol=1e-6)
+
+
+def test_dropout_is_drawn_anew(unet):
+    unet.train()
+    unet.compile()
+    first, second = (np.array(unet(*inputs(seed=4)).sample) for _ in range(2))
+    np.testing.assert_array_equal(first, second)  # `inputs` seeds the generator
+    args = inputs()
+    assert np.abs(np.array(unet(*args).sample) - np.array(unet(*args).sample)).max() > 1e-4
+
+
+def test_pipeline(tmp_path):
+    pipe = TextToVideoPipeline.from_pretrained(tiny.write_pipeline(tmp_path / "pipe"))
+    settings = dict(num_frames=3, num_inference_steps=3, seed=2, output_type="latent")
+    plain = pipe("a cat", **settings).frames
+    pipe.unet.compile()
+    for prompt in ("a cat", "a dog", "a cat"):
+        compiled = pipe(prompt, **settings).frames
+    np.testing.assert_allclose(np.array(compiled), np.array(plain), atol=1e-4)
+
+
+def test_saving_and_quantizing_a_compiled_network(unet, tmp_path):
+    unet.compile()
+    same(unet)
+    unet.save_pretrained(tmp_path / "unet")
+    again = UNet3DConditionModel.from_pretrained(tmp_path / "unet")
+    np.testing.assert_array_equal(np.array(again(*inputs()).sample), both(unet, *inputs())[1])
