@@ -5,6 +5,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from collections import OrderedDict  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
@@ -78,3 +80,16 @@ def test_state_dict_of_a_module(tmp_path, zipped):
     check(path, module.state_dict())
     torch.save(OrderedDict(module.half().state_dict()), path, _use_new_zipfile_serialization=zipped)
     check(path, module.state_dict())
+
+
+@pytest.mark.parametrize("version", ["v0.0", "v0.1"])
+@pytest.mark.parametrize("network", ["alex", "squeeze", "vgg"])
+def test_files_of_others(version, network):
+    """The legacy files of the lpips package, which torch 0.4 wrote."""
+    package = find_spec("lpips")
+    if package is None:
+        pytest.skip("lpips is not installed (pip install --no-deps lpips)")
+    path = Path(package.origin).parent / "weights" / version / f"{network}.pth"
+    expected = torch.load(path, map_location="cpu", weights_only=True)
+    assert len(expected) == (7 if network == "squeeze" else 5)
+    check(path, expected)
