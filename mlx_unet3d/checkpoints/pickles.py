@@ -381,7 +381,7 @@ class _Machine:
 
 
 def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *_unused: Any) -> _Tensor:
-    """torch._utils._rebuild_tensor_v2."""
+    """torch._utils._rebuild_tensor_v2, and its forerunner with fewer arguments."""
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError(f"a tensor of a {type(storage).__name__} and a {type(shape).__name__}")
     if len(shape) != len(strides) or len(shape) > MAX_AXES:
@@ -423,11 +423,12 @@ def _shown(value: Any) -> str:
 _NAMES: dict[str, tuple[str, ...]] = {
     "collections": ("OrderedDict",),
     "torch": (*_STORAGES, "Size"),
-    "torch._utils": ("_rebuild_tensor_v2", "_rebuild_parameter"),
+    "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"),
 }
 _CALLS: dict[str, Callable[..., Any]] = {
     "OrderedDict": _dictionary,
     "Size": _size,
+    "_rebuild_tensor": _tensor,  # torch < 0.4
     "_rebuild_tensor_v2": _tensor,
     "_rebuild_parameter": _parameter,
 }
