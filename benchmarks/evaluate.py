@@ -46,6 +46,13 @@ def main() -> None:
         help="of the UNet: none, or bits or mode, then group size and recipe, such as 8, 4-32-uniform, mxfp4",
     )
     parser.add_argument("--freeu", nargs=4, type=float, metavar=("S1", "S2", "B1", "B2"))
+    parser.add_argument(
+        "--saving",
+        nargs="+",
+        default=["none"],
+        metavar="HOW",
+        help="none, cache-INTERVAL-DEPTH such as cache-3-1, or guidance-FROM-TO such as guidance-0-0.5",
+    )
     parser.add_argument("--slices", help="attention slices: auto, max or a number")
     parser.add_argument("--batch", type=int, default=10, help="clips at a time")
     parser.add_argument("--reference", type=Path, help="clips to compare with; made if missing")
@@ -54,7 +61,7 @@ def main() -> None:
 
     prompts = world.held_out_prompts(args.prompts)
     names = list(world.ATTRIBUTES)
-    header = ["scheduler", "steps", "guidance", "dtype", "quantized", "UNet MB", *names]
+    header = ["scheduler", "steps", "guidance", "dtype", "quantized", "UNet MB", "saving", *names]
     header += ["all", "steadiness", "s a clip", "PSNR"]
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header), flush=True)
@@ -70,13 +77,24 @@ def main() -> None:
         if args.slices:
             pipe.unet.set_attention_slice(int(args.slices) if args.slices.isdigit() else args.slices)
         config = pipe.scheduler.config
-        for scheduler, steps, guidance in itertools.product(args.scheduler, args.steps, args.guidance):
+        for scheduler, steps, guidance, save in itertools.product(
+            args.scheduler, args.steps, args.guidance, args.saving
+        ):
             pipe.scheduler = scheduler_from_config(config, scheduler)
             start = time.perf_counter()
-            clips = generate(pipe, prompts, steps, guidance, args.first_seed, args.batch)
+            settings = dict(num_inference_steps=steps, guidance_scale=guidance, **saving(save))
+            clips = generate(pipe, prompts, settings, args.first_seed, args.batch)
             seconds = (time.perf_counter() - start) / len(prompts)
             rates, steadiness = score(prompts, clips, args.save)
-            cells = [scheduler, steps, f"{pipe.guidance_scale(guidance):g}", dtype, how, f"{megabytes:.1f}"]
+            cells = [
+                scheduler,
+                steps,
+                f"{pipe.guidance_scale(guidance):g}",
+                dtype,
+                how,
+                f"{megabytes:.1f}",
+                save,
+            ]
             cells += [f"{100 * rates[name]:.0f} %" for name in [*names, "all"]]
             cells += [f"{steadiness:.3f}", f"{seconds:.2f}", compare(clips, args.reference)]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
@@ -91,16 +109,22 @@ def quantization(how: str) -> dict[str, Any]:
     return keywords
 
 
-def generate(
-    pipe, prompts: list[str], steps: int, guidance: float | None, seed: int, batch: int
-) -> np.ndarray:
+def saving(how: str) -> dict[str, Any]:
+    """The arguments of a pipeline for a text such as "cache-3-1" or "guidance-0-0.5"."""
+    kind, *numbers = how.split("-")
+    if kind == "cache":
+        return dict(cache_interval=int(numbers[0]), cache_depth=int(numbers[1]))
+    return dict(guidance_interval=(float(numbers[0]), float(numbers[1]))) if kind == "guidance" else {}
+
+
+def generate(pipe, prompts: list[str], settings: dict[str, Any], seed: int, batch: int) -> np.ndarray:
     """Clips uint8 (P, F, H, W, 3); prompt i has the seed `seed` + i whatever the batch."""
     clips = []
     for start in tqdm(range(0, len(prompts), batch), leave=False):
         some = prompts[start : start + batch]
         seeds = [seed + start + i for i in range(len(some))]
-        settings = dict(num_frames=world.FRAMES, num_inference_steps=steps, guidance_scale=guidance)
-        frames = pipe(some, height=world.SIZE, width=world.SIZE, seed=seeds, **settings).frames
+        size = dict(num_frames=world.FRAMES, height=world.SIZE, width=world.SIZE)
+        frames = pipe(some, seed=seeds, **size, **settings).frames
         clips.append(mlx_unet3d.media.to_uint8(frames))
     return np.concatenate(clips)
 

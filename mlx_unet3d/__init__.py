@@ -8,6 +8,7 @@ from . import media  # noqa: E402
 from .layers.attention import TextContext  # noqa: E402
 from .models.autoencoder_kl import AutoencoderKL  # noqa: E402
 from .models.clip_text import CLIPTextModel  # noqa: E402
+from .models.feature_cache import FeatureCache  # noqa: E402
 from .models.unet_3d_condition import UNet3DConditionModel, UNet3DConditionOutput  # noqa: E402
 from .pipelines import DenoisingStep, TextToVideoPipeline, VideoOutput, VideoToVideoPipeline  # noqa: E402
 from .schedulers import (  # noqa: E402
@@ -33,6 +34,7 @@ __all__ = [
     "DenoisingStep",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FeatureCache",
     "LCMScheduler",
     "PNDMScheduler",
     "TextContext",

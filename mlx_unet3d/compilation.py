@@ -27,11 +27,11 @@ class CompiledForward:
     inputs of the trace, so that new ones count at once; what else changes in the module makes a new trace.
     """
 
-    def __init__(self, module: nn.Module, forward: Callable[..., mx.array]):
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]):
         self._module, self._forward = module, forward
-        self._compiled: OrderedDict[Hashable, tuple[Callable[..., mx.array], list[Any]]] = OrderedDict()
+        self._compiled: OrderedDict[Hashable, tuple[Callable[..., Any], list[Any]]] = OrderedDict()
 
-    def __call__(self, *args: Any) -> mx.array:
+    def __call__(self, *args: Any) -> Any:
         """What `forward` returns for these arguments."""
         structure = _Structure(self._module)
         key = structure.key

@@ -15,16 +15,20 @@ def test_table(tmp_path):
     tiny.write_pipeline(tmp_path / "model")
     command = [sys.executable, str(SCRIPT), "--model", "model", "--prompts", "2", "--reference", "clips.npz"]
     done = subprocess.run(
-        [*command, "--steps", "2", "3", "--guidance", "0"],
+        [*command, "--steps", "2", "3", "--guidance", "0", "--saving", "none", "cache-2-1"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
     )
-    header, _, first, second = done.stdout.strip().splitlines()
-    assert header.startswith("| scheduler | steps | guidance | dtype | quantized | UNet MB | size | colour |")
+    header, _, first, cached, second, _ = done.stdout.strip().splitlines()
+    assert header.startswith(
+        "| scheduler | steps | guidance | dtype | quantized | UNet MB | saving | size | colour |"
+    )
     assert first.startswith("| dpm++ | 2 | 0 | float32 | none |")
     assert first.endswith(" reference |")
+    assert " cache-2-1 " in cached
+    assert cached.endswith(" dB |")
     assert second.endswith(" dB |")
     assert "| 0 % |" in first  # of random weights
     again = subprocess.run(

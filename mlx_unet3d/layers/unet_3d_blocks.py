@@ -4,6 +4,7 @@ Each layer of a block is resnet -> temporal convolution [-> spatial -> temporal 
 diffusers' `unet_3d_blocks.py`. All states are channels-last, (N, H, W, C) with N = B*F.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,16 +110,14 @@ class DownBlock3D(Block3D):
         if add_downsample:
             self.downsamplers = [Downsample2D(out_channels, downsample_padding)]
 
-    def __call__(self, x: mx.array, cond: Conditions) -> tuple[mx.array, list[mx.array]]:
-        """Returns the output and what the up path wants: each layer's output, and the halved one."""
-        skips = []
+    def __call__(self, x: mx.array, cond: Conditions) -> Iterator[mx.array]:
+        """What the up path wants, one by one: each layer's output, and the halved one; the last is the
+        block's own output."""
         for i in range(len(self.resnets)):
             x = self._layer(i, x, cond)
-            skips.append(x)
+            yield x
         if "downsamplers" in self:
-            x = self.downsamplers[0](x)
-            skips.append(x)
-        return x, skips
+            yield self.downsamplers[0](x)
 
 
 class CrossAttnDownBlock3D(DownBlock3D):
@@ -155,20 +154,16 @@ class UpBlock3D(Block3D):
             self.upsamplers = [Upsample2D(out_channels)]
         self.resolution_idx = resolution_idx
 
-    def __call__(
-        self,
-        x: mx.array,
-        skips: list[mx.array],
-        cond: Conditions,
-        size: tuple[int, int] | None = None,
-        freeu: FreeU | None = None,
+    def layer(
+        self, i: int, x: mx.array, skip: mx.array, cond: Conditions, freeu: FreeU | None = None
     ) -> mx.array:
-        """Takes one skip a layer from the end of `skips`; `size` is where upsampling is to lead."""
-        for i in range(len(self.resnets)):
-            skip = skips.pop()
-            if freeu is not None:
-                x, skip = apply_freeu(freeu, self.resolution_idx, x, skip)
-            x = self._layer(i, mx.concatenate([x, skip], axis=-1), cond)
+        """Layer `i`, fed with the latest skip of the down path that is left."""
+        if freeu is not None:
+            x, skip = apply_freeu(freeu, self.resolution_idx, x, skip)
+        return self._layer(i, mx.concatenate([x, skip], axis=-1), cond)
+
+    def upsample(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
+        """Doubling, or to `size`, where the block ends in it."""
         return self.upsamplers[0](x, size) if "upsamplers" in self else x
 
 

@@ -5,8 +5,9 @@ channels, F frames, H W pixels, N = B*F, L text tokens, D their channels.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -47,6 +48,7 @@ from ..layers.unet_3d_blocks import (
     UNetMidBlock3DCrossAttn,
 )
 from .adapters import LoRAMixin, custom_diffusion_processors, write_adapter
+from .feature_cache import FeatureCache
 from .outputs import ModelOutput
 
 # `transformer_in` always has this many heads, of attention_head_dim channels each.
@@ -310,6 +312,8 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
         down_block_additional_residuals: Sequence[mx.array] | None = None,
         mid_block_additional_residual: mx.array | None = None,
         return_dict: bool = True,
+        *,
+        feature_cache: FeatureCache | None = None,
     ) -> UNet3DConditionOutput | tuple[mx.array]:
         """One forward.
 
@@ -326,6 +330,7 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
                 frames of a sample together, or broadcasting to that.
             mid_block_additional_residual: the same for the output of the mid block.
             return_dict: False for a tuple.
+            feature_cache: takes the deep features of this forward, or gives those of an earlier one.
 
         Returns the prediction (B, out_channels, F, H, W) in the dtype of the sample.
         Raises ValueError for shapes, dtypes and counts that do not fit.
@@ -337,9 +342,18 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
             )
         if not isinstance(timestep, mx.array):
             timestep = mx.array(np.asarray(timestep, dtype=np.float32))
+        depth, deep = None, None
+        if feature_cache is not None:
+            if down_block_additional_residuals is not None or mid_block_additional_residual is not None:
+                raise ValueError(
+                    "a feature_cache would leave out additional residuals; give one or the other"
+                )
+            depth = feature_cache.depth
+            self.check_cache_depth(depth)
+            deep = feature_cache.next()
         forward = self._forward if self._compiled is None else self._compiled
         with self._scaled_adapters(cross_attention_kwargs):
-            x = forward(
+            x, *made = forward(
                 sample,
                 timestep,
                 encoder_hidden_states,
@@ -348,7 +362,11 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
                 cross_attention_kwargs,
                 down_block_additional_residuals,
                 mid_block_additional_residual,
+                depth,
+                deep,
             )
+        if made:
+            feature_cache.keep(made[0])
         return UNet3DConditionOutput(sample=x) if return_dict else (x,)
 
     def _forward(
@@ -361,7 +379,11 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
         cross_attention_kwargs: dict[str, Any] | None,
         down_block_additional_residuals: Sequence[mx.array] | None,
         mid_block_additional_residual: mx.array | None,
-    ) -> mx.array:
+        depth: int | None = None,
+        deep: mx.array | None = None,
+    ) -> tuple[mx.array, ...]:
+        """The prediction; with `depth`, and without what it made earlier, also the input of the last `depth`
+        layers of the up path, which as `deep` stands for all that is below."""
         batch, frames = self._check_sample(sample)
         cond = Conditions(
             temb=self._embed_time(timestep, timestep_cond, batch, sample.dtype),
@@ -372,30 +394,51 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
         )
         # (B, C, F, H, W) -> (N, H, W, C)
         x = sample.transpose(0, 2, 3, 4, 1).reshape(batch * frames, *sample.shape[3:], -1)
-        x = self.conv_in(x)
-        x = self.transformer_in(x, frames, cond.cross_attention_kwargs)
+        x = self.transformer_in(self.conv_in(x), frames, cross_attention_kwargs)
 
-        skips = [x]
-        for block in self.down_blocks:
-            x, outputs = block(x, cond)
-            skips += outputs
-        if down_block_additional_residuals is not None:
-            skips = _add_residuals(skips, down_block_additional_residuals)
+        skips = list(islice(self._down(x, cond), None if deep is None else depth))
+        if deep is None:
+            x = skips[-1]
+            if down_block_additional_residuals is not None:
+                skips = _add_residuals(skips, down_block_additional_residuals)
+            x = self.mid_block(x, cond)
+            if mid_block_additional_residual is not None:
+                name = "mid_block_additional_residual"
+                x = x + _channels_last_residual(mid_block_additional_residual, x, name)
+        else:
+            if deep.shape[:3] != skips[-1].shape[:3]:
+                raise ValueError(
+                    f"feature_cache has features of {deep.shape[0]} frames of {deep.shape[1:3]} there, this "
+                    f"sample {skips[-1].shape[0]} of {skips[-1].shape[1:3]}; use a new cache, or reset() it"
+                )
+            x = deep
 
-        x = self.mid_block(x, cond)
-        if mid_block_additional_residual is not None:
-            name = "mid_block_additional_residual"
-            x = x + _channels_last_residual(mid_block_additional_residual, x, name)
-
+        made: list[mx.array] = []
+        left, running = sum(len(block.resnets) for block in self.up_blocks), deep is None
         for block in self.up_blocks:
-            # Where halving rounded, doubling must meet the size of the next skip.
-            remaining = len(skips) - len(block.resnets)
-            size = skips[remaining - 1].shape[1:3] if remaining else None
-            x = block(x, skips, cond, size, self.freeu)
+            for i in range(len(block.resnets)):
+                if left == depth and running:
+                    made.append(x)
+                running = running or left == depth
+                if running:
+                    x = block.layer(i, x, skips.pop(), cond, self.freeu)
+                left -= 1
+            if running:
+                # Where halving rounded, doubling must meet the size of the next skip.
+                x = block.upsample(x, skips[-1].shape[1:3] if skips else None)
 
         x = self.conv_out(nn.silu(self.conv_norm_out(x)))
         # (N, H, W, C) -> (B, C, F, H, W)
-        return x.reshape(batch, frames, *x.shape[1:]).transpose(0, 4, 1, 2, 3)
+        x = x.reshape(batch, frames, *x.shape[1:]).transpose(0, 4, 1, 2, 3)
+        return x, *made
+
+    def _down(self, x: mx.array, cond: Conditions) -> Iterator[mx.array]:
+        """The skip connections, of which the last goes on to the mid block."""
+        yield x
+        for block in self.down_blocks:
+            outputs = block(x, cond)
+            for x in outputs:
+                yield x
 
     # What goes into a forward.
 
@@ -475,6 +518,15 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
         sinusoid = timestep_sinusoid(timesteps, self.config.block_out_channels[0])
         sinusoid = mx.broadcast_to(sinusoid, (batch, sinusoid.shape[1]))
         return self.time_embedding(sinusoid.astype(dtype), timestep_cond)
+
+    def check_cache_depth(self, depth: int) -> None:
+        """ValueError for a `depth` of a `FeatureCache` that does not suit this network."""
+        most = sum(len(block.resnets) for block in self.up_blocks) - 1
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= most:
+            raise ValueError(
+                f"the depth of a feature cache is {depth!r}; it must be an integer from 1 to {most}, which "
+                f"leaves at least one of the {most + 1} layers on the way up to save"
+            )
 
     # Options.
 
@@ -700,17 +752,19 @@ class _CompiledUNet(CompiledForward):
 
     def __call__(
         self, sample: mx.array, timestep: mx.array, context: mx.array | TextContext | None, *others: Any
-    ) -> mx.array:
+    ) -> tuple[mx.array, ...]:
         if not isinstance(context, TextContext):
             return super().__call__(sample, timestep, context, *others)
         if context not in self._projected:
             # Making a graph runs none of it, but has the context make all keys and values.
-            self._unet._forward(sample, timestep, context, *others)
+            self._unet._forward(sample, timestep, context, *others[:-1])  # no features: all layers
             mx.eval(context.take_apart()[2])
             self._projected.add(context)
         return super().__call__(sample, timestep, context.take_apart(), *others)
 
-    def _trace(self, sample: mx.array, timestep: mx.array, context: Any, *others: Any) -> mx.array:
+    def _trace(
+        self, sample: mx.array, timestep: mx.array, context: Any, *others: Any
+    ) -> tuple[mx.array, ...]:
         if isinstance(context, tuple):
             context = TextContext.put_together(*context)
         return self._unet._forward(sample, timestep, context, *others)

@@ -455,6 +455,16 @@ class VideoPipeline:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}")
 
+    def _check_savings(
+        self, guidance_interval: tuple[float, float], cache_interval: int, cache_depth: int
+    ) -> None:
+        check_count("cache_interval", cache_interval)
+        self.unet.check_cache_depth(cache_depth)
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
+            raise ValueError(
+                f"guidance_interval={guidance_interval!r} must be two numbers, rising, from 0 to 1"
+            )
+
     def _finish(
         self,
         steps: Iterator[DenoisingStep],

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..errors import NonFiniteError
 from ..layers.attention import TextContext
+from ..models.feature_cache import FeatureCache
 from ..models.unet_3d_condition import UNet3DConditionModel
 from ..noise import NoiseSource
 from ..schedulers import Scheduler
@@ -48,6 +49,16 @@ def unfold_frames(images: mx.array, batch: int) -> mx.array:
     return images.reshape(batch, n // batch, channels, height, width).transpose(0, 2, 1, 3, 4)
 
 
+def full_steps(guided: Sequence[bool], cache_interval: int) -> list[int]:
+    """The steps in which all layers run: every `cache_interval`th, counted anew where guidance sets in or
+    ends, for then there are no features of as many samples."""
+    full: list[int] = []
+    for i in range(len(guided)):
+        if i == 0 or guided[i] != guided[i - 1] or i - full[-1] >= cache_interval:
+            full.append(i)
+    return full
+
+
 def denoise(
     unet: UNet3DConditionModel,
     scheduler: Scheduler,
@@ -60,6 +71,9 @@ def denoise(
     noise: NoiseSource | None = None,
     cross_attention_kwargs: dict[str, Any] | None = None,
     predictions: Sequence[mx.array] = (),
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    cache_interval: int = 1,
+    cache_depth: int = 1,
 ) -> Iterator[DenoisingStep]:
     """Denoise `latents` (B, C, F, h, w) from `scheduler.timesteps[first_step]` to the end.
 
@@ -69,11 +83,16 @@ def denoise(
     `predictions`, those of the first records of a run with the same arguments, stand for the network in
     these steps: sampler and noise come to where that run stopped, whatever state they keep, and go on.
 
+    Two ways to do less work, which change the result: guidance only in the steps of `guidance_interval`, in
+    shares of the run (arXiv:2404.07724), the others taking one pass; and with `cache_interval` above 1 a
+    `FeatureCache` of that interval and `cache_depth`.
+
     Raises NonFiniteError at the step where an infinity or NaN appears.
     """
     batch = latents.shape[0]
-    guided = guidance_scale > 1
-    context = TextContext(text_states.astype(unet.dtype))
+    text_states = text_states.astype(unet.dtype)
+    contexts = {len(states): TextContext(states) for states in (text_states, text_states[-batch:])}
+    cache = FeatureCache(cache_interval, cache_depth) if cache_interval > 1 else None
     timesteps = scheduler.timesteps[first_step:]
     latents = latents.astype(mx.float32)
     shape = (len(timesteps), *latents.shape)
@@ -82,17 +101,28 @@ def denoise(
             f"predictions are {[tuple(p.shape) for p in predictions[:1]]} of {len(predictions)} steps; "
             f"this run makes {shape[0]} of {shape[1:]}: go on with the settings that they were made with"
         )
+    first, last = guidance_interval
+    guided = [guidance_scale > 1 and first <= i / shape[0] < last for i in range(shape[0])]
+    full = full_steps(guided, cache_interval)
+    # Features are no part of a run that stopped: go back to the last step that made some.
+    predictions = predictions[: max((i for i in full if i <= len(predictions)), default=0)]
     for i, timestep in enumerate(timesteps.tolist()):
         if i < len(predictions):
             prediction = predictions[i]
         else:
+            if cache is not None and i in full:
+                cache.reset()
             model_input = scheduler.scale_model_input(latents, timestep).astype(unet.dtype)
-            if guided:
+            if guided[i]:
                 model_input = mx.concatenate([model_input, model_input])
             prediction = unet(
-                model_input, timestep, context, cross_attention_kwargs=cross_attention_kwargs
+                model_input,
+                timestep,
+                contexts[len(model_input)],
+                cross_attention_kwargs=cross_attention_kwargs,
+                feature_cache=cache,
             ).sample.astype(mx.float32)
-            if guided:
+            if guided[i]:
                 negative, positive = mx.split(prediction, 2)
                 prediction = negative + guidance_scale * (positive - negative)
 

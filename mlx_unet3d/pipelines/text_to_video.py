@@ -35,6 +35,9 @@ class TextToVideoPipeline(VideoPipeline):
         cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
         rng: str = "torch",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cache_interval: int = 1,
+        cache_depth: int = 1,
         progress: bool = False,
     ) -> VideoOutput | tuple[Any]:
         """Make videos.
@@ -58,6 +61,10 @@ class TextToVideoPipeline(VideoPipeline):
             clip_skip: layers of the text encoder to leave out at its end.
             rng: "torch" draws the numbers of torch's CPU generator, so that a seed gives the same video
                 as in diffusers; "mlx" those of MLX.
+            guidance_interval: guidance only in this part of the steps, from 0, the first, to 1; one pass in
+                the others. Less work and another result (arXiv:2404.07724).
+            cache_interval: all layers only every so many steps, in between the last `cache_depth` layers on
+                what they made; 1 for all always. Less work and another result, see `FeatureCache`.
             progress: show progress bars.
 
         Raises ValueError or TypeError for arguments out of range, NonFiniteError when numbers overflow.
@@ -84,6 +91,9 @@ class TextToVideoPipeline(VideoPipeline):
             latents=latents,
             cross_attention_kwargs=cross_attention_kwargs,
             rng=rng,
+            guidance_interval=guidance_interval,
+            cache_interval=cache_interval,
+            cache_depth=cache_depth,
         )
         return self._finish(steps, output_type, return_dict, callback, callback_steps, progress)
 
@@ -102,6 +112,9 @@ class TextToVideoPipeline(VideoPipeline):
         cross_attention_kwargs: dict[str, Any] | None = None,
         rng: str = "torch",
         predictions: Sequence[mx.array] = (),
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cache_interval: int = 1,
+        cache_depth: int = 1,
     ) -> Iterator[DenoisingStep]:
         """The denoising loop alone, on what `encode_prompt` returned for the same `guidance_scale`.
 
@@ -113,6 +126,7 @@ class TextToVideoPipeline(VideoPipeline):
         num_inference_steps = self.num_inference_steps(num_inference_steps)
         guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta)
+        self._check_savings(guidance_interval, cache_interval, cache_depth)
         num_frames = self.num_frames(num_frames)
         check_count("num_frames", num_frames)
         batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
@@ -135,6 +149,9 @@ class TextToVideoPipeline(VideoPipeline):
             noise=noise,
             cross_attention_kwargs=cross_attention_kwargs,
             predictions=predictions,
+            guidance_interval=guidance_interval,
+            cache_interval=cache_interval,
+            cache_depth=cache_depth,
         )
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:

@@ -35,6 +35,9 @@ class VideoToVideoPipeline(VideoPipeline):
         cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
         rng: str = "torch",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cache_interval: int = 1,
+        cache_depth: int = 1,
         progress: bool = False,
     ) -> VideoOutput | tuple[Any]:
         """Make videos of the size of the input.
@@ -70,6 +73,9 @@ class VideoToVideoPipeline(VideoPipeline):
             seed=seed,
             cross_attention_kwargs=cross_attention_kwargs,
             rng=rng,
+            guidance_interval=guidance_interval,
+            cache_interval=cache_interval,
+            cache_depth=cache_depth,
         )
         return self._finish(steps, output_type, return_dict, callback, callback_steps, progress)
 
@@ -86,11 +92,15 @@ class VideoToVideoPipeline(VideoPipeline):
         cross_attention_kwargs: dict[str, Any] | None = None,
         rng: str = "torch",
         predictions: Sequence[mx.array] = (),
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cache_interval: int = 1,
+        cache_depth: int = 1,
     ) -> Iterator[DenoisingStep]:
         """The denoising loop alone; see `TextToVideoPipeline.steps`."""
         num_inference_steps = self.num_inference_steps(num_inference_steps)
         guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta)
+        self._check_savings(guidance_interval, cache_interval, cache_depth)
         batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
         noise = BatchNoise(seed, rng, batch)
         self.scheduler.set_timesteps(num_inference_steps)
@@ -117,6 +127,9 @@ class VideoToVideoPipeline(VideoPipeline):
             noise=noise,
             cross_attention_kwargs=cross_attention_kwargs,
             predictions=predictions,
+            guidance_interval=guidance_interval,
+            cache_interval=cache_interval,
+            cache_depth=cache_depth,
         )
 
     def _encode_video(self, video: Any, batch: int, noise: BatchNoise) -> mx.array:
