@@ -1,0 +1,198 @@
+"""What Metal will do with our networks, by the rules of MLX 0.32.2; nothing here runs on Metal."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import tiny
+from mlx_unet3d import UNet3DConditionModel
+from metal import rules, workloads
+from metal.predict import kind_of_place
+from metal.trace import trace
+from metal.workloads import REFERENCE, Workload
+from mlx.utils import tree_flatten
+from mlx_unet3d.chips import CHIPS, GIB
+
+# What the full-size network must do at the reference sizes, in half precision.
+
+# (place) -> (copies, reason). Two for each group norm: its groups lie apart in a channels-last array, and
+# `mx.fast.layer_norm` wants each in one row; the second puts them back.
+NORM = "gathers the groups, and puts them back"
+COPIES = {
+    "the network itself": (1, "channels first to channels last, of four channels"),
+    "transformer_in.norm": (2, NORM),
+    "resnets.norm1": (44, NORM),
+    "resnets.norm2": (44, NORM),
+    "temp_convs.conv1.0": (44, NORM),
+    "temp_convs.conv2.0": (44, NORM),
+    "temp_convs.conv3.0": (44, NORM),
+    "temp_convs.conv4.0": (44, NORM),
+    "attentions.norm": (32, NORM),
+    "temp_attentions.norm": (32, NORM),
+    "conv_norm_out": (2, NORM),
+    "transformer_in": (2, "frames before pixels to pixels before frames, and back"),
+    "temp_attentions": (32, "frames before pixels to pixels before frames, and back"),
+    "upsamplers": (3, "four times the pixels"),
+}
+
+# diffusers 0.42.1 with torch's flop counter, sample (1, 4, 16, 32, 32), 77 tokens.
+REFERENCE_FLOPS = 4_887_105_142_784
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return workloads.full_unet()
+
+
+@pytest.fixture(scope="module", params=REFERENCE, ids=str)
+def full(request, unet):
+    """A step with guidance, and what is done once for a prompt."""
+    return request.param, *workloads.predict_unet(unet, request.param)
+
+
+def test_nothing_is_slow_or_large(full):
+    work, step, once = full
+    found = Counter(c.route for c in step.done.convolutions)
+    assert set(found) == {rules.WINOGRAD, rules.IMPLICIT}  # no unfold, no conv3d, not the general kernel
+    assert found.total() == 140
+    assert {a.route for a in step.attentions} == {rules.FUSED}
+    assert len(step.attentions) == 66
+    over_frames = [a for a in step.attentions if re.search("temp_attentions|transformer_in", a.place)]
+    assert len(over_frames) == 34
+    assert {(a.queries, a.keys) for a in over_frames} == {(work.frames, work.frames)}
+    assert step.leaks == once.leaks == []
+    assert step.weight_work == once.weight_work == []
+    assert step.done.largest[1] < 2**31
+    assert max(c.conv.rows for c in step.done.convolutions) < 2**31
+
+
+def test_every_copy_is_known(full):
+    _, step, once = full
+    assert once.copies == []
+    found = Counter(kind_of_place(copy.place) or "the network itself" for copy in step.copies)
+    assert found == {place: count for place, (count, _) in COPIES.items()}
+    assert {copy.why for copy in step.copies} == {"reshape"}
+
+
+def test_text_is_projected_once(full):
+    _, step, once = full
+    widths = 5 * 320 + 5 * 640 + 6 * 1280
+    assert once.flops == once.matmul_flops == 2 * 2 * 77 * 1024 * 2 * widths
+    assert once.kernels == 32
+    assert step.weights == pytest.approx(2 * 1.411e9, rel=1e-3)
+
+
+def test_compiling_saves_kernels_and_bytes(full):
+    _, step, _ = full
+    assert step.kernels_fused < 0.9 * step.kernels
+    assert step.bytes_fused < 0.9 * step.bytes
+    chip = CHIPS["M2 Max"]
+    assert step.seconds(chip, fused=True) < step.seconds(chip)
+    # at least the FLOPs at the peak, where Winograd has a quarter or so of them
+    winograd = sum(c.conv.flops for c in step.done.convolutions if c.route == rules.WINOGRAD)
+    assert step.seconds(chip) > (step.flops - 0.75 * winograd) / (chip.fp16_tflops * 1e12)
+
+
+def test_memory(full):
+    """Bytes of activations alive at once; the smallest size fits an 8 GB Mac with its weights."""
+    work, step, _ = full
+    assert round(step.peak / 1e9, 2) == dict(zip(REFERENCE, (0.51, 1.94, 6.18), strict=True))[work]
+    if work == REFERENCE[0]:
+        assert step.peak + step.weights + GIB < CHIPS["M1"].working_sets()[8]
+
+
+def test_flops_are_the_reference_less_what_it_repeats(unet):
+    """diffusers projects the text and the time embedding for each frame; otherwise the FLOPs are equal."""
+    step, once = workloads.predict_unet(unet, Workload(256, 256, 16, guidance=False))
+    outputs = 2 * 320 + 2 * 640 + 4 * 1280 + 2 * 1280 + 6 * 1280 + 3 * 640 + 3 * 320
+    time_embedding = 2 * 1280 * outputs
+    assert step.flops == REFERENCE_FLOPS - 16 * once.flops - 15 * time_embedding
+
+
+@pytest.mark.parametrize("work", REFERENCE, ids=str)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=["float16", "float32"])
+def test_decoding(work, dtype):
+    done, chunks = workloads.predict_decode(workloads.full_vae(), work, dtype)
+    assert chunks == work.frames
+    assert {c.route for c in done.done.convolutions} <= {rules.WINOGRAD, rules.IMPLICIT}
+    assert done.leaks == done.weight_work == []
+    assert done.done.largest[1] < 2**31
+    # One head of 512 channels: no fused kernel is as wide. The scores of one frame are kept.
+    pixels = work.height * work.width // 64
+    unfused = [a for a in done.attentions if a.route == rules.UNFUSED]
+    assert [(a.batch, a.heads, a.keys, a.dim) for a in unfused] == [(1, 1, pixels, 512)]
+    assert pixels**2 < done.done.largest[1] or work != REFERENCE[2]
+    found = Counter(kind_of_place(copy.place) for copy in done.copies)
+    assert found == {
+        "resnets.norm1": 28,
+        "resnets.norm2": 28,
+        "attentions.group_norm": 2,
+        "decoder.conv_norm_out": 2,
+        "upsamplers": 3,
+    }
+    assert done.peak < 4.1e9
+
+
+def test_demo_and_its_weights():
+    """Weights that were really loaded: row-major, or each convolution would copy them on every call."""
+    unet, vae = workloads.demo()
+    for model in unet, vae:
+        for name, parameter in tree_flatten(model.parameters()):
+            if parameter.ndim > 2:
+                assert memoryview(parameter).c_contiguous, name
+    step, _ = workloads.predict_unet(unet, Workload(128, 128, 16))
+    assert rules.UNFOLD not in {c.route for c in step.done.convolutions}
+    assert step.leaks == step.weight_work == []
+    assert {a.route for a in step.attentions if a.keys > 256} <= {rules.FUSED}
+
+
+def test_compiled_network_is_seen():
+    """`unet.compile()` runs the kernels that were predicted for it."""
+    unet = UNet3DConditionModel(**tiny.UNET)
+    work = Workload(32, 32, 3)
+    plain, _ = workloads.predict_unet(unet, work)
+    unet.compile()
+    compiled, _ = workloads.predict_unet(unet, work)
+    assert compiled.kernels == compiled.kernels_fused == plain.kernels_fused < plain.kernels
+    assert compiled.bytes == plain.bytes_fused < plain.bytes
+
+
+def test_tracing_leaves_no_trace():
+    """The functions that stood in are gone, and the network runs as before."""
+    unet = tiny.randomize(UNet3DConditionModel(**tiny.UNET))
+    unet.compile()
+    inputs = (mx.ones((1, 4, 2, 4, 4)), mx.array(1.0), mx.ones((1, 3, 12)))
+    mx.eval(inputs)
+    before = unet(*inputs).sample
+    mx.eval(before)
+    attend, norm, silu = mx.fast.scaled_dot_product_attention, mx.fast.layer_norm, nn.silu
+    trace(lambda *args: unet(*args).sample, *inputs, model=unet)
+    with pytest.raises(ValueError, match="sample has shape"):
+        trace(lambda *args: unet(*args).sample, inputs[2], *inputs[1:], model=unet)
+    assert (attend, norm, silu) == (mx.fast.scaled_dot_product_attention, mx.fast.layer_norm, nn.silu)
+    assert mx.array_equal(before, unet(*inputs).sample)
+
+
+def test_command():
+    script = Path(__file__).parents[1] / "benchmarks" / "metal_routes.py"
+    command = [sys.executable, str(script), "--model", "demo", "--height", "64", "--width", "64"]
+    done = subprocess.run(
+        [*command, "--frames", "8", "--no-guidance", "--chip", "m2-max"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert "not measured" in lines[0]
+    assert "# demo UNet, 64x64x8, no guidance, float16: one step" in lines
+    assert "| activations in single precision | none |" in lines
+    assert sum(line.startswith("| M2 Max | 13.6 | 400 |") for line in lines) == 2
+    for wrong, message in ([], "belong together"), (["--chip", "M9"], "chip 'M9' is not in the table"):
+        refused = subprocess.run([*command, *wrong], capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert message in refused.stderr
