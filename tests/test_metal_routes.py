@@ -20,23 +20,18 @@ from mlx_unet3d.chips import CHIPS, GIB
 
 # What the full-size network must do at the reference sizes, in half precision.
 
-# (place) -> (copies, reason). Two for each group norm: its groups lie apart in a channels-last array, and
-# `mx.fast.layer_norm` wants each in one row; the second puts them back.
-NORM = "gathers the groups, and puts them back"
+# (place) -> (copies, reason). A group norm whose input is a skip or a residual as well copies it, to have
+# each group in one row, as `mx.fast.layer_norm` wants it; the others have something to add on the way there,
+# and all have a scale to apply on the way back.
+NORM = "gathers the groups"
 COPIES = {
     "the network itself": (1, "channels first to channels last, of four channels"),
-    "transformer_in.norm": (2, NORM),
-    "resnets.norm1": (44, NORM),
-    "resnets.norm2": (44, NORM),
-    "temp_convs.conv1.0": (44, NORM),
-    "temp_convs.conv2.0": (44, NORM),
-    "temp_convs.conv3.0": (44, NORM),
-    "temp_convs.conv4.0": (44, NORM),
-    "attentions.norm": (32, NORM),
-    "temp_attentions.norm": (32, NORM),
-    "conv_norm_out": (2, NORM),
-    "transformer_in": (2, "frames before pixels to pixels before frames, and back"),
-    "temp_attentions": (32, "frames before pixels to pixels before frames, and back"),
+    "transformer_in.norm": (1, NORM),
+    "resnets.norm1": (22, NORM),
+    "temp_convs.conv1.0": (22, NORM),
+    "attentions.norm": (16, NORM),
+    "temp_attentions.norm": (16, NORM),
+    "conv_norm_out": (1, NORM),
     "upsamplers": (3, "four times the pixels"),
 }
 
@@ -87,12 +82,14 @@ def test_text_is_projected_once(full):
     assert step.weights == pytest.approx(2 * 1.411e9, rel=1e-3)
 
 
-def test_compiling_saves_kernels_and_bytes(full):
-    _, step, _ = full
-    assert step.kernels_fused < 0.9 * step.kernels
-    assert step.bytes_fused < 0.9 * step.bytes
+def test_element_wise_chains_are_fused(full):
+    """Compiling all of a forward would fuse nothing more. Before this was so: 2262 kernels or more, and 70.1,
+    285 and 895 GB."""
+    work, step, _ = full
+    assert step.kernels <= 1767
+    assert round(step.bytes / 1e9, 1) == dict(zip(REFERENCE, (55.0, 221.3, 691.3), strict=True))[work]
+    assert step.kernels_fused == step.kernels
     chip = CHIPS["M2 Max"]
-    assert step.seconds(chip, fused=True) < step.seconds(chip)
     # at least the FLOPs at the peak, where Winograd has a quarter or so of them
     winograd = sum(c.conv.flops for c in step.done.convolutions if c.route == rules.WINOGRAD)
     assert step.seconds(chip) > (step.flops - 0.75 * winograd) / (chip.fp16_tflops * 1e12)
@@ -129,10 +126,9 @@ def test_decoding(work, dtype):
     assert pixels**2 < done.done.largest[1] or work != REFERENCE[2]
     found = Counter(kind_of_place(copy.place) for copy in done.copies)
     assert found == {
-        "resnets.norm1": 28,
-        "resnets.norm2": 28,
-        "attentions.group_norm": 2,
-        "decoder.conv_norm_out": 2,
+        "resnets.norm1": 14,
+        "attentions.group_norm": 1,
+        "decoder.conv_norm_out": 1,
         "upsamplers": 3,
     }
     assert done.peak < 4.1e9
@@ -152,8 +148,9 @@ def test_demo_and_its_weights():
 
 
 def test_compiled_network_is_seen():
-    """`unet.compile()` runs the kernels that were predicted for it."""
+    """`unet.compile()` runs the kernels that were predicted for it; FreeU has chains that no layer fuses."""
     unet = UNet3DConditionModel(**tiny.UNET)
+    unet.enable_freeu(0.9, 0.2, 1.2, 1.4)
     work = Workload(32, 32, 3)
     plain, _ = workloads.predict_unet(unet, work)
     unet.compile()

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .fused import geglu
 from .normalization import group_norm
 
 
@@ -280,7 +281,7 @@ class GEGLU(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         value, gate = mx.split(self.proj(x), 2, axis=-1)
-        return value * nn.gelu(gate)
+        return geglu(value, gate)
 
 
 class FeedForward(nn.Module):

@@ -1,17 +1,64 @@
-"""Group normalization as torch groups it."""
+"""Group normalization as torch groups it, together with what stands before and behind it."""
 
+from collections.abc import Callable
+
+import mlx.core as mx
 import mlx.nn as nn
 
+from .fused import affine, affine_silu
 
-def group_norm(num_groups: int, channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """GroupNorm over a channels-last array (N, ..., C), statistics in fp32 over all but N.
 
-    `pytorch_compatible` is essential: MLX's default puts other channels into a group and takes the
-    variance in half precision.
+class GroupNorm(nn.GroupNorm):
+    """Normalizes groups of neighbouring channels of (N, ..., C), statistics in fp32 over all but N.
+
+    A layer norm needs each group in one piece, so that a group norm is two copies around one. What is
+    added before, and the scale, shift and activation behind, are done in these copies.
     """
+
+    def __call__(
+        self,
+        x: mx.array,
+        *,
+        shift: mx.array | None = None,
+        act: Callable[[mx.array], mx.array] | None = None,
+        swap: bool = False,
+    ) -> mx.array:
+        """act(norm(x + shift)), (N, ..., C) -> (N, ..., C).
+
+        Args:
+            shift: (C,) or (B, C) with B dividing N; None for none.
+            act: None for none.
+            swap: (B, F, L, C) -> (B, L, F, C), the second and third axes of the result exchanged.
+        """
+        n, channels = x.shape[0], x.shape[-1]
+        groups, width = self.num_groups, x.shape[-1] // self.num_groups
+        # (N, ..., C) -> (N, G, S, C/G), a view
+        y = x.reshape(n, -1, groups, width).transpose(0, 2, 1, 3)
+        length = y.shape[2]
+        if shift is not None:
+            shift = shift.reshape(-1, 1, groups, 1, width)
+            y = y.reshape(shift.shape[0], -1, groups, length, width) + shift
+        y = mx.fast.layer_norm(y.reshape(n, groups, length * width), None, None, self.eps)
+        if swap:
+            # (B, G, F*L*C/G) -> (B, L, F, G, C/G)
+            _, frames, pixels, _ = x.shape
+            y = y.reshape(n, groups, frames, pixels, width).transpose(0, 3, 2, 1, 4)
+            shape = (n, pixels, frames, channels)
+        else:
+            y = y.reshape(n, groups, length, width).transpose(0, 2, 1, 3)
+            shape = x.shape
+        weight, bias = self.weight.reshape(groups, width), self.bias.reshape(groups, width)
+        if act is nn.silu:
+            return affine_silu(y, weight, bias).reshape(shape)
+        y = affine(y, weight, bias).reshape(shape)
+        return y if act is None else act(y)
+
+
+def group_norm(num_groups: int, channels: int, eps: float = 1e-5) -> GroupNorm:
+    """A `GroupNorm`; ValueError where the groups do not divide the channels."""
     if channels % num_groups:
         raise ValueError(
             f"norm_num_groups={num_groups} does not divide {channels} channels; "
             "every entry of block_out_channels must be a multiple of it"
         )
-    return nn.GroupNorm(num_groups, channels, eps=eps, pytorch_compatible=True)
+    return GroupNorm(num_groups, channels, eps=eps, pytorch_compatible=True)

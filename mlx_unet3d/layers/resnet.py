@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .activations import get_activation
+from .fused import add
 from .normalization import group_norm
 
 
@@ -41,6 +42,22 @@ class TemporalConv(nn.Module):
         return mx.conv2d(x, self.weight, padding=(1, 0)) + self.bias
 
 
+def without_bias(layer: nn.Module, x: mx.array) -> tuple[mx.array, mx.array | None]:
+    """The output of a convolution and the bias that is still to be added, None where it was."""
+    if type(layer) is nn.Conv2d and "bias" in layer:
+        return mx.conv2d(
+            x, layer.weight, layer.stride, layer.padding, layer.dilation, layer.groups
+        ), layer.bias
+    if type(layer) is TemporalConv:
+        return mx.conv2d(x, layer.weight, padding=(1, 0)), layer.bias
+    return layer(x), None
+
+
+def add_skip(skip: mx.array, h: mx.array, bias: mx.array | None) -> mx.array:
+    """skip + h + bias."""
+    return skip + h if bias is None else add(skip, h, bias)
+
+
 class TemporalConvLayer(nn.Module):
     """Four norm-SiLU-convolution stages over frames around a skip; diffusers' class of that name.
 
@@ -68,10 +85,13 @@ class TemporalConvLayer(nn.Module):
         n, height, width, channels = x.shape
         # (N, H, W, C) -> (B, F, H*W, C)
         h = x.reshape(n // num_frames, num_frames, height * width, channels)
-        for stage in (self.conv1, self.conv2, self.conv3, self.conv4):
-            for layer in stage:
+        bias = None
+        for norm, _silu, *dropout, conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            h = norm(h, shift=bias, act=nn.silu)
+            for layer in dropout:
                 h = layer(h)
-        return x + h.reshape(n, height, width, channels)
+            h, bias = without_bias(conv, h)
+        return add_skip(x, h.reshape(x.shape), bias)
 
 
 class ResnetBlock2D(nn.Module):
@@ -104,16 +124,13 @@ class ResnetBlock2D(nn.Module):
 
     def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
         """(N, H, W, I) and the embedding (B, T) of each sample, B dividing N -> (N, H, W, O)."""
-        h = self.conv1(self.act(self.norm1(x)))
+        h, shift = without_bias(self.conv1, self.norm1(x, act=self.act))
         if temb is not None:
-            shift = self.time_emb_proj(self.act(temb))
-            # The frames of a sample share its embedding: (N, H, W, O) seen as (B, F*H, W, O)
-            batch, n = temb.shape[0], h.shape[0]
-            frames_first = h.reshape(batch, -1, *h.shape[2:]) + shift[:, None, None, :]
-            h = frames_first.reshape(n, *h.shape[1:])
-        h = self.conv2(self.act(self.norm2(h)))
+            projected = self.time_emb_proj(self.act(temb))
+            shift = projected if shift is None else projected + shift
+        h, bias = without_bias(self.conv2, self.norm2(h, shift=shift, act=self.act))
         skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
-        h = skip + h
+        h = add_skip(skip, h, bias)
         return h if self.output_scale_factor == 1 else h / self.output_scale_factor
 
 

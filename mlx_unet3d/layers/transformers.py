@@ -77,12 +77,12 @@ class TransformerTemporalModel(nn.Module):
         """(N, H, W, C) -> (N, H, W, C)."""
         n, height, width, channels = x.shape
         batch, pixels = n // num_frames, height * width
-        # (N, H, W, C) -> (B, F, L, C) -> (B*L, F, C)
-        h = self.norm(x.reshape(batch, num_frames, pixels, channels))
-        h = h.transpose(0, 2, 1, 3).reshape(batch * pixels, num_frames, channels)
-        h = self.proj_in(h)
+        # (N, H, W, C) -> (B, F, L, C) -> (B, L, F, C) -> (B*L, F, C)
+        h = self.norm(x.reshape(batch, num_frames, pixels, channels), swap=True)
+        h = self.proj_in(h.reshape(batch * pixels, num_frames, channels))
         for block in self.transformer_blocks:
             h = block(h, cross_attention_kwargs=cross_attention_kwargs)
         # (B*L, F, C) -> (B, L, F, C) -> (N, H, W, C)
         h = self.proj_out(h).reshape(batch, pixels, num_frames, channels)
-        return x + h.transpose(0, 2, 1, 3).reshape(x.shape)
+        # Added in the order of x: the sum is the copy that turning h round would take.
+        return (x.reshape(batch, num_frames, pixels, channels) + h.transpose(0, 2, 1, 3)).reshape(x.shape)

@@ -137,7 +137,7 @@ class Encoder(nn.Module):
             x = block(x)
         x = self.mid_block(x)
         # SiLU whatever act_fn is, as in the reference
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, act=nn.silu))
 
 
 class Decoder(nn.Module):
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, act=nn.silu))
 
 
 def blend(before: mx.array, tile: mx.array, extent: int, axis: int) -> mx.array:

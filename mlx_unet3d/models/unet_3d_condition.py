@@ -427,7 +427,7 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
                 # Where halving rounded, doubling must meet the size of the next skip.
                 x = block.upsample(x, skips[-1].shape[1:3] if skips else None)
 
-        x = self.conv_out(nn.silu(self.conv_norm_out(x)))
+        x = self.conv_out(self.conv_norm_out(x, act=nn.silu))
         # (N, H, W, C) -> (B, C, F, H, W)
         x = x.reshape(batch, frames, *x.shape[1:]).transpose(0, 4, 1, 2, 3)
         return x, *made
@@ -531,11 +531,13 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
     # Options.
 
     def compile(self) -> None:
-        """Run forwards as traces of `mx.compile`, which fuse chains of element-wise operations.
+        """Run forwards as traces of `mx.compile`, which fuse all chains of element-wise operations.
 
-        A trace is made for each shape and dtype at its first call. Changes of weights, adapters,
-        quantization, processors and options are seen: they are part of what a trace is kept by. Processors of
-        your own must neither evaluate arrays nor keep them. Results are the plain forward's, up to rounding.
+        Those of the layers are fused either way. What is left is in adapters beside the weights, in FreeU and
+        in processors of your own; without these it only takes longer to start. A trace is made
+        for each shape and dtype at its first call. Changes of weights, adapters, quantization, processors and
+        options are seen: they are part of what a trace is kept by. Processors of your own must neither
+        evaluate arrays nor keep them. Results are the plain forward's, up to rounding.
         """
         self._compiled = _CompiledUNet(self)
 
