@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from .fused import geglu
 from .normalization import group_norm
+from .slicing import evaluate, in_sequence
 
 
 class TextContext:
@@ -44,6 +45,20 @@ class TextContext:
         context = cls(states)
         context._projected = {name: (None, *made) for name, made in zip(names, projected, strict=True)}
         return context
+
+    def of_sample(self, i: int) -> "TextContext":
+        """The context of one sample, (1, L, D), which shares the keys and values of all."""
+        return _SampleContext(self, i)
+
+
+class _SampleContext(TextContext):
+    def __init__(self, whole: TextContext, i: int):
+        self.states = whole.states[i : i + 1]
+        self._whole, self._row = whole, slice(i, i + 1)
+
+    def keys_values(self, attn: "Attention", scale: float) -> tuple[mx.array, mx.array]:
+        key, value = self._whole.keys_values(attn, scale)
+        return key[self._row], value[self._row]
 
 
 class Attention(nn.Module):
@@ -334,24 +349,36 @@ class BasicTransformerBlock(nn.Module):
         context: mx.array | TextContext | None = None,
         context_mask: mx.array | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        blockwise: bool = False,
     ) -> mx.array:
         """(N, S, C) and a context (B, L, D) with B dividing N -> (N, S, C).
 
-        `context_mask` (B, 1, L) is added to the scores of the second attention.
+        `context_mask` (B, 1, L) is added to the scores of the second attention; `blockwise` evaluates after
+        each attention.
         """
         keywords = cross_attention_kwargs or {}
         x = x + self.attn1(self.norm1(x), **keywords)
+        if blockwise:
+            evaluate(x)
         if "attn2" in self:
-            query = self.norm2(x)
-            if context is not None and self.attn2.is_cross_attention:
-                states = context.states if isinstance(context, TextContext) else context
-                # (N, S, C) -> (B, F*S, C): all frames of a sample ask the same keys
-                query = query.reshape(states.shape[0], -1, query.shape[-1])
-                y = self.attn2(query, context, context_mask, **keywords).reshape(x.shape)
-            else:
-                y = self.attn2(query, **keywords)
-            x = x + y
+            x = x + self._second_attention(self.norm2(x), context, context_mask, keywords)
+        if blockwise:
+            evaluate(x)
         return x + self._feed_forward(self.norm3(x))
+
+    def _second_attention(
+        self,
+        x: mx.array,
+        context: mx.array | TextContext | None,
+        context_mask: mx.array | None,
+        keywords: dict[str, Any],
+    ) -> mx.array:
+        if context is None or not self.attn2.is_cross_attention:
+            return self.attn2(x, **keywords)
+        states = context.states if isinstance(context, TextContext) else context
+        # (N, S, C) -> (B, F*S, C): all frames of a sample ask the same keys
+        query = x.reshape(states.shape[0], -1, x.shape[-1])
+        return self.attn2(query, context, context_mask, **keywords).reshape(x.shape)
 
     def _feed_forward(self, x: mx.array) -> mx.array:
         if self.chunk_size is None:
@@ -363,4 +390,4 @@ class BasicTransformerBlock(nn.Module):
                 f"chunk_size={self.chunk_size}; call enable_forward_chunking with a divisor of it"
             )
         pieces = mx.split(x, length // self.chunk_size, axis=self.chunk_dim)
-        return mx.concatenate([self.ff(piece) for piece in pieces], axis=self.chunk_dim)
+        return mx.concatenate(in_sequence(self.ff, ([p] for p in pieces)), axis=self.chunk_dim)

@@ -11,6 +11,10 @@ from typing import Any
 import mlx.core as mx
 
 from .attention import Attention, TextContext
+from .slicing import in_sequence, ranges
+
+# Scores that slices may make before they are evaluated, or hold on the CPU: 16 MB in fp32.
+_SCORES_AT_ONCE = 2**22
 
 
 def explicit_attention(
@@ -25,10 +29,22 @@ def explicit_attention(
 def fused_attention(
     attn: Attention, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None
 ) -> mx.array:
-    """The same by `mx.fast.scaled_dot_product_attention`."""
+    """The same by `mx.fast.scaled_dot_product_attention`.
+
+    On the CPU it is not fused: there it takes as many rows of the batch at a time as make some scores.
+    """
     if mask is not None:
         mask = mask[:, None].astype(query.dtype)
-    return mx.fast.scaled_dot_product_attention(query, key, value, scale=attn.scale, mask=mask)
+
+    def attend(query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None = None) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(query, key, value, scale=attn.scale, mask=mask)
+
+    states = [query, key, value] if mask is None else [query, key, value, mask]
+    batch, heads, queries, _ = query.shape
+    rows = max(1, _SCORES_AT_ONCE // (heads * queries * key.shape[2]))
+    if rows >= batch or mx.default_device() != mx.cpu:
+        return attend(*states)
+    return mx.concatenate(in_sequence(attend, ([x[r] for x in states] for r in ranges(batch, rows)), None))
 
 
 class SlicedAttention:
@@ -52,12 +68,18 @@ class SlicedAttention:
             mask = mx.repeat(mask, heads, axis=0)  # (B, 1, L) -> (B * heads, 1, L)
         # (B, heads, L, D) -> (B * heads, L, D)
         query, key, value = (x.reshape(batch * heads, -1, dim) for x in (query, key, value))
-        slices = []
-        for start in range(0, batch * heads, self.slice_size):
-            part = slice(start, start + self.slice_size)
-            part_mask = None if mask is None else mask[part]
-            slices.append(attn.attention_probs(query[part], key[part], part_mask) @ value[part])
-        return mx.concatenate(slices).reshape(batch, heads, queries, dim)
+
+        def of_slice(
+            query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None = None
+        ) -> mx.array:
+            return attn.attention_probs(query, key, mask) @ value
+
+        states = [query, key, value] if mask is None else [query, key, value, mask]
+        starts = range(0, batch * heads, self.slice_size)
+        slices = ([x[start : start + self.slice_size] for x in states] for start in starts)
+        every = max(1, _SCORES_AT_ONCE // (self.slice_size * queries * key.shape[1]))
+        done = in_sequence(of_slice, slices, every)
+        return mx.concatenate(done).reshape(batch, heads, queries, dim)
 
 
 class AttnProcessor:

@@ -4,7 +4,8 @@ Shapes: B batch, F frames, N = B*F, H W pixels, C channels. Sources: diffusers' 
 `downsampling.py` and `upsampling.py`.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, reduce
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +14,7 @@ import numpy as np
 from .activations import get_activation
 from .fused import add
 from .normalization import group_norm
+from .slicing import WHOLE, Slicing, by_pixels, evaluate, group_norm_of_parts
 
 
 class PointwiseConv2d(nn.Linear):
@@ -80,8 +82,10 @@ class TemporalConvLayer(nn.Module):
         last.weight = mx.zeros_like(last.weight)
         last.bias = mx.zeros_like(last.bias)
 
-    def __call__(self, x: mx.array, num_frames: int) -> mx.array:
-        """(N, H, W, C) -> (N, H, W, C)."""
+    def __call__(self, x: mx.array, num_frames: int, slicing: Slicing = WHOLE) -> mx.array:
+        """(N, H, W, C) -> (N, H, W, C). `slicing` says how many pixels are taken at a time."""
+        if slicing.pixels is not None:
+            return self._by_pixels(x, num_frames, slicing.pixels)
         n, height, width, channels = x.shape
         # (N, H, W, C) -> (B, F, H*W, C)
         h = x.reshape(n // num_frames, num_frames, height * width, channels)
@@ -91,7 +95,23 @@ class TemporalConvLayer(nn.Module):
             for layer in dropout:
                 h = layer(h)
             h, bias = without_bias(conv, h)
+            if slicing.blockwise:
+                evaluate(h)
         return add_skip(x, h.reshape(x.shape), bias)
+
+    def _by_pixels(self, x: mx.array, num_frames: int, pixels: int) -> mx.array:
+        # (N, H, W, C) -> (B, F, H*W, C)
+        video = x.reshape(-1, num_frames, x.shape[1] * x.shape[2], x.shape[3])
+        h = video
+        for norm, *rest in (self.conv1, self.conv2, self.conv3):
+            h = by_pixels(_chain(group_norm_of_parts(norm, h), *rest), [h], pixels)
+        norm, *rest = self.conv4
+        last = _chain(group_norm_of_parts(norm, h), *rest)
+        return by_pixels(lambda skip, piece: skip + last(piece), [video, h], pixels).reshape(x.shape)
+
+
+def _chain(*layers: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    return lambda x: reduce(lambda h, layer: layer(h), layers, x)
 
 
 class ResnetBlock2D(nn.Module):

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from .attention import BasicTransformerBlock, TextContext
 from .normalization import group_norm
+from .slicing import WHOLE, Slicing, by_frames_of_samples, by_pixels, group_norm_of_parts
 
 
 class Transformer2DModel(nn.Module):
@@ -44,14 +45,39 @@ class Transformer2DModel(nn.Module):
         context: mx.array | TextContext | None = None,
         context_mask: mx.array | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        slicing: Slicing = WHOLE,
     ) -> mx.array:
-        """(N, H, W, C), a context (B, L, D) with B dividing N, its mask (B, 1, L) -> (N, H, W, C)."""
+        """(N, H, W, C), a context (B, L, D) with B dividing N, its mask (B, 1, L) -> (N, H, W, C).
+
+        `slicing` says how many frames are taken at a time.
+        """
+        if slicing.frames is not None:
+            return self._by_frames(x, context, context_mask, cross_attention_kwargs, slicing.frames)
         n, height, width, channels = x.shape
         # (N, H, W, C) -> (N, H*W, C)
         h = self.proj_in(self.norm(x).reshape(n, height * width, channels))
         for block in self.transformer_blocks:
-            h = block(h, context, context_mask, cross_attention_kwargs)
+            h = block(h, context, context_mask, cross_attention_kwargs, slicing.blockwise)
         return x + self.proj_out(h).reshape(x.shape)
+
+    def _by_frames(
+        self,
+        x: mx.array,
+        context: mx.array | TextContext | None,
+        context_mask: mx.array | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+        frames: int,
+    ) -> mx.array:
+        if isinstance(context, mx.array):
+            context = TextContext(context)
+
+        def of_sample(i: int, piece: mx.array) -> mx.array:
+            own = None if context is None else context.of_sample(i)
+            mask = None if context_mask is None else context_mask[i : i + 1]
+            return self(piece, own, mask, cross_attention_kwargs)
+
+        batch = 1 if context is None else context.states.shape[0]
+        return by_frames_of_samples(of_sample, [x], batch, frames)
 
 
 class TransformerTemporalModel(nn.Module):
@@ -73,16 +99,43 @@ class TransformerTemporalModel(nn.Module):
         x: mx.array,
         num_frames: int,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        slicing: Slicing = WHOLE,
     ) -> mx.array:
-        """(N, H, W, C) -> (N, H, W, C)."""
+        """(N, H, W, C) -> (N, H, W, C). `slicing` says how many pixels are taken at a time."""
+        if slicing.pixels is not None:
+            return self._by_pixels(x, num_frames, cross_attention_kwargs, slicing.pixels)
         n, height, width, channels = x.shape
         batch, pixels = n // num_frames, height * width
         # (N, H, W, C) -> (B, F, L, C) -> (B, L, F, C) -> (B*L, F, C)
         h = self.norm(x.reshape(batch, num_frames, pixels, channels), swap=True)
         h = self.proj_in(h.reshape(batch * pixels, num_frames, channels))
         for block in self.transformer_blocks:
-            h = block(h, cross_attention_kwargs=cross_attention_kwargs)
+            h = block(h, None, None, cross_attention_kwargs, slicing.blockwise)
         # (B*L, F, C) -> (B, L, F, C) -> (N, H, W, C)
         h = self.proj_out(h).reshape(batch, pixels, num_frames, channels)
         # Added in the order of x: the sum is the copy that turning h round would take.
         return (x.reshape(batch, num_frames, pixels, channels) + h.transpose(0, 2, 1, 3)).reshape(x.shape)
+
+    def _by_pixels(
+        self,
+        x: mx.array,
+        num_frames: int,
+        cross_attention_kwargs: dict[str, Any] | None,
+        pixels: int,
+    ) -> mx.array:
+        # (N, H, W, C) -> (B, F, L, C)
+        video = x.reshape(-1, num_frames, x.shape[1] * x.shape[2], x.shape[3])
+        norm = group_norm_of_parts(self.norm, video)
+
+        def of_pixels(piece: mx.array) -> mx.array:
+            batch, _, length, channels = piece.shape
+            # (B, F, L, C) -> (B*L, F, C)
+            h = norm(piece).transpose(0, 2, 1, 3).reshape(batch * length, num_frames, channels)
+            h = self.proj_in(h)
+            for block in self.transformer_blocks:
+                h = block(h, cross_attention_kwargs=cross_attention_kwargs)
+            # (B*L, F, C) -> (B, F, L, C)
+            h = self.proj_out(h).reshape(batch, length, num_frames, channels)
+            return piece + h.transpose(0, 2, 1, 3)
+
+        return by_pixels(of_pixels, [video], pixels).reshape(x.shape)

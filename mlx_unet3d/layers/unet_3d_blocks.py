@@ -4,8 +4,9 @@ Each layer of a block is resnet -> temporal convolution [-> spatial -> temporal 
 diffusers' `unet_3d_blocks.py`. All states are channels-last, (N, H, W, C) with N = B*F.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import mlx.nn as nn
 from .attention import TextContext
 from .freeu import FreeU, apply_freeu
 from .resnet import Downsample2D, ResnetBlock2D, TemporalConvLayer, Upsample2D
+from .slicing import WHOLE, Slicing, by_frames, by_frames_of_samples, evaluate
 from .transformers import Transformer2DModel, TransformerTemporalModel
 
 
@@ -32,13 +34,14 @@ class BlockOptions:
 @dataclass(frozen=True)
 class Conditions:
     """What all layers of a forward share: the time embedding (B, T), the text (B, L, D) and its mask
-    (B, 1, L), the number of frames, and the keywords for the attention processors."""
+    (B, 1, L), the number of frames, the keywords for the attention processors, and the pieces."""
 
     temb: mx.array
     num_frames: int
     context: mx.array | TextContext | None = None
     context_mask: mx.array | None = None
     cross_attention_kwargs: dict[str, Any] | None = None
+    slicing: Slicing = WHOLE
 
 
 class Block3D(nn.Module):
@@ -78,17 +81,39 @@ class Block3D(nn.Module):
         ]
         self.temp_attentions = [TransformerTemporalModel(c // dim_head, dim_head, c, groups) for c in widths]
 
-    def _convolve(self, i: int, x: mx.array, cond: Conditions) -> mx.array:
-        return self.temp_convs[i](self.resnets[i](x, cond.temb), cond.num_frames)
+    def _resnet(self, i: int, cond: Conditions, *states: mx.array) -> mx.array:
+        """The resnet of layer `i`, of `states` side by side: (N, H, W, C1), ... -> (N, H, W, O)."""
 
-    def _attend(self, i: int, x: mx.array, cond: Conditions) -> mx.array:
+        def of_sample(sample: int, *pieces: mx.array) -> mx.array:
+            x = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
+            temb = cond.temb if sample < 0 else cond.temb[sample : sample + 1]
+            return self.resnets[i](x, temb)
+
+        return by_frames_of_samples(of_sample, states, cond.temb.shape[0], cond.slicing.frames)
+
+    def _convolve_frames(self, i: int, x: mx.array, cond: Conditions) -> mx.array:
+        return self.temp_convs[i](x, cond.num_frames, cond.slicing)
+
+    def _attend_pixels(self, i: int, x: mx.array, cond: Conditions) -> mx.array:
         keywords = cond.cross_attention_kwargs
-        x = self.attentions[i](x, cond.context, cond.context_mask, keywords)
-        return self.temp_attentions[i](x, cond.num_frames, keywords)
+        return self.attentions[i](x, cond.context, cond.context_mask, keywords, cond.slicing)
 
-    def _layer(self, i: int, x: mx.array, cond: Conditions) -> mx.array:
-        x = self._convolve(i, x, cond)
-        return self._attend(i, x, cond) if self.attends else x
+    def _attend_frames(self, i: int, x: mx.array, cond: Conditions) -> mx.array:
+        keywords = cond.cross_attention_kwargs
+        return self.temp_attentions[i](x, cond.num_frames, keywords, cond.slicing)
+
+    def steps(self, i: int, cond: Conditions, attends: bool) -> list[Callable[[mx.array], mx.array]]:
+        """What follows the resnet of layer `i`, step by step; the caller keeps no state but the last."""
+        steps = [self._convolve_frames]
+        if attends:
+            steps += [self._attend_pixels, self._attend_frames]
+
+        def evaluated(step: Callable[..., mx.array], x: mx.array) -> mx.array:
+            if cond.slicing.blockwise:
+                evaluate(x)
+            return step(i, x, cond)
+
+        return [partial(evaluated, step) for step in steps]
 
 
 class DownBlock3D(Block3D):
@@ -114,10 +139,12 @@ class DownBlock3D(Block3D):
         """What the up path wants, one by one: each layer's output, and the halved one; the last is the
         block's own output."""
         for i in range(len(self.resnets)):
-            x = self._layer(i, x, cond)
+            x = self._resnet(i, cond, x)
+            for step in self.steps(i, cond, self.attends):
+                x = step(x)
             yield x
         if "downsamplers" in self:
-            yield self.downsamplers[0](x)
+            yield by_frames(self.downsamplers[0], [x], cond.slicing.frames)
 
 
 class CrossAttnDownBlock3D(DownBlock3D):
@@ -154,17 +181,19 @@ class UpBlock3D(Block3D):
             self.upsamplers = [Upsample2D(out_channels)]
         self.resolution_idx = resolution_idx
 
-    def layer(
+    def resnet(
         self, i: int, x: mx.array, skip: mx.array, cond: Conditions, freeu: FreeU | None = None
     ) -> mx.array:
-        """Layer `i`, fed with the latest skip of the down path that is left."""
+        """The resnet of layer `i`, fed with the latest skip of the down path that is left."""
         if freeu is not None:
             x, skip = apply_freeu(freeu, self.resolution_idx, x, skip)
-        return self._layer(i, mx.concatenate([x, skip], axis=-1), cond)
+        return self._resnet(i, cond, x, skip)
 
-    def upsample(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
+    def upsample(self, x: mx.array, cond: Conditions, size: tuple[int, int] | None = None) -> mx.array:
         """Doubling, or to `size`, where the block ends in it."""
-        return self.upsamplers[0](x, size) if "upsamplers" in self else x
+        if "upsamplers" not in self:
+            return x
+        return by_frames(lambda piece: self.upsamplers[0](piece, size), [x], cond.slicing.frames)
 
 
 class CrossAttnUpBlock3D(UpBlock3D):
@@ -184,9 +213,11 @@ class UNetMidBlock3DCrossAttn(Block3D):
         self._add_transformers([channels], options)
 
     def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
-        x = self._convolve(0, x, cond)
-        x = self._attend(0, x, cond)
-        return self._convolve(1, x, cond)
+        for i, attends in ((0, True), (1, False)):
+            x = self._resnet(i, cond, x)
+            for step in self.steps(i, cond, attends):
+                x = step(x)
+        return x
 
 
 DOWN_BLOCKS: dict[str, type[DownBlock3D]] = {

@@ -39,6 +39,7 @@ from ..layers.attention_processors import (
 from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
 from ..layers.freeu import FreeU
 from ..layers.normalization import group_norm
+from ..layers.slicing import Slicing, by_frames
 from ..layers.transformers import TransformerTemporalModel
 from ..layers.unet_3d_blocks import (
     DOWN_BLOCKS,
@@ -298,6 +299,7 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
 
         self.freeu: FreeU | None = None
         self._compiled: _CompiledUNet | None = None
+        self.slicing = Slicing()
         self.processors_before_fusion: _Frozen | None = None
 
     def __call__(
@@ -391,10 +393,12 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
             context=self._check_context(encoder_hidden_states, batch, sample.dtype),
             context_mask=self._context_bias(attention_mask, encoder_hidden_states, sample.dtype),
             cross_attention_kwargs=cross_attention_kwargs,
+            slicing=self.slicing,
         )
         # (B, C, F, H, W) -> (N, H, W, C)
         x = sample.transpose(0, 2, 3, 4, 1).reshape(batch * frames, *sample.shape[3:], -1)
-        x = self.transformer_in(self.conv_in(x), frames, cross_attention_kwargs)
+        x = by_frames(self.conv_in, [x], cond.slicing.frames)
+        x = self.transformer_in(x, frames, cross_attention_kwargs, cond.slicing)
 
         skips = list(islice(self._down(x, cond), None if deep is None else depth))
         if deep is None:
@@ -421,13 +425,16 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
                     made.append(x)
                 running = running or left == depth
                 if running:
-                    x = block.layer(i, x, skips.pop(), cond, self.freeu)
+                    # Whoever holds a state keeps it from being freed: no more than the last one is held.
+                    x = block.resnet(i, x, skips.pop(), cond, self.freeu)
+                    for step in block.steps(i, cond, block.attends):
+                        x = step(x)
                 left -= 1
             if running:
                 # Where halving rounded, doubling must meet the size of the next skip.
-                x = block.upsample(x, skips[-1].shape[1:3] if skips else None)
+                x = block.upsample(x, cond, skips[-1].shape[1:3] if skips else None)
 
-        x = self.conv_out(self.conv_norm_out(x, act=nn.silu))
+        x = by_frames(lambda h: self.conv_out(self.conv_norm_out(h, act=nn.silu)), [x], cond.slicing.frames)
         # (N, H, W, C) -> (B, C, F, H, W)
         x = x.reshape(batch, frames, *x.shape[1:]).transpose(0, 4, 1, 2, 3)
         return x, *made
@@ -577,6 +584,39 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
     def disable_forward_chunking(self) -> None:
         """Run feed-forwards at once again."""
         self._set_chunking(None, 0)
+
+    def enable_frame_chunking(self, frames: int = 1) -> None:
+        """Take `frames` frames at a time through spatial layers (resnets, resampling, spatial transformers),
+        to save memory; the result stays the same.
+
+        ValueError for less than 1.
+        """
+        self.slicing = dataclasses.replace(self.slicing, frames=frames)
+
+    def disable_frame_chunking(self) -> None:
+        """Take all frames at once again."""
+        self.slicing = dataclasses.replace(self.slicing, frames=None)
+
+    def enable_pixel_chunking(self, pixels: int = 64) -> None:
+        """Take `pixels` pixels of all frames at a time through temporal layers, to save memory.
+
+        The result stays the same up to rounding: the statistics of group norms, which run over all pixels,
+        are taken first. ValueError for less than 1.
+        """
+        self.slicing = dataclasses.replace(self.slicing, pixels=pixels)
+
+    def disable_pixel_chunking(self) -> None:
+        """Take all pixels at once again."""
+        self.slicing = dataclasses.replace(self.slicing, pixels=None)
+
+    def enable_block_evaluation(self) -> None:
+        """Evaluate after each layer of a block, not all at the end: what is done with is then freed while the
+        forward is built. The result stays the same; within `mx.compile` it has no effect."""
+        self.slicing = dataclasses.replace(self.slicing, blockwise=True)
+
+    def disable_block_evaluation(self) -> None:
+        """Evaluate at the end, or where the caller does."""
+        self.slicing = dataclasses.replace(self.slicing, blockwise=False)
 
     def _set_chunking(self, size: int | None, dim: int) -> None:
         for _, module in walk(self):

@@ -1,0 +1,144 @@
+"""Layers a piece at a time: what a forward holds in memory is then that of a piece, and the result the same.
+
+A piece saves only if what it holds is freed before the next one begins. MLX evaluates a graph in order of
+breadth, which would take the pieces side by side. So each is evaluated, or within `mx.compile`, where nothing
+can be, made to wait for the one before. Shapes as in `resnet`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """What a forward of a 3D UNet takes in pieces; None for all at once.
+
+    Attributes:
+        frames: frames that spatial layers (resnets, resampling, spatial transformers) take at a time.
+        pixels: pixels of all frames that temporal layers take at a time.
+        blockwise: evaluate after each layer of a block, so that what is done is freed.
+    """
+
+    frames: int | None = None
+    pixels: int | None = None
+    blockwise: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "pixels"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None")
+
+
+WHOLE = Slicing()
+
+_sketching = ContextVar("sketching", default=False)
+
+
+def evaluate(*arrays: mx.array) -> bool:
+    """Evaluate `arrays`; False within `mx.compile` and the like, where arrays have no values yet."""
+    try:
+        mx.eval(*arrays)
+    except ValueError:  # what MLX raises for tracers
+        return False
+    return True
+
+
+@contextmanager
+def sketched() -> Iterator[None]:
+    """Within it, a sequence runs its first piece and its last two, and puts arrays of the same size for those
+    between: for the prediction of memory, to which they add nothing else."""
+    token = _sketching.set(True)
+    try:
+        yield
+    finally:
+        _sketching.reset(token)
+
+
+def in_sequence(
+    fn: Callable[..., mx.array], pieces: Iterable[Sequence[mx.array]], every: int | None = 1
+) -> list[mx.array]:
+    """`fn` of each of the pieces, one after the other; a piece is one array or several.
+
+    They are evaluated `every` so many; None leaves that to the caller, and keeps their order.
+    """
+    done: list[mx.array] = []
+    if _sketching.get():
+        pieces = list(pieces)
+    like: dict[tuple[int, ...], mx.array] = {}  # the last result by the shape of its piece
+    for piece in pieces:
+        shape = tuple(piece[0].shape)
+        if _sketching.get() and shape in like and len(done) < len(pieces) - 2:
+            like[shape], _ = mx.depends([-like[shape], piece[0]], [done[-1]])
+            done.append(like[shape])
+            continue
+        if done:
+            piece = mx.depends(list(piece), [done[-1]])
+        done.append(fn(*piece))
+        like[shape] = done[-1]
+        if every is not None and len(done) % every == 0:
+            evaluate(done[-1])
+    return done
+
+
+def ranges(length: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` that cover `length`."""
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def by_frames(fn: Callable[..., mx.array], states: Sequence[mx.array], frames: int | None) -> mx.array:
+    """`fn` of `frames` of the frames of `states`, each (N, H, W, C), at a time, joined; None for all."""
+    if frames is None:
+        return fn(*states)
+    pieces = ([x[r] for x in states] for r in ranges(states[0].shape[0], frames))
+    return mx.concatenate(in_sequence(fn, pieces))
+
+
+def by_frames_of_samples(
+    fn: Callable[..., mx.array], states: Sequence[mx.array], batch: int, frames: int | None
+) -> mx.array:
+    """`by_frames` for what is not the same for all samples: calls `fn(sample, *pieces)`, with -1 for all."""
+    if frames is None:
+        return fn(-1, *states)
+    per_sample = states[0].shape[0] // batch
+    numbers = iter([i for i in range(batch) for _ in ranges(per_sample, frames)])
+    pieces = (
+        [x[i * per_sample : (i + 1) * per_sample][r] for x in states]
+        for i in range(batch)
+        for r in ranges(per_sample, frames)
+    )
+    return mx.concatenate(in_sequence(lambda *piece: fn(next(numbers), *piece), pieces))
+
+
+def by_pixels(fn: Callable[..., mx.array], states: Sequence[mx.array], pixels: int) -> mx.array:
+    """`fn` of `pixels` of the pixels of `states`, each (B, F, L, C), at a time, joined."""
+    pieces = ([x[:, :, r] for x in states] for r in ranges(states[0].shape[2], pixels))
+    return mx.concatenate(in_sequence(fn, pieces), axis=2)
+
+
+def group_norm_of_parts(norm: nn.GroupNorm, x: mx.array) -> Callable[[mx.array], mx.array]:
+    """A function that normalizes any part of `x` (B, F, L, C) as `norm` does within all of it.
+
+    The statistics, over all frames and pixels of a group, take two passes over the frames, in fp32.
+    """
+    batch, frames, pixels, channels = x.shape
+    count = frames * pixels * channels // norm.num_groups
+
+    def group_means(of_frame: Callable[[mx.array], mx.array]) -> mx.array:
+        """-> (B, 1, 1, C), equal within a group."""
+        sums = in_sequence(
+            lambda frame: of_frame(frame.astype(mx.float32)).sum(axis=(1, 2)),
+            ([x[:, i : i + 1]] for i in range(frames)),
+        )
+        means = mx.stack(sums).sum(axis=0).reshape(batch, norm.num_groups, -1).sum(axis=-1) / count
+        return mx.repeat(means, channels // norm.num_groups, axis=1)[:, None, None, :]
+
+    mean = group_means(lambda frame: frame)
+    scale = mx.rsqrt(group_means(lambda frame: mx.square(frame - mean)) + norm.eps) * norm.weight
+    evaluate(mean, scale)
+    return lambda part: ((part.astype(mx.float32) - mean) * scale + norm.bias).astype(x.dtype)
