@@ -131,13 +131,16 @@ class VideoPipeline:
         self.unet, self.vae = unet, vae
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.scheduler = scheduler
+        self.sequential_guidance = False
+        self._releases = False
+        self._text_channels = text_encoder.config.hidden_size
         unet_config, latent_channels = unet.config, vae.config.latent_channels
         if not unet_config.in_channels == unet_config.out_channels == latent_channels:
             raise ValueError(
                 f"the unet takes {unet_config.in_channels} and returns {unet_config.out_channels} channels, "
                 f"the vae has {latent_channels}; these parts do not belong together"
             )
-        width = text_encoder.config.hidden_size
+        width = self._text_channels
         if unet_config.cross_attention_dim != width:
             raise ValueError(
                 f"the unet attends to text of {unet_config.cross_attention_dim} channels "
@@ -281,12 +284,13 @@ class VideoPipeline:
         if (text is None) == (states is None):
             raise ValueError(f"give either {name} or {name}_embeds, and not both")
         if states is not None:
-            width = self.unet.config.cross_attention_dim
+            width = self._text_channels
             if states.ndim != 3 or states.shape[2] != width:
                 raise ValueError(
                     f"{name}_embeds has shape {tuple(states.shape)}; it must be (batch, tokens, {width})"
                 )
             return states
+        self._need("text_encoder")
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
             raise TypeError(f"{name}={text!r} must be a string or a list of strings")
@@ -419,6 +423,7 @@ class VideoPipeline:
 
     def decode(self, latents: mx.array, *, progress: bool = False) -> np.ndarray:
         """See `decode_latents`."""
+        self._need("vae")
         return decode_latents(self.vae, latents, progress=progress)
 
     def _output(self, latents: mx.array, output_type: str, progress: bool) -> Any:
@@ -431,6 +436,72 @@ class VideoPipeline:
             pixels = (frames * 255).round().astype(np.uint8)
             return [[Image.fromarray(image) for image in video] for video in pixels]
         return frames
+
+    # Memory.
+
+    def enable_sequential_guidance(self) -> None:
+        """Run the network twice a step, for the negative prompt and for the prompt, not once for both: about
+        half the memory, the same result up to rounding. Without guidance there is nothing to divide."""
+        self.sequential_guidance = True
+
+    def disable_sequential_guidance(self) -> None:
+        """Run the network once a step."""
+        self.sequential_guidance = False
+
+    def enable_attention_slicing(self, slice_size: str | int | list[int] | None = "auto") -> None:
+        """See `UNet3DConditionModel.set_attention_slice`; it saves where attention is not fused."""
+        self._need("unet")
+        self.unet.set_attention_slice(slice_size)
+
+    def disable_attention_slicing(self) -> None:
+        """Compute attention at once."""
+        self.enable_attention_slicing(None)
+
+    def enable_vae_slicing(self) -> None:
+        """Decode and encode frame by frame; see `AutoencoderKL.enable_slicing`."""
+        self._need("vae")
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode and encode some frames at a time."""
+        self._need("vae")
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode and encode large frames in tiles, which changes them; see `AutoencoderKL.enable_tiling`."""
+        self._need("vae")
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode and encode whole frames."""
+        self._need("vae")
+        self.vae.disable_tiling()
+
+    def enable_release(self) -> None:
+        """Let go of each network when a call is done with it: the text encoder once prompts are encoded, the
+        UNet before frames are decoded. The pipeline makes one more video, and must then be loaded again."""
+        self._releases = True
+
+    def release(self, name: str) -> None:
+        """Let go of "text_encoder", "unet" or "vae", and of the memory it takes, if nobody else holds it.
+
+        What needs it afterwards raises ValueError.
+        """
+        if name not in ("text_encoder", "unet", "vae"):
+            raise ValueError(f"release({name!r}): the networks are 'text_encoder', 'unet' and 'vae'")
+        setattr(self, name, None)
+        mx.clear_cache()
+
+    def _done_with(self, name: str) -> None:
+        if self._releases:
+            self.release(name)
+
+    def _need(self, name: str) -> None:
+        if getattr(self, name) is None:
+            raise ValueError(
+                f"the {name.replace('_', ' ')} of this pipeline was released; load the pipeline again, "
+                "without enable_release() if it is to be called more than once"
+            )
 
     # What the calls of the pipelines share.
 
@@ -482,6 +553,7 @@ class VideoPipeline:
                 latents = record.latents
                 if callback is not None and record.step % callback_steps == 0:
                     callback(record.step, record.timestep, latents)
+        self._done_with("unet")
         frames = self._output(latents, output_type, progress)
         return VideoOutput(frames) if return_dict else (frames,)
 

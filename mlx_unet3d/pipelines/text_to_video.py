@@ -72,15 +72,17 @@ class TextToVideoPipeline(VideoPipeline):
         num_inference_steps = self.num_inference_steps(num_inference_steps)
         guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta, output_type, callback_steps)
+        text_states = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            guidance_scale=guidance_scale,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            clip_skip=clip_skip,
+        )
+        self._done_with("text_encoder")
         steps = self.steps(
-            self.encode_prompt(
-                prompt,
-                negative_prompt,
-                guidance_scale=guidance_scale,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                clip_skip=clip_skip,
-            ),
+            text_states,
             height=height,
             width=width,
             num_frames=num_frames,
@@ -125,6 +127,7 @@ class TextToVideoPipeline(VideoPipeline):
         """
         num_inference_steps = self.num_inference_steps(num_inference_steps)
         guidance_scale = self.guidance_scale(guidance_scale)
+        self._need("unet")
         self._check_call(num_inference_steps, guidance_scale, eta)
         self._check_savings(guidance_interval, cache_interval, cache_depth)
         num_frames = self.num_frames(num_frames)
@@ -152,6 +155,7 @@ class TextToVideoPipeline(VideoPipeline):
             guidance_interval=guidance_interval,
             cache_interval=cache_interval,
             cache_depth=cache_depth,
+            sequential_guidance=self.sequential_guidance,
         )
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:

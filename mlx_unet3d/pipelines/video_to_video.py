@@ -56,15 +56,17 @@ class VideoToVideoPipeline(VideoPipeline):
         num_inference_steps = self.num_inference_steps(num_inference_steps)
         guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta, output_type, callback_steps)
+        text_states = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            guidance_scale=guidance_scale,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            clip_skip=clip_skip,
+        )
+        self._done_with("text_encoder")
         steps = self.steps(
-            self.encode_prompt(
-                prompt,
-                negative_prompt,
-                guidance_scale=guidance_scale,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                clip_skip=clip_skip,
-            ),
+            text_states,
             video,
             strength=strength,
             num_inference_steps=num_inference_steps,
@@ -99,6 +101,7 @@ class VideoToVideoPipeline(VideoPipeline):
         """The denoising loop alone; see `TextToVideoPipeline.steps`."""
         num_inference_steps = self.num_inference_steps(num_inference_steps)
         guidance_scale = self.guidance_scale(guidance_scale)
+        self._need("unet")
         self._check_call(num_inference_steps, guidance_scale, eta)
         self._check_savings(guidance_interval, cache_interval, cache_depth)
         batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
@@ -130,6 +133,7 @@ class VideoToVideoPipeline(VideoPipeline):
             guidance_interval=guidance_interval,
             cache_interval=cache_interval,
             cache_depth=cache_depth,
+            sequential_guidance=self.sequential_guidance,
         )
 
     def _encode_video(self, video: Any, batch: int, noise: BatchNoise) -> mx.array:
