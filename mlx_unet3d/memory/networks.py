@@ -1,0 +1,143 @@
+"""The networks of a pipeline as far as a plan needs them: configs and shapes, never weights."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..checkpoints import PretrainedModel, find_folder, read_component_config
+from ..checkpoints.config import ModelConfig, naming
+from ..checkpoints.quantization import from_config, quantizations, quantize_layers
+from ..checkpoints.source import pinned_revision
+from ..layers.quantized import Quantization, can_quantize
+from ..models.autoencoder_kl import AutoencoderKL
+from ..models.clip_text import CLIPTextModel
+from ..models.unet_3d_condition import UNet3DConditionModel
+from .tracing import Graph, trace
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that may not be loaded.
+
+    Attributes:
+        kind: its class.
+        config: of the network.
+        quantization: how layers are quantized, by path.
+    """
+
+    kind: type[PretrainedModel]
+    config: ModelConfig
+    quantization: dict[str, Quantization] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: PretrainedModel) -> "Network":
+        """That of a loaded model."""
+        return cls(type(model), model.config, quantizations(model))
+
+    def skeleton(self) -> PretrainedModel:
+        """The network with weights that nobody has computed."""
+        model = self.kind.from_config(self.config)
+        quantize_layers(model, self.quantization)
+        return model.eval()
+
+    def nbytes(self, dtype: mx.Dtype) -> int:
+        """Bytes of the weights, in `dtype` where they are not quantized."""
+        return sum(array.nbytes for _, array in _parameters(self.skeleton(), dtype))
+
+    def trace(
+        self,
+        fn: Callable[..., mx.array | Sequence[mx.array]],
+        arguments: Sequence[mx.array],
+        dtype: mx.Dtype,
+        gpu: bool,
+    ) -> Graph:
+        """The graph of `fn(model, *arguments)`."""
+        model = self.skeleton()
+        names, arrays = zip(*_parameters(model, dtype), strict=True)
+
+        def run(*inputs: mx.array) -> mx.array | Sequence[mx.array]:
+            model.update(tree_unflatten(list(zip(names, inputs[: len(names)], strict=True))))
+            return fn(model, *inputs[len(names) :])
+
+        return trace(run, [*arrays, *arguments], gpu)
+
+
+def _parameters(model: PretrainedModel, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
+    """Names and stand-ins of the parameters, which are never computed."""
+    return [
+        (name, mx.zeros(a.shape, dtype if mx.issubdtype(a.dtype, mx.floating) else a.dtype))
+        for name, a in tree_flatten(model.parameters())
+    ]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The three networks of a pipeline, and the size and number of frames of its own where known."""
+
+    unet: Network
+    vae: Network
+    text_encoder: Network
+    num_frames: int | None = None
+
+    @classmethod
+    def of(cls, pipe: Any) -> "Networks":
+        """Those of a loaded pipeline, none of which was released."""
+        parts = (Network.of(getattr(pipe, name)) for name in ("unet", "vae", "text_encoder"))
+        return cls(*parts, num_frames=pipe.recommended.num_frames)
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels of an image for one of the latents, each way."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+_KINDS: dict[str, type[PretrainedModel]] = {
+    "unet": UNet3DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+}
+
+
+def read_networks(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Networks:
+    """The networks of a pipeline folder, a hub id, or "demo"; of the hub, configs alone are downloaded.
+
+    Of a quantized network, all layers that can be are taken for quantized, as the recipes "mixed" and
+    "uniform" have it.
+
+    Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
+    """
+    where: dict[str, Any] = dict(
+        revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
+    )
+    folder = find_folder(path_or_id, files=("model_index.json",), **where)
+    where["revision"] = pinned_revision(path_or_id, folder, revision)
+    index = read_component_config(path_or_id, "model_index.json", **where)
+    networks = {}
+    for name, kind in _KINDS.items():
+        config = read_component_config(path_or_id, "config.json", subfolder=name, **where)
+        source = str(folder / name / "config.json")
+        kind.check_class_name(config, source)
+        entry = config.pop("quantization", None)
+        with naming(source):
+            network = Network(kind, kind.config_class.from_dict(config))
+        if entry is not None:
+            common, own = from_config(entry, source)
+            layers = {p: m for p, m in network.skeleton().named_modules() if can_quantize(m)}
+            chosen = {path: own.get(path, common) for path in layers}
+            chosen = {p: q for p, q in chosen.items() if q.fits(tuple(layers[p].weight.shape))}
+            network = Network(kind, network.config, chosen)
+        networks[name] = network
+    recommended = index.get("_recommended")
+    frames = recommended.get("num_frames") if isinstance(recommended, dict) else None
+    return Networks(**networks, num_frames=frames)

@@ -1,0 +1,141 @@
+"""Which operations give views of their input, and the strides of these."""
+
+from dataclasses import dataclass
+
+from .tracing import Graph, Node
+
+ELEMENTWISE = frozenset(
+    (
+        *("Abs", "Add", "AsType", "Ceil", "Compiled", "Cos", "Divide", "Equal", "Erf", "Exp", "Expm1"),
+        *("Floor", "Greater", "GreaterEqual", "Less", "LessEqual", "Log", "Log1p", "LogicalNot", "Maximum"),
+        *("Minimum", "Multiply", "Negative", "NotEqual", "Power", "Remainder", "Round", "Rsqrt", "Select"),
+        *("Sigmoid", "Sign", "Sin", "Sqrt", "Square", "Subtract", "Tanh"),
+    )
+)
+"""Operations on each element alone."""
+
+DONATES = ELEMENTWISE | {"Softmax", "SliceUpdate", "DynamicSliceUpdate"}
+"""Operations that write into an input where nobody else needs it."""
+
+_SAME = frozenset({"Depends", "StopGradient", "Copy", "Contiguous"})
+
+
+@dataclass(frozen=True)
+class View:
+    """An array as a view of a buffer.
+
+    Attributes:
+        shape: of the array.
+        strides: in elements; None for row-major.
+        buffer: number of the buffer; -1 for one that is not counted.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    buffer: int
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The strides, written out."""
+        return row_major(self.shape) if self.strides is None else self.strides
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie in order without gaps."""
+        if self.strides is None:
+            return True
+        expected = row_major(self.shape)
+        return all(n == 1 or s == e for n, s, e in zip(self.shape, self.strides, expected, strict=True))
+
+    @property
+    def dense(self) -> bool:
+        """Whether its elements lie without gaps and repeats, in any order."""
+        axes = sorted((s, n) for s, n in zip(self.steps, self.shape, strict=True) if n != 1)
+        reach = 1
+        for stride, n in axes:
+            if stride != reach:
+                return False
+            reach *= n
+        return True
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of an array whose elements lie in order."""
+    strides, reach = [], 1
+    for n in reversed(shape):
+        strides.append(reach)
+        reach *= n
+    return tuple(reversed(strides))
+
+
+def input_view(shape: tuple[int, ...], buffer: int) -> View:
+    """A row-major array that has a buffer to itself."""
+    return View(shape, None, buffer)
+
+
+def view_of(node: Node, output: int, graph: Graph, views: dict[str, View]) -> View | None:
+    """The view that an output of `node` is; None where it has a buffer of its own."""
+    if not node.inputs:
+        return None
+    source, shape = views[node.inputs[0]], graph.shapes[node.outputs[output]]
+    name, arguments = node.name, node.arguments
+    strides: tuple[int, ...] | None
+    if name in _SAME:
+        if name == "Contiguous" and not source.contiguous:
+            return None
+        strides = source.strides
+    elif name == "Transpose":
+        strides = tuple(source.steps[axis] for axis in arguments[0])
+    elif name in ("Broadcast", "BroadcastAxes"):
+        lead = len(shape) - len(source.shape)
+        kept = [
+            0 if n == 1 != m else s for n, m, s in zip(source.shape, shape[lead:], source.steps, strict=True)
+        ]
+        strides = (0,) * lead + tuple(kept)
+    elif name == "Slice":
+        steps = arguments[2]
+        strides = tuple(s * step for s, step in zip(source.steps, steps, strict=True))
+    elif name == "Split":
+        strides = source.steps
+    elif name in ("ExpandDims", "Squeeze", "Reshape", "Flatten", "Unflatten"):
+        if source.contiguous:
+            strides = None
+        else:
+            found = reshaped(source.shape, source.steps, shape)
+            if found is None:
+                return None
+            strides = found
+    elif name == "AsStrided":
+        return View(shape, tuple(arguments[1]), source.buffer)
+    else:
+        return None
+    return View(shape, strides, source.buffer)
+
+
+def reshaped(
+    shape: tuple[int, ...], strides: tuple[int, ...], new: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Strides of the same elements in another shape; None where that takes a copy."""
+    merged: list[list[int]] = []  # axes that lie in one another: size, stride
+    for n, stride in zip(shape, strides, strict=True):
+        if n == 1:
+            continue
+        if merged and merged[-1][1] == n * stride:
+            merged[-1] = [merged[-1][0] * n, stride]
+        else:
+            merged.append([n, stride])
+    found: list[int] = []
+    rest = merged[::-1]
+    for n in reversed(new):
+        if n == 1:
+            found.append(1)
+            continue
+        if not rest or rest[0][0] % n:
+            return None
+        size, stride = rest[0]
+        found.append(stride)
+        if size == n:
+            rest.pop(0)
+        else:
+            rest[0] = [size // n, stride * n]
+    return tuple(reversed(found))
