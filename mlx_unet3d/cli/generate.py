@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .. import __version__, media
+from .. import __version__, media, memory
 from ..checkpoints import DEMO, checksum
 from ..checkpoints.adapters import read_adapter
+from ..chips import working_set
 from ..errors import NonFiniteError
 from ..latents import load_latents, save_latents
 from ..pipelines import DenoisingStep, TextToVideoPipeline, VideoToVideoPipeline
@@ -113,7 +114,20 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         choices=options.DTYPES,
         help="of the network (default: float16 on a GPU, float32 on a CPU)",
     )
+    parser.add_argument(
+        "--memory",
+        type=memory_option,
+        default="auto",
+        metavar="auto|off|SIZE",
+        help="fit into this machine's memory, or that of a Mac of SIZE such as 16GB, by options that leave "
+        "the video as it is (default: auto)",
+    )
     parser.set_defaults(run=run)
+
+
+def memory_option(text: str) -> str | float:
+    """The value of --memory: "auto", "off", or GiB."""
+    return text if text in ("auto", "off") else options.memory_size(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
     with options.stage("load"):
         pipe = load(args, settings)
         complete(pipe, settings)
+        fit(pipe, settings, args.memory)
     with options.stage("prompt"):
         states = pipe.encode_prompt(
             settings["prompt"],
@@ -147,8 +162,7 @@ def run(args: argparse.Namespace) -> int:
             guidance_scale=settings["guidance"],
             clip_skip=settings["clip_skip"],
         )
-        pipe.text_encoder = None  # its memory is wanted from here on
-        mx.clear_cache()
+        pipe.release("text_encoder")  # its memory is wanted from here on
 
     waiting: dict[Path, tuple[str, dict[str, Any]]] = {}  # latents on disk -> output and settings
     try:
@@ -158,8 +172,7 @@ def run(args: argparse.Namespace) -> int:
                 latents = denoise(pipe, states, video, own, options.latents_path(output), predictions)
             save_latents(options.latents_path(output), latents, own)
             waiting[options.latents_path(output)] = output, own
-        pipe.unet = None
-        mx.clear_cache()
+        pipe.release("unet")
 
         for latents_file, (output, own) in list(waiting.items()):
             with options.stage("decode"):
@@ -285,6 +298,33 @@ def complete(pipe: TextToVideoPipeline | VideoToVideoPipeline, settings: dict[st
         settings["num_frames"] = pipe.num_frames(settings["num_frames"])
         size = pipe.latent_size(settings["height"], settings["width"])
         settings["height"], settings["width"] = (n * pipe.vae_scale_factor for n in size)
+
+
+def fit(
+    pipe: TextToVideoPipeline | VideoToVideoPipeline, settings: dict[str, Any], choice: str | float
+) -> None:
+    """Choose the memory options of the pipeline, and say so where they are not the defaults."""
+    if choice == "off":
+        return
+    budget = memory.available() if choice == "auto" else working_set(choice)
+    if choice != "auto" or mx.default_device() == mx.gpu:
+        memory.apply_limits(budget)
+    plan = memory.plan(
+        memory.Networks.of(pipe),
+        **{key: settings[key] for key in ("num_frames", "height", "width")},
+        guidance=settings["guidance"] > 1,
+        encoded=settings["video"] is not None,
+        dtype=pipe.unet.dtype,
+        vae_dtype=pipe.vae.dtype,
+        budget=budget,
+        find_nearest=False,
+    )
+    plan.settings.apply(pipe)
+    sizes = f"{plan.peak / 1e9:.2f} GB of {budget / 1e9:.2f} GB"
+    if not plan.fits:
+        options.say(f"memory: this may not fit, {sizes} with {plan.settings}; see mlx-unet3d plan")
+    elif plan.settings != memory.Settings():
+        options.say(f"memory: {plan.settings}, to fit: {sizes}")
 
 
 def read_frames(settings: dict[str, Any]) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import blas
+from ..memory import parse_memory
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -37,6 +38,14 @@ def rate(text: str) -> float:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} must be above 0")
     return value
+
+
+def memory_size(text: str) -> float:
+    """GiB of a size such as 16GB."""
+    try:
+        return parse_memory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -51,7 +51,7 @@ def unfold_frames(images: mx.array, batch: int) -> mx.array:
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of the network in a step: its text, the copies of the sample that it takes, and its features."""
+    """One run of the network in a step: its text, how many copies of the sample it takes, its features."""
 
     context: TextContext
     copies: int

@@ -1,0 +1,150 @@
+"""mlx-unet3d plan: what a video will take, before anything is downloaded or computed."""
+
+import argparse
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .. import memory
+from ..checkpoints import DEMO
+from ..chips import CHIPS, Chip, find_chip, working_set
+from . import options
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="predict the memory and the time that a video takes",
+        description="Predict the memory of each stage, the options with which a video fits, and the least "
+        "time of a step. Reads configs alone; no weight is downloaded.",
+    )
+    group = parser.add_argument_group("video")
+    group.add_argument("--num-frames", "--frames", type=options.count, help="default: the model's, or 16")
+    group.add_argument("--height", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
+    group.add_argument("--width", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
+    group.add_argument(
+        "--guidance", type=options.number, default=9.0, help="at most 1: one pass a step (default: above)"
+    )
+    group.add_argument(
+        "--video-to-video", action="store_true", help="the run starts from a video, which is encoded"
+    )
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--chip", type=chip, metavar="NAME", help=f"{', '.join(CHIPS)} (default: this machine)"
+    )
+    group.add_argument(
+        "--memory",
+        type=options.memory_size,
+        metavar="SIZE",
+        help="of a Mac, such as 16GB (default: all that are sold)",
+    )
+    options.add_model_options(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=options.DTYPES,
+        help="of the network (default: float16 on a GPU, float32 on a CPU)",
+    )
+    parser.set_defaults(run=run)
+
+
+def chip(text: str) -> Chip:
+    """The chip of a name."""
+    try:
+        return find_chip(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A name, and the bytes that MLX should keep to."""
+
+    name: str
+    budget: int
+
+
+def run(args: argparse.Namespace) -> int:
+    model = args.model if args.model is not None else DEMO
+    networks = memory.read_networks(model, revision=args.revision, local_files_only=args.local_files_only)
+    machines = machines_of(args)
+    metal = args.chip is not None or args.memory is not None or mx.default_device() == mx.gpu
+    dtype = args.dtype if args.dtype is not None else "float16" if metal else "float32"
+    height, width = size_of(networks, args)
+    frames = args.num_frames if args.num_frames is not None else networks.num_frames
+    plans = []
+    for machine in machines:
+        found = memory.plan(
+            networks,
+            num_frames=16 if frames is None else frames,
+            height=height,
+            width=width,
+            guidance=args.guidance > 1,
+            encoded=args.video_to_video,
+            dtype=options.DTYPES[dtype],
+            vae_dtype=options.DTYPES[args.vae_dtype or "float32"],
+            budget=machine.budget,
+            backend="metal" if metal else "cpu",
+            chip=args.chip,
+        )
+        plans.append((machine, found))
+        if found.fits and found.settings == memory.Settings():
+            break  # more memory changes nothing
+    for line in report(plans, model, dtype, args.guidance > 1, args.chip):
+        print(line)
+    return 0 if plans[-1][1].fits else 1
+
+
+def machines_of(args: argparse.Namespace) -> list[Machine]:
+    """That of the command line; those that are sold with a chip; or this one."""
+    if args.memory is not None:
+        name = f"{args.chip.name} with " if args.chip is not None else "a Mac with "
+        return [Machine(f"{name}{args.memory:g} GB", working_set(args.memory))]
+    if args.chip is not None:
+        return [
+            Machine(f"{args.chip.name} with {n} GB", args.chip.working_sets()[n])
+            for n in args.chip.memory_gib
+        ]
+    return [Machine("this machine", memory.available())]
+
+
+def size_of(networks: memory.Networks, args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width in pixels."""
+    trained = networks.unet.config.sample_size
+    if trained is None and (args.height is None or args.width is None):
+        raise ValueError("the config of the unet has no sample_size: give --height and --width")
+    default = trained if isinstance(trained, tuple) else (trained, trained)
+    return tuple(
+        given if given is not None else latent * networks.spatial_factor
+        for given, latent in zip((args.height, args.width), default, strict=True)
+    )
+
+
+def report(
+    plans: list[tuple[Machine, memory.Plan]], model: str, dtype: str, guidance: bool, chip: Chip | None
+) -> list[str]:
+    """Lines about plans for machines, the smallest first; the stages are those of the last."""
+    last = plans[-1][1]
+    guided = "with" if guidance else "without"
+    lines = [f"{model}: {last.video}, {guided} guidance, {dtype}", ""]
+    lines.append(f"{'stage':<10}{'weights':>10}{'peak':>10}{'largest buffer':>18}")
+    for stage in last.stages:
+        sizes = (gigabytes(n) for n in (stage.weights, stage.peak, stage.largest))
+        lines.append("{:<10}{:>10}{:>10}{:>18}".format(stage.name, *sizes))
+    lines.append("")
+    for machine, plan in plans:
+        usable = f"{machine.name} ({gigabytes(machine.budget)} for MLX)"
+        if plan.fits:
+            lines.append(f"{usable}: fits in {gigabytes(plan.peak)}, {plan.settings}")
+            continue
+        nearest = f"the nearest that fits: {plan.nearest}" if plan.nearest else "nor does any smaller video"
+        lines.append(f"{usable}: does not fit, {gigabytes(plan.peak)} at least; {nearest}")
+    if chip is not None:
+        lines.append(
+            f"{chip.name}: {last.step_seconds:.3g} s a step at its peak rates; real runs take longer"
+        )
+    return lines
+
+
+def gigabytes(nbytes: int) -> str:
+    """Bytes in 10^9, to two places."""
+    return f"{nbytes / 1e9:.2f} GB"

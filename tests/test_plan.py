@@ -1,0 +1,129 @@
+"""mlx-unet3d plan, and --memory of generate."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+from mlx_unet3d import media, memory
+from mlx_unet3d.chips import working_set
+from mlx_unet3d.cli import generate, main
+from tiny import write_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("plan") / "pipeline")
+
+
+@pytest.fixture
+def configs(folder, tmp_path):
+    """The folder without its weights."""
+    copy = tmp_path / "configs"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    return copy
+
+
+@pytest.fixture
+def limits():
+    before = mx.set_memory_limit(10**12), mx.set_cache_limit(10**9)
+    yield
+    mx.set_memory_limit(before[0])
+    mx.set_cache_limit(before[1])
+
+
+def test_plan_reads_configs_alone(configs, capsys):
+    assert main(["plan", "--model", str(configs), "--frames", "2", "--height", "32", "--width", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "2 frames of 64x32, with guidance, float32" in out or mx.default_device() == mx.gpu
+    for stage in ("prompt", "denoise", "decode"):
+        assert f"\n{stage} " in out
+    assert "this machine" in out
+    assert "defaults" in out
+
+
+def test_plan_for_a_chip_and_a_memory(configs, capsys):
+    command = ["plan", "--model", str(configs), "--frames", "1", "--chip", "m2-max"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "M2 Max with 32 GB" in out
+    assert "s a step at its peak rates" in out
+    assert "32x32, with guidance, float16" in out
+    assert main([*command, "--memory", "96GB", "--guidance", "1", "--video-to-video"]) == 0
+    out = capsys.readouterr().out
+    assert "M2 Max with 96 GB" in out
+    assert "without guidance" in out
+    assert "\nencode " in out
+
+
+def test_plan_takes_the_frames_that_a_checkpoint_recommends(configs, capsys):
+    index = json.loads((configs / "model_index.json").read_text())
+    index["_recommended"] = {"num_frames": 3}
+    (configs / "model_index.json").write_text(json.dumps(index))
+    assert main(["plan", "--model", str(configs), "--memory", "8"]) == 0
+    assert "3 frames of 32x32" in capsys.readouterr().out
+
+
+def test_plan_says_what_fits_instead(configs, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 700_000)
+    command = ["plan", "--model", str(configs), "--frames", "8", "--height", "256", "--width", "256"]
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    assert "does not fit" in out
+    assert "the nearest that fits" in out or "nor does any smaller video" in out
+
+
+def test_plan_refuses(configs, capsys):
+    for options, message in (
+        (["--chip", "M0"], "not in the table"),
+        (["--memory", "much"], "such as 16GB"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["plan", "--model", str(configs), *options])
+        assert message in capsys.readouterr().err
+    assert main(["plan", "--model", str(configs), "--height", "33"]) == 2
+    assert "multiple of 8" in capsys.readouterr().err
+
+
+def generated(folder, output, *options):
+    arguments = ["generate", "a cat", "--num-frames=2", "--steps=2", "--overwrite"]
+    assert main([*arguments, "--model", str(folder), "-o", str(output), *options]) == 0
+    return media.read_video(output)[0], media.read_metadata(output)
+
+
+def test_generate_chooses_settings_that_leave_the_video_as_it_is(
+    folder, tmp_path, capsys, monkeypatch, limits
+):
+    output = tmp_path / "video.png"
+    expected, metadata = generated(folder, output, "--memory", "off")
+    assert "memory: " not in capsys.readouterr().err
+    chosen = memory.Settings(sequential_guidance=True, frames=1, pixels=4)
+    plan = memory.Plan(memory.Video(2, 32, 32), chosen, (memory.Stage("denoise", 1, 10, 1, ""),), budget=100)
+    applied = []
+    monkeypatch.setattr(memory, "plan", lambda *_, **options: applied.append(options) or plan)
+    frames, same = generated(folder, output)
+    assert "memory: guidance in two passes" in capsys.readouterr().err
+    assert applied[0]["num_frames"] == 2
+    assert applied[0]["guidance"]
+    assert abs(frames.astype(int) - expected.astype(int)).max() <= 1
+    assert same == metadata
+
+
+def test_generate_takes_a_size_and_sets_limits(folder, tmp_path, capsys, limits):
+    generated(folder, tmp_path / "video.png", "--memory", "8GB")
+    assert mx.set_memory_limit(10**12) == working_set(8)
+    assert "peak memory" in capsys.readouterr().err
+
+
+def test_generate_says_where_it_may_not_fit(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    generated(folder, tmp_path / "video.png")
+    assert "memory: this may not fit" in capsys.readouterr().err
+
+
+def test_the_option_is_checked(capsys):
+    assert generate.memory_option("auto") == "auto"
+    assert generate.memory_option("16GB") == 16
+    with pytest.raises(SystemExit):
+        main(["generate", "a cat", "--memory", "none"])
+    assert "such as 16GB" in capsys.readouterr().err
