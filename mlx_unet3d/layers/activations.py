@@ -5,11 +5,37 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import cpu
+from . import fused
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x)."""
+    return cpu.silu(x) if cpu.active(x) else nn.silu(x)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """x * Phi(x), the exact one, by erf."""
+    return cpu.gelu(x) if cpu.active(x) else nn.gelu(x)
+
+
+def geglu(value: mx.array, gate: mx.array) -> mx.array:
+    """value * gelu(gate)."""
+    return value * cpu.gelu(gate) if cpu.active(gate) else fused.geglu(value, gate)
+
+
+class SiLU(nn.Module):
+    """`silu` as a layer without parameters."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return silu(x)
+
+
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "silu": nn.silu,
-    "swish": nn.silu,
+    "silu": silu,
+    "swish": silu,
     "mish": nn.mish,
-    "gelu": nn.gelu,  # the exact one, by erf
+    "gelu": gelu,
     "relu": nn.relu,
 }
 

@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .convolution import TemporalConv, conv2d, temporal_conv
 from .quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedTemporalConv
-from .resnet import TemporalConv
 
 ADAPTABLE = (nn.Linear, nn.Conv2d, TemporalConv, QuantizedLayer)
 """Layers that adapters can be put beside."""
@@ -80,9 +80,9 @@ class AdaptedLayer(nn.Module):
         if isinstance(self.base, (nn.Linear, QuantizedLinear)):
             h = x @ down.T
         elif isinstance(self.base, (nn.Conv2d, QuantizedConv2d)):
-            h = mx.conv2d(x, down, self.base.stride, self.base.padding)
+            h = conv2d(x, down, None, self.base.stride, self.base.padding)
         else:
-            h = mx.conv2d(x, down, padding=(1, 0))
+            h = temporal_conv(x, down)
         return h @ branch.up.T if "up" in branch else h
 
     @property

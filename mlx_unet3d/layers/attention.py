@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .fused import geglu
+from .. import cpu
+from .activations import geglu
 from .normalization import group_norm
 from .slicing import evaluate, in_sequence
 
@@ -307,6 +308,11 @@ class FeedForward(nn.Module):
         self.net = [GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)]
 
     def __call__(self, x: mx.array) -> mx.array:
+        # Unlike a GPU, the CPU gains by keeping what lies between the products in its cache.
+        rows = max(512, 2 * cpu.PIECE // (8 * x.shape[-1])) if cpu.active(x) else x.size
+        return cpu.in_rows(self._all, x, rows)
+
+    def _all(self, x: mx.array) -> mx.array:
         for layer in self.net:
             x = layer(x)
         return x

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import cpu
 from .attention import Attention, TextContext
 from .slicing import in_sequence, ranges
 
@@ -35,6 +36,8 @@ def fused_attention(
     """
     if mask is not None:
         mask = mask[:, None].astype(query.dtype)
+    if cpu.active(query):
+        return cpu.attention(query, key, value, attn.scale, mask)
 
     def attend(query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None = None) -> mx.array:
         return mx.fast.scaled_dot_product_attention(query, key, value, scale=attn.scale, mask=mask)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import cpu
+from .activations import silu
 from .fused import affine, affine_silu
 
 
@@ -30,6 +32,8 @@ class GroupNorm(nn.GroupNorm):
             act: None for none.
             swap: (B, F, L, C) -> (B, L, F, C), the second and third axes of the result exchanged.
         """
+        if cpu.active(x):
+            return self._on_cpu(x, shift, act, swap)
         n, channels = x.shape[0], x.shape[-1]
         groups, width = self.num_groups, x.shape[-1] // self.num_groups
         # (N, ..., C) -> (N, G, S, C/G), a view
@@ -48,10 +52,20 @@ class GroupNorm(nn.GroupNorm):
             y = y.reshape(n, groups, length, width).transpose(0, 2, 1, 3)
             shape = x.shape
         weight, bias = self.weight.reshape(groups, width), self.bias.reshape(groups, width)
-        if act is nn.silu:
+        if act is silu or act is nn.silu:
             return affine_silu(y, weight, bias).reshape(shape)
         y = affine(y, weight, bias).reshape(shape)
         return y if act is None else act(y)
+
+    def _on_cpu(
+        self, x: mx.array, shift: mx.array | None, act: Callable[[mx.array], mx.array] | None, swap: bool
+    ) -> mx.array:
+        if shift is not None:
+            shift = shift.reshape(-1, 1, x.shape[-1])
+            x = (x.reshape(shift.shape[0], -1, x.shape[-1]) + shift).reshape(x.shape)
+        y = cpu.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        y = y if act is None else act(y)
+        return y.transpose(0, 2, 1, 3) if swap else y
 
 
 def group_norm(num_groups: int, channels: int, eps: float = 1e-5) -> GroupNorm:

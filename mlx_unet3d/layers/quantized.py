@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .resnet import TemporalConv
+from .convolution import TemporalConv, conv2d, temporal_conv
 
 _MODES = {  # mode -> bits, group sizes; the first are the defaults
     "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
@@ -117,18 +117,27 @@ class QuantizedConv2d(QuantizedLayer):
         super().__init__(layer, quantization)
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
         self.groups = layer.groups
+        self.convolution = getattr(layer, "convolution", "fast")
 
     def __call__(self, x: mx.array) -> mx.array:
+        return self.convolve(x, self.bias if "bias" in self else None)
+
+    def convolve(self, x: mx.array, bias: mx.array | None) -> mx.array:
+        """See `Conv2d.convolve`."""
         weight = self.dense_weight(x.dtype)
-        y = mx.conv2d(x, weight, self.stride, self.padding, self.dilation, self.groups)
-        return y + self.bias if "bias" in self else y
+        options = self.stride, self.padding, self.dilation, self.groups
+        return conv2d(x, weight, bias, *options, precise=self.convolution == "precise")
 
 
 class QuantizedTemporalConv(QuantizedLayer):
     """A convolution over frames; see `TemporalConv`."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.conv2d(x, self.dense_weight(x.dtype), padding=(1, 0)) + self.bias
+        return self.convolve(x, self.bias)
+
+    def convolve(self, x: mx.array, bias: mx.array | None) -> mx.array:
+        """See `TemporalConv.convolve`."""
+        return temporal_conv(x, self.dense_weight(x.dtype), bias)
 
 
 _QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {

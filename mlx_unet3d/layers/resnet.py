@@ -5,13 +5,14 @@ Shapes: B batch, F frames, N = B*F, H W pixels, C channels. Sources: diffusers' 
 """
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import reduce
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .activations import get_activation
+from .activations import SiLU, get_activation, silu
+from .convolution import Conv2d, TemporalConv, without_bias
 from .fused import add
 from .normalization import group_norm
 from .slicing import WHOLE, Slicing, by_pixels, evaluate, group_norm_of_parts
@@ -21,38 +22,6 @@ class PointwiseConv2d(nn.Linear):
     """A 1x1 convolution, computed and stored as the matrix (O, I) that it is."""
 
     diffusers_layout = "conv2d_1x1"
-
-
-class TemporalConv(nn.Module):
-    """A convolution over frames only: diffusers' Conv3d with kernel (3, 1, 1) and padding (1, 0, 0).
-
-    Run as a conv2d with kernel (3, 1) over (B, F, H*W, C), which is a view; no conv3d kernel is needed.
-    Weight (O, 3, 1, I).
-    """
-
-    diffusers_layout = "conv3d_temporal"
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        bound = (3 * in_channels) ** -0.5
-        uniform = partial(mx.random.uniform, -bound, bound)
-        self.weight = uniform((out_channels, 3, 1, in_channels))
-        self.bias = uniform((out_channels,))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, F, L, I) -> (B, F, L, O)."""
-        return mx.conv2d(x, self.weight, padding=(1, 0)) + self.bias
-
-
-def without_bias(layer: nn.Module, x: mx.array) -> tuple[mx.array, mx.array | None]:
-    """The output of a convolution and the bias that is still to be added, None where it was."""
-    if type(layer) is nn.Conv2d and "bias" in layer:
-        return mx.conv2d(
-            x, layer.weight, layer.stride, layer.padding, layer.dilation, layer.groups
-        ), layer.bias
-    if type(layer) is TemporalConv:
-        return mx.conv2d(x, layer.weight, padding=(1, 0)), layer.bias
-    return layer(x), None
 
 
 def add_skip(skip: mx.array, h: mx.array, bias: mx.array | None) -> mx.array:
@@ -72,7 +41,7 @@ class TemporalConvLayer(nn.Module):
 
         def stage(*middle: nn.Module) -> list[nn.Module]:
             norm = group_norm(norm_num_groups, channels)
-            return [norm, nn.SiLU(), *middle, TemporalConv(channels, channels)]
+            return [norm, SiLU(), *middle, TemporalConv(channels, channels)]
 
         self.conv1 = stage()
         self.conv2 = stage(nn.Dropout(dropout))
@@ -91,7 +60,7 @@ class TemporalConvLayer(nn.Module):
         h = x.reshape(n // num_frames, num_frames, height * width, channels)
         bias = None
         for norm, _silu, *dropout, conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            h = norm(h, shift=bias, act=nn.silu)
+            h = norm(h, shift=bias, act=silu)
             for layer in dropout:
                 h = layer(h)
             h, bias = without_bias(conv, h)
@@ -132,11 +101,11 @@ class ResnetBlock2D(nn.Module):
     ):
         super().__init__()
         self.norm1 = group_norm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if temb_channels is not None:
             self.time_emb_proj = nn.Linear(temb_channels, out_channels)
         self.norm2 = group_norm(groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = PointwiseConv2d(in_channels, out_channels)
         self.act = get_activation(act_fn)
@@ -162,7 +131,7 @@ class Downsample2D(nn.Module):
         super().__init__()
         if padding not in (0, 1):
             raise ValueError(f"downsample_padding={padding} does not fit the skip connections; use 0 or 1")
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
         self.padding = padding
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -188,7 +157,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def __call__(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
         """(N, H, W, C) -> (N, 2H, 2W, C), or to `size` (height, width)."""

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from .activations import silu
 from .attention import Attention
+from .convolution import Conv2d
 from .normalization import group_norm
 from .resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
@@ -115,7 +117,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         widths = block_out_channels
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = [
             DownEncoderBlock2D(
                 widths[max(i - 1, 0)],
@@ -129,7 +131,7 @@ class Encoder(nn.Module):
         ]
         self.mid_block = UNetMidBlock2D(widths[-1], groups, act_fn, mid_block_add_attention)
         self.conv_norm_out = group_norm(groups, widths[-1], _EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.conv_in(x)
@@ -137,7 +139,7 @@ class Encoder(nn.Module):
             x = block(x)
         x = self.mid_block(x)
         # SiLU whatever act_fn is, as in the reference
-        return self.conv_out(self.conv_norm_out(x, act=nn.silu))
+        return self.conv_out(self.conv_norm_out(x, act=silu))
 
 
 class Decoder(nn.Module):
@@ -156,7 +158,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         coarse_first = tuple(block_out_channels)[::-1]
-        self.conv_in = nn.Conv2d(latent_channels, coarse_first[0], 3, padding=1)
+        self.conv_in = Conv2d(latent_channels, coarse_first[0], 3, padding=1)
         self.mid_block = UNetMidBlock2D(coarse_first[0], groups, act_fn, mid_block_add_attention)
         self.up_blocks = [
             UpDecoderBlock2D(
@@ -170,13 +172,13 @@ class Decoder(nn.Module):
             for i, width in enumerate(coarse_first)
         ]
         self.conv_norm_out = group_norm(groups, coarse_first[-1], _EPS)
-        self.conv_out = nn.Conv2d(coarse_first[-1], out_channels, 3, padding=1)
+        self.conv_out = Conv2d(coarse_first[-1], out_channels, 3, padding=1)
 
     def __call__(self, z: mx.array) -> mx.array:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(x, act=nn.silu))
+        return self.conv_out(self.conv_norm_out(x, act=silu))
 
 
 def blend(before: mx.array, tile: mx.array, extent: int, axis: int) -> mx.array:

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..checkpoints import ModelConfig, PretrainedModel
 from ..layers.activations import get_activation
+from ..layers.convolution import set_convolution
 from ..layers.resnet import PointwiseConv2d
 from ..layers.vae_blocks import Decoder, Encoder, in_chunks, tiled
 from ..noise import NoiseSource
@@ -323,6 +324,10 @@ class AutoencoderKL(PretrainedModel):
         one: 4 frames of 128x128, one of 256x256 and more, for Stable Diffusion's autoencoder.
         """
         return max(1, _CHUNK_ELEMENTS // self._elements_per_frame(height, width))
+
+    def set_convolution(self, mode: str) -> None:
+        """ "fast" (the default) or "precise", as `UNet3DConditionModel.set_convolution`."""
+        set_convolution(self.modules(), mode)
 
     def enable_slicing(self) -> None:
         """Evaluate frame by frame: least memory, same result."""
