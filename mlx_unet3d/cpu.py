@@ -25,12 +25,15 @@ PIECE = 2**20
 _SMALL = 2**13
 
 
-def active(x: mx.array) -> bool:
-    """Whether `x` is to be computed in these forms: float32, where the default device is the CPU."""
-    if x.dtype != mx.float32:
-        return False
+def chosen() -> bool:
+    """Whether the default device is the CPU, or what `routes` says in its place."""
     forced = _forced.get()
     return mx.default_device() == mx.Device(mx.cpu) if forced is None else forced
+
+
+def active(x: mx.array) -> bool:
+    """Whether `x` is to be computed in these forms: float32, on the CPU."""
+    return x.dtype == mx.float32 and chosen()
 
 
 @contextmanager

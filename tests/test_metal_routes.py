@@ -86,8 +86,8 @@ def test_element_wise_chains_are_fused(full):
     """Compiling all of a forward would fuse nothing more. Before this was so: 2262 kernels or more, and 70.1,
     285 and 895 GB."""
     work, step, _ = full
-    assert step.kernels <= 1767
-    assert round(step.bytes / 1e9, 1) == dict(zip(REFERENCE, (55.0, 221.3, 691.3), strict=True))[work]
+    assert step.kernels <= 1723
+    assert round(step.bytes / 1e9, 1) == dict(zip(REFERENCE, (53.9, 217.0, 677.4), strict=True))[work]
     assert step.kernels_fused == step.kernels
     chip = CHIPS["M2 Max"]
     # at least the FLOPs at the peak, where Winograd has a quarter or so of them

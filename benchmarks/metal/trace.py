@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_unet3d import cpu
 from mlx.utils import tree_map
 from mlx_unet3d.compilation import CompiledForward
 
@@ -253,7 +254,7 @@ def trace(fn: Callable[..., mx.array], *args: mx.array, model: nn.Module) -> Gra
     """
     tracer = _Tracer(model)
     records: list[dict[str, Any]] = []
-    with _patched(model, tracer):
+    with cpu.routes(False), _patched(model, tracer):
         mx.export_function(records.append, fn, *args)
 
     arrays: dict[str, Array] = {}

@@ -45,7 +45,7 @@ def fused_attention(
     states = [query, key, value] if mask is None else [query, key, value, mask]
     batch, heads, queries, _ = query.shape
     rows = max(1, _SCORES_AT_ONCE // (heads * queries * key.shape[2]))
-    if rows >= batch or mx.default_device() != mx.cpu:
+    if rows >= batch or not cpu.chosen():
         return attend(*states)
     return mx.concatenate(in_sequence(attend, ([x[r] for x in states] for r in ranges(batch, rows)), None))
 

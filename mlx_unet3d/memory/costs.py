@@ -1,11 +1,10 @@
-"""What MLX's backends take for an operation: scratch memory, what they fuse, how far they run ahead.
+"""What MLX's backends take for an operation: scratch memory, and how far they run ahead.
 
 Everything that differs between backends, and may change with MLX, is in this file. Source: MLX 0.32,
 `backend/cpu` and `backend/metal` (`conv.cpp`, `matmul.cpp`, `scaled_dot_product_attention.cpp`).
 """
 
 import math
-from collections import Counter
 
 from .tracing import Graph, Node
 from .views import ELEMENTWISE, View
@@ -19,14 +18,14 @@ class Backend:
     Attributes:
         name: "cpu" or "metal".
         gpu: whether attention and layer norms are operations of their own.
-        behind: pieces of work by which the release of buffers is behind, on average, where memory is over the
-            limit; the evaluator looks after every tenth.
+        behind: pieces of work by which the release of buffers is at most behind, where memory is over the
+            limit. On the CPU it is up to chance: an operation may begin while the last one is being released.
         donates: operations that write into an input, besides `views.DONATES`.
     """
 
     name = "cpu"
     gpu = False
-    behind = 5
+    behind = 1
     donates: frozenset[str] = frozenset()
 
     def scratch(self, node: Node, graph: Graph, views: dict[str, View]) -> list[int]:
@@ -67,10 +66,6 @@ class Backend:
             return 6
         shared = views[node.outputs[0]].buffer in {views[name].buffer for name in node.inputs}
         return 1 if shared and node.name not in ELEMENTWISE else 2
-
-    def fused(self, nodes: list[Node], graph: Graph) -> list[Node]:
-        """`nodes` with what `mx.compile` makes one of put together: activations and what leads to them."""
-        return _fuse_activations(nodes, graph)
 
 
 class MetalBackend(Backend):
@@ -122,46 +117,3 @@ class MetalBackend(Backend):
 
 
 BACKENDS = {backend.name: backend for backend in (Backend(), MetalBackend())}
-
-
-def _fuse_activations(nodes: list[Node], graph: Graph) -> list[Node]:
-    makers = {name: node for node in nodes for name in node.outputs}
-    uses = Counter(name for node in nodes for name in node.inputs)
-    uses.update(graph.wanted)
-    readers: dict[str, Node] = {}
-    for node in nodes:
-        for name in node.inputs:
-            readers[name] = node  # of use where there is one only
-    places = {id(node): i for i, node in enumerate(nodes)}
-    replaced: dict[int, Node | None] = {}
-
-    def constant(name: str) -> bool:
-        maker = makers.get(name)
-        return maker is not None and maker.name == "Broadcast" and graph.shapes[maker.inputs[0]] == ()
-
-    for seed in nodes:
-        if seed.name not in ("Sigmoid", "Erf") or id(seed) in replaced:
-            continue
-        group = {id(seed): seed}
-        source = makers.get(seed.inputs[0])
-        if source is not None and source.name in ELEMENTWISE and uses[seed.inputs[0]] == 1:
-            group[id(source)] = source
-        outside = {name for node in group.values() for name in node.inputs}
-        last = seed
-        while uses[last.outputs[0]] == 1 and last.outputs[0] in readers:
-            reader = readers[last.outputs[0]]
-            others = [name for name in reader.inputs if name != last.outputs[0]]
-            known = all(name in outside or constant(name) for name in others)
-            if reader.name not in ELEMENTWISE or not known:
-                break
-            group[id(reader)] = last = reader
-        made = {name for node in group.values() for name in node.outputs}
-        inputs = dict.fromkeys(
-            name
-            for node in sorted(group.values(), key=lambda node: places[id(node)])
-            for name in node.inputs
-            if name not in made and not constant(name)
-        )
-        replaced.update(dict.fromkeys(group))
-        replaced[id(last)] = Node("Compiled", tuple(inputs), last.outputs)
-    return [replaced.get(id(node), node) for node in nodes if replaced.get(id(node), node) is not None]

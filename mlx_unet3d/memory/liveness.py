@@ -95,7 +95,7 @@ class _Buffers:
 
 def simulate(graph: Graph, backend: Backend) -> Memory:
     """The memory of one evaluation of `graph`."""
-    nodes = backend.fused(order(graph), graph)
+    nodes = order(graph)
     left = Counter(name for node in nodes for name in node.inputs)
     left.update(graph.wanted)
     buffers = _Buffers()

@@ -1,5 +1,6 @@
 """The graph of a computation, by shapes alone: nothing is computed and nothing allocated."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -7,11 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import cpu
 from ..layers.slicing import sketched
 
-# Fast operations are taken apart where they are traced without a GPU. For the GPU they are marked instead: a
-# dependency on an array of this many axes, which none of our networks has.
-_MARKS = {"LayerNorm": 11, "ScaledDotProductAttention": 12}
+# What the trace takes apart, but a backend does at once, is marked: a dependency on an array of so many
+# axes, which none of our networks has. Those of `mx.fast` are taken apart where there is no GPU, compiled
+# functions always.
+_MARKS = {"Compiled": 10, "LayerNorm": 11, "ScaledDotProductAttention": 12}
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,54 @@ def trace(
                 )
             )
 
-    with sketched(), _fast_operations_marked() if gpu else nullcontext():
+    with sketched(), _compiled_functions_marked(), _fast_operations_marked() if gpu else nullcontext():
         mx.export_function(record, fn, *arguments)
     return graph
 
 
+def _mark(name: str) -> mx.array:
+    array = mx.zeros((1,) * _MARKS[name])
+    mx.eval(array)
+    return array
+
+
+@contextmanager
+def _compiled_functions_marked() -> Iterator[None]:
+    """Element-wise functions of `mx.compile`, wherever they are imported, as one operation each."""
+    mark = _mark("Compiled")
+
+    def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(*args: mx.array) -> Any:
+            made = function(*args)  # for its form alone
+            results = [made] if isinstance(made, mx.array) else list(made)
+            like = next(a for a in args if a.shape == results[0].shape)
+            others = [a for a in args if a is not like]
+            results = mx.depends([like] * len(results), [*others, mark])
+            return results[0] if isinstance(made, mx.array) else type(made)(results)
+
+        return marked
+
+    kind = type(mx.compile(lambda x: x))
+    found = [
+        (module, name, value)
+        for path, module in list(sys.modules.items())
+        if path.startswith(("mlx_unet3d.", "mlx.nn")) and module is not None
+        for name, value in vars(module).items()
+        if type(value) is kind
+    ]
+    stand_ins = {id(value): stand_in(value) for _, _, value in found}
+    try:
+        for module, name, value in found:
+            setattr(module, name, stand_ins[id(value)])
+        yield
+    finally:
+        for module, name, value in found:
+            setattr(module, name, value)
+
+
 @contextmanager
 def _fast_operations_marked() -> Iterator[None]:
-    def mark(name: str) -> mx.array:
-        array = mx.zeros((1,) * _MARKS[name])
-        mx.eval(array)
-        return array
-
-    norm_mark, attention_mark = mark("LayerNorm"), mark("ScaledDotProductAttention")
+    norm_mark, attention_mark = _mark("LayerNorm"), _mark("ScaledDotProductAttention")
 
     def layer_norm(x, weight, bias, eps, **_):
         return mx.depends([x], [a for a in (weight, bias, norm_mark) if a is not None])[0]
@@ -109,10 +147,10 @@ def _fast_operations_marked() -> Iterator[None]:
         masks = [mask] if isinstance(mask, mx.array) else []
         return mx.depends([q], [k, v, *masks, attention_mark])[0]
 
-    originals = mx.fast.layer_norm, mx.fast.scaled_dot_product_attention, mx.default_device
+    originals = mx.fast.layer_norm, mx.fast.scaled_dot_product_attention
     mx.fast.layer_norm, mx.fast.scaled_dot_product_attention = layer_norm, attention
-    mx.default_device = lambda: mx.Device(mx.gpu)  # for what asks it for the better route
     try:
-        yield
+        with cpu.routes(False):
+            yield
     finally:
-        mx.fast.layer_norm, mx.fast.scaled_dot_product_attention, mx.default_device = originals
+        mx.fast.layer_norm, mx.fast.scaled_dot_product_attention = originals
