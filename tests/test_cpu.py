@@ -105,10 +105,10 @@ def test_attention(shape, length, masked, monkeypatch):
 
 
 def test_attention_holds_a_piece_of_the_scores():
-    query = normal(8, 2, 512, 16)
-    scores = 8 * 2 * 512 * 512 * 4
+    query = normal(32, 2, 512, 16)
+    scores = 32 * 2 * 512 * 512 * 4
 
-    assert peak(True, lambda q: cpu.attention(q, q, q, 0.25), query) < scores
+    assert peak(True, lambda q: cpu.attention(q, q, q, 0.25), query) < 0.5 * scores
     assert peak(False, lambda q: mx.fast.scaled_dot_product_attention(q, q, q, scale=0.25), query) > scores
 
 

@@ -43,8 +43,8 @@ CASES = [  # widths, frames, latent size, guidance, settings
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the measurement is of the CPU backend")
 def test_predicted_peaks_are_within_a_tenth_of_measured_ones(exact_peaks):
-    """Of the largest of some measurements, which differ as MLX gets ahead of the release of buffers by chance; a
-    few settings never show their worst. None is above it, and none is below what is alive at the least."""
+    """Of the largest of some measurements, which differ as MLX gets ahead of the release of buffers by luck;
+    a few settings never show their worst. None is above it, none below what is alive at the least."""
     near = 0
     for widths, frames, size, guidance, settings in CASES:
         config = UNET | {"block_out_channels": widths}
