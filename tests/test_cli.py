@@ -75,6 +75,9 @@ FLAGS = {
     "--rng": ("mlx", dict(rng="mlx")),
     "--eta": ("0.5", dict(eta=0.5)),
     "--clip-skip": ("1", dict(clip_skip=1)),
+    "--cache-interval": ("2", dict(cache_interval=2)),
+    "--guidance-from": ("0.5", dict(guidance_interval=(0.5, 1.0))),
+    "--guidance-to": ("0.5", dict(guidance_interval=(0.0, 0.5))),
 }
 
 
@@ -87,6 +90,23 @@ def test_flags_are_wired(model, flag):
     if flag != "--seed":
         base = api_frames(model)
         assert frames.shape != base.shape or not np.array_equal(frames, base)
+
+
+def test_cache_depth(model):
+    settings = ["--cache-interval", "2", "--cache-depth", "2"]
+    assert generate(model, "-o", "out.png", *settings) == 0
+    frames, _ = media.read_video("out.png")
+    assert np.array_equal(frames, api_frames(model, cache_interval=2, cache_depth=2))
+    assert not np.array_equal(frames, api_frames(model, cache_interval=2))
+
+
+def test_convolution(model, monkeypatch):
+    modes = []
+    monkeypatch.setattr(UNet3DConditionModel, "set_convolution", lambda self, mode: modes.append(mode))
+    assert generate(model, "-o", "out.png", "--convolution", "precise") == 0
+    assert main(["generate", "--from", "out.png", "-o", "again.png"]) == 0
+    assert generate(model, "-o", "fast.png") == 0
+    assert modes == ["precise", "precise", "fast"]
 
 
 def test_scheduler_and_dtypes(model):

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import NonFiniteError
-from . import convert, decode, doctor, generate, info, plan
+from . import bench, convert, decode, doctor, generate, info, plan
 
-_COMMANDS = (generate, plan, decode, convert, info, doctor)
+_COMMANDS = (generate, plan, decode, convert, info, doctor, bench)
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 

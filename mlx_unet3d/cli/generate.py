@@ -44,6 +44,11 @@ _DEFAULTS: dict[str, Any] = {
     "revision": None,
     "variant": None,
     "lora": None,
+    "convolution": "fast",
+    "cache_interval": 1,
+    "cache_depth": 1,
+    "guidance_from": 0.0,
+    "guidance_to": 1.0,
     "video": None,
     "strength": 0.6,
 }
@@ -97,6 +102,26 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--eta", type=options.number, help="noise of DDIM, 0 to 1 (default: 0)")
     group.add_argument("--clip-skip", type=options.count, help="layers of the text encoder to leave out")
 
+    group = parser.add_argument_group("less work, another result")
+    group.add_argument(
+        "--cache-interval",
+        type=options.count,
+        metavar="N",
+        help="run the deep layers only every N steps (default: 1, always)",
+    )
+    group.add_argument(
+        "--cache-depth", type=options.count, metavar="N", help="layers that always run (default: 1)"
+    )
+    group.add_argument(
+        "--guidance-from",
+        type=options.number,
+        metavar="SHARE",
+        help="guidance from this share of the run on, 0 to 1 (default: 0)",
+    )
+    group.add_argument(
+        "--guidance-to", type=options.number, metavar="SHARE", help="and up to this one (default: 1)"
+    )
+
     group = parser.add_argument_group("video to video")
     group.add_argument("--video", metavar="FILE", help="video to change, to --height and --width if given")
     group.add_argument("--strength", type=options.number, help="how much to change, to 1 (default: 0.6)")
@@ -113,6 +138,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--dtype",
         choices=options.DTYPES,
         help="of the network (default: float16 on a GPU, float32 on a CPU)",
+    )
+    parser.add_argument(
+        "--convolution",
+        choices=("fast", "precise"),
+        help="3x3 convolutions of the UNet: precise takes no Winograd on a Mac's GPU (default: fast)",
     )
     parser.add_argument(
         "--memory",
@@ -242,6 +272,7 @@ def resumed_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[mx.
         raise ValueError(
             f"--resume finishes the run of {args.resume} as it was begun; leave out {', '.join(names)}"
         )
+    settings = _DEFAULTS | settings
     settings["replayed_weights"] = settings.get("weights")
     del settings["steps_done"]
     return settings, predictions
@@ -274,6 +305,7 @@ def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipel
     if settings["scheduler"] is not None:
         pipe.scheduler = scheduler_from_config(pipe.scheduler.config, settings["scheduler"])
     settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
+    pipe.unet.set_convolution(settings["convolution"])
     settings["weights"] = pipe.weights_checksum
     for path, weight in json.loads(settings.get("lora") or "[]"):
         file = read_adapter(path, local_files_only=args.local_files_only)
@@ -392,6 +424,9 @@ def steps(
         seed=settings["seed"],
         rng=settings["rng"],
         predictions=predictions,
+        guidance_interval=(settings["guidance_from"], settings["guidance_to"]),
+        cache_interval=settings["cache_interval"],
+        cache_depth=settings["cache_depth"],
     )
     if isinstance(pipe, VideoToVideoPipeline):
         return pipe.steps(states, video, strength=settings["strength"], **common)

@@ -2,7 +2,8 @@
 
 from .limits import apply_limits, available, parse_memory
 from .networks import Network, Networks, read_networks
-from .planner import Plan, Settings, Stage, Video, plan
+from .planner import Plan, Settings, Stage, Video, plan, step_work
+from .roofline import Work
 
 __all__ = [
     "Network",
@@ -11,9 +12,11 @@ __all__ = [
     "Settings",
     "Stage",
     "Video",
+    "Work",
     "apply_limits",
     "available",
     "parse_memory",
     "plan",
     "read_networks",
+    "step_work",
 ]

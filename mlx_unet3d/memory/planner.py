@@ -13,7 +13,7 @@ from ..layers.slicing import Slicing
 from .costs import BACKENDS, Backend
 from .liveness import Memory, simulate
 from .networks import Networks
-from .roofline import seconds
+from .roofline import Work, seconds, work
 from .tracing import Graph
 
 # Of a budget, what is left to itself: predictions are within a tenth of what is measured.
@@ -187,6 +187,12 @@ def plan(
     if not found.fits and find_nearest:
         found = replace(found, nearest=planner.nearest(video))
     return found
+
+
+def step_work(networks: Networks, video: Video, dtype: mx.Dtype) -> Work:
+    """What a denoising step has to do, as a GPU does it: direct sums for convolutions, guidance in one pass."""
+    planner = Planner(networks, dtype, dtype, None, BACKENDS["metal"])
+    return work(planner.forward(video, Settings()))
 
 
 def _check(video: Video, networks: Networks) -> None:
