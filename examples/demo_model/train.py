@@ -55,7 +55,7 @@ SCHEDULER = dict(
 )
 
 
-RECOMMENDED = dict(num_frames=world.FRAMES, num_inference_steps=8, guidance_scale=3.0)
+RECOMMENDED = dict(num_frames=world.FRAMES, num_inference_steps=8, guidance_scale=2.0)
 
 
 class Run:
@@ -572,7 +572,7 @@ def main() -> None:
     elif args.stage == "text":
         train_text(args.out, args.threads, args.steps or 600)
     elif args.stage == "text-to-video":
-        train_text_to_video(args.out, args.threads, args.steps or 10600, args.stills, args.focus)
+        train_text_to_video(args.out, args.threads, args.steps or 12700, args.stills, args.focus)
     else:
         export(args.out)
 
