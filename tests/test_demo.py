@@ -73,5 +73,5 @@ def test_held_out_prompts(pipe):
         for prompt, clip in zip(prompts, frames, strict=True)
     ]
     for name in world.ATTRIBUTES:
-        assert sum(verdict[name] for verdict in right) >= 7, name
-    assert sum(all(verdict.values()) for verdict in right) >= 4
+        assert sum(verdict[name] for verdict in right) >= 8, name
+    assert sum(all(verdict.values()) for verdict in right) >= 6

@@ -190,7 +190,7 @@ def plan(
 
 
 def step_work(networks: Networks, video: Video, dtype: mx.Dtype) -> Work:
-    """What a denoising step has to do as a GPU does it: direct sums for convolutions, guidance in one pass."""
+    """What a denoising step has to do on a GPU: convolutions as direct sums, guidance in one pass."""
     planner = Planner(networks, dtype, dtype, None, BACKENDS["metal"])
     return work(planner.forward(video, Settings()))
 
