@@ -4,7 +4,13 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
 from reference import unet_pair
+
+pytestmark = pytest.mark.parity
 
 ROOT = Path(__file__).parents[2]
 
