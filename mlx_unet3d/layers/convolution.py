@@ -189,9 +189,8 @@ def _winograd(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     parts = []
     for start in range(0, out_channels, step):
         channels = slice(start, start + step)
-        part = weight[channels]
-        if parts:  # one after the other, see `cpu.in_turn`
-            part = mx.depends([part], [parts[-1]])[0]
+        # One after the other, see `cpu.in_turn`, and the first not before it is needed.
+        part = mx.depends([weight[channels]], [parts[-1] if parts else x])[0]
         matrices = [m.T for m in _filter_tiles(*(part[:, i, j] for i in range(3) for j in range(3)))]
         parts.append(_winograd_products(x, matrices, None if bias is None else bias[channels]))
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
@@ -250,6 +249,7 @@ def _temporal_winograd(x: mx.array, weight: mx.array, bias: mx.array | None) -> 
     """A convolution over frames with padding 1, some pairs of output frames at a time."""
     _, frames, pixels, channels = x.shape
     out_channels = weight.shape[0]
+    weight = mx.depends([weight], [x])[0]  # not before it is needed
     matrices = [m.T for m in _compiled_filter_rows(*(weight[:, i, 0] for i in range(3)))]
     step = max(max(512, 320 * 1024 // channels) // pixels, 1)
 
