@@ -62,9 +62,9 @@ def main() -> None:
         found = forward()
         seconds, peak = time.perf_counter() - start, mx.get_peak_memory() - weights
         error = np.square(found - expected).mean()
-        snr = 10 * np.log10(np.square(expected).mean() / error)
+        snr = f"{10 * np.log10(np.square(expected).mean() / error):.1f}" if error else "equal"
         cells = [how, f"{nbytes / 1e9:.2f}", f"{8 * nbytes / parameters:.2f}", f"{peak / 1e9:.2f}"]
-        print("| " + " | ".join([*cells, f"{snr:.1f}", f"{seconds:.0f}"]) + " |", flush=True)
+        print("| " + " | ".join([*cells, snr, f"{seconds:.0f}"]) + " |", flush=True)
 
 
 if __name__ == "__main__":

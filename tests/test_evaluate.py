@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tiny
 from mlx_unet3d import media
+from mlx_unet3d.checkpoints import find_folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "evaluate.py"
@@ -41,6 +42,20 @@ def test_table(tmp_path):
     compared = again.stdout.strip().splitlines()[-1].split("|")[-2].strip()
     assert compared == "equal" or float(compared.removesuffix(" dB")) > 50
     assert len(list((tmp_path / "clips").glob("*.webp"))) == 2
+
+
+def test_quantization_table():
+    """The demo's weights are in half precision as they are; 8 bits change them by little, 4 by more."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "quantization.py"), str(find_folder("demo"))]
+    options = ["--quantize", "none", "8", "4-32", "--shape", "2", "4", "4"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.strip().splitlines()[2:]]
+    assert [row[0] for row in rows] == ["none", "8", "4-32"]
+    assert rows[0][4] == "equal"
+    bits = [float(row[2]) for row in rows]
+    assert bits[0] == 16
+    assert 16 > bits[1] > bits[2] > 4
+    assert float(rows[1][4]) > float(rows[2][4]) + 6 > 16
 
 
 def test_contact_sheet(tmp_path):
