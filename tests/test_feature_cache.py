@@ -174,8 +174,10 @@ def test_going_on(pipe, saving):
         (dict(guidance_interval=(0.5, 0.5)), "guidance_interval"),
         (dict(guidance_interval=(-0.1, 0.5)), "guidance_interval"),
         (dict(guidance_interval=(0.2, 1.1)), "guidance_interval"),
+        (dict(guidance_interval=(0.2, 1.0), guidance_scale=1.0), "guides none of it; use a scale above 1"),
+        (dict(cache_depth=2), "use a cache_interval above 1"),
     ],
 )
 def test_pipeline_refuses(pipe, saving, message):
     with pytest.raises(ValueError, match=message):
-        pipe("a cat", **SETTINGS, **saving)
+        pipe("a cat", **SETTINGS | saving)

@@ -62,6 +62,7 @@ class GroupNorm(nn.GroupNorm):
     ) -> mx.array:
         if shift is not None:
             shift = shift.reshape(-1, 1, x.shape[-1])
+            # (N, ..., C) -> (B, S, C) and back
             x = (x.reshape(shift.shape[0], -1, x.shape[-1]) + shift).reshape(x.shape)
         y = cpu.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         y = y if act is None else act(y)

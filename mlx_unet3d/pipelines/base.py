@@ -527,13 +527,27 @@ class VideoPipeline:
             raise ValueError(f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}")
 
     def _check_savings(
-        self, guidance_interval: tuple[float, float], cache_interval: int, cache_depth: int
+        self,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        cache_interval: int,
+        cache_depth: int,
     ) -> None:
         check_count("cache_interval", cache_interval)
         self.unet.check_cache_depth(cache_depth)
         if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
             raise ValueError(
                 f"guidance_interval={guidance_interval!r} must be two numbers, rising, from 0 to 1"
+            )
+        if tuple(guidance_interval) != (0, 1) and guidance_scale <= 1:
+            raise ValueError(
+                f"guidance_interval={guidance_interval!r} is a part of the run to guide, but "
+                f"guidance_scale={guidance_scale:g} guides none of it; use a scale above 1"
+            )
+        if cache_depth != 1 and cache_interval == 1:
+            raise ValueError(
+                f"cache_depth={cache_depth} counts the layers that run in every step, but with "
+                "cache_interval=1 all do; use a cache_interval above 1"
             )
 
     def _finish(

@@ -103,7 +103,7 @@ class VideoToVideoPipeline(VideoPipeline):
         guidance_scale = self.guidance_scale(guidance_scale)
         self._need("unet")
         self._check_call(num_inference_steps, guidance_scale, eta)
-        self._check_savings(guidance_interval, cache_interval, cache_depth)
+        self._check_savings(guidance_scale, guidance_interval, cache_interval, cache_depth)
         batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
         noise = BatchNoise(seed, rng, batch)
         self.scheduler.set_timesteps(num_inference_steps)
