@@ -92,7 +92,7 @@ def convert(
     )
     for line in summary(plan):
         say(line)
-    check_space(target, sum(component.nbytes for component in plan.components))
+    check_space(target, plan.nbytes)
     with whole_folder(target) as partial:
         for component in plan.components:
             write(component, partial / component.name, layout, shard_bytes, progress)

@@ -1,5 +1,6 @@
 """What a conversion would do: what becomes of each tensor, network and checkpoint."""
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,24 @@ class TensorPlan:
     source_layout: str
     target_layout: str
     quantization: Quantization | None = None
+
+    @property
+    def turned(self) -> str:
+        """How its axes are turned, in the letters of `mlx_unet3d.checkpoints.layouts`; empty where they stay."""
+        if self.source_layout == self.target_layout or self.layout in ("identity", "linear"):
+            return ""
+        diffusers, mlx = {
+            "conv2d": ("OIhw", "OhwI"),
+            "conv2d_1x1": ("OI11", "OI"),
+            "conv3d_temporal": ("OIhw1", "OhwI"),
+        }[self.layout]
+        return f"{diffusers} to {mlx}" if self.target_layout == "mlx" else f"{mlx} to {diffusers}"
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes to be held at once while it is converted: as read, as cast, and with its axes turned."""
+        result = math.prod(self.shape) * self.dtype.size
+        return self.info.nbytes + 2 * result
 
     def make(self) -> mx.array:
         """The result before it is quantized, read and computed anew."""
@@ -145,3 +164,22 @@ class CheckpointPlan:
     tokenizer: mlx_unet3d.CLIPTokenizer | None = None
     scheduler: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights to write."""
+        return sum(component.nbytes for component in self.components)
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of weights to be held at once: a tensor is converted at a time."""
+        return max(tensor.working_bytes for component in self.components for tensor in component.tensors)
+
+    @property
+    def verifying_bytes(self) -> int:
+        """Bytes of weights that comparing the forwards holds at once: those of the largest network."""
+        sizes = (
+            sum(math.prod(tensor.shape) * tensor.dtype.size for tensor in component.tensors)
+            for component in self.components
+        )
+        return max(sizes)

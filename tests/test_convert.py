@@ -124,7 +124,34 @@ def test_dry_run_prints_every_tensor(model, capsys):
     keys = {key for name in NETWORKS for key in tensors(model / name)}
     assert {line.split()[0] for line in lines if " -> " in line} == keys
     assert any(line.endswith("F32 (8, 3, 3, 4) -> float16 (8, 3, 3, 4)") for line in lines)
+    nbytes = sum(2 * array.size for name in NETWORKS for array in tensors(model / name).values())
+    assert lines[-1].startswith(f"{nbytes / 1e9:.2f} GB to write, 0.00 GB of weights in memory at once")
     assert not os.listdir()
+
+
+def test_dry_run_says_how_axes_are_turned(model, capsys):
+    assert convert(model / "unet", "--dry-run", "--to", "diffusers") == 0
+    out = capsys.readouterr().out
+    assert "conv_in.weight" in out
+    assert "F32 (8, 3, 3, 4) -> float32 (8, 4, 3, 3) OhwI to OIhw\n" in out
+    assert "OhwI to OIhw1\n" in out  # temporal convolutions
+
+
+def test_dry_run_lists_all_that_does_not_fit(model, capsys):
+    """Where the message of the error shows the first few of each side."""
+    folder = shutil.copytree(model / "unet", Path("renamed"))
+    file = folder / "diffusion_pytorch_model.safetensors"
+    renamed = {key.replace("down_blocks", "dwn_blocks"): array for key, array in mx.load(str(file)).items()}
+    mx.save_safetensors(str(file), renamed, {"format": "mlx"})
+    assert convert(folder, "--dry-run") == 2
+    captured = capsys.readouterr()
+    strange = sorted(key for key in renamed if "dwn_blocks" in key)
+    assert len(strange) > 50
+    assert all(f"  {key}  (nearest: {key.replace('dwn', 'down')})" in captured.out for key in strange[:50])
+    assert sum("dwn_blocks" in line.split("(nearest")[0] for line in captured.out.splitlines()) == len(strange)
+    assert "and 1" in captured.err
+    assert captured.err.count("\n") < 25
+    assert os.listdir() == ["renamed"]
 
 
 def test_card(model):

@@ -13,7 +13,7 @@ from .layouts import file_shapes
 
 _SHOWN = 8
 # Finding the nearest name takes the product of the numbers and of the lengths; real ones stay far below.
-_COMPARED, _LONGEST = 5000, 200
+_COMPARED, _LONGEST, _NEAREST = 5000, 200, 100
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,34 @@ def majority_dtype(headers: Mapping[Path, Header]) -> tuple[mx.Dtype | None, dic
     return (None if most is None else MLX_DTYPES.get(most, mx.float32)), nbytes
 
 
+class MismatchError(CheckpointError):
+    """A checkpoint does not fit the parameters of a model: all that is wrong, of which the message shows a few.
+
+    Attributes:
+        missing: parameters that no tensor is for.
+        unexpected: tensors that no parameter is for.
+        wrong: tensors of the wrong shape or kind, and why.
+        headline, advice: the first and the last line.
+    """
+
+    def __init__(
+        self, headline: str, missing: list[str], unexpected: list[str], wrong: list[str], advice: str
+    ) -> None:
+        self.headline, self.advice = headline, advice
+        self.missing, self.unexpected, self.wrong = missing, unexpected, wrong
+        super().__init__("\n".join(self.lines(_SHOWN)))
+
+    def lines(self, shown: int) -> list[str]:
+        """What is wrong, at most `shown` of each kind, with the nearest of the other side."""
+        return [
+            self.headline,
+            *_listing("missing", self.missing, self.unexpected, shown),
+            *_listing("unexpected", self.unexpected, self.missing, shown),
+            *_listing("do not fit", self.wrong, [], shown),
+            self.advice,
+        ]
+
+
 def match(
     what: str,
     expected: Mapping[str, Expected],
@@ -78,7 +106,8 @@ def match(
         rename: parameter name of a key, given all the keys.
 
     Raises:
-        CheckpointError: keys are missing, unexpected, of the wrong shape or kind, or come twice.
+        MismatchError: keys are missing, unexpected, or of the wrong shape or kind.
+        CheckpointError: two keys are the same parameter.
     """
     infos = {key: info for header in headers.values() for key, info in header.tensors.items()}
     keys = frozenset(infos)
@@ -117,19 +146,16 @@ def match(
         )
         if found
     ]
-    lines = [f"{what}: of {len(expected)} parameters and {len(infos)} tensors, {', '.join(counts)}"]
-    lines += _listing("missing", missing, unexpected)
-    lines += _listing("unexpected", unexpected, missing)
-    lines += _listing("do not fit", wrong, [])
     if wrong and other_layout == len(wrong):
         said, other = ("mlx", "diffusers") if layout == "mlx" else ("diffusers", "mlx")
-        lines.append(
+        advice = (
             f"All of these would fit in the {other} layout, while the file's metadata says {said}: "
             "correct its 'format' ('mlx' or 'pt') or convert it again."
         )
     else:
-        lines.append("Check that config.json and the weights belong together and to this class.")
-    raise CheckpointError("\n".join(lines))
+        advice = "Check that config.json and the weights belong together and to this class."
+    headline = f"{what}: of {len(expected)} parameters and {len(infos)} tensors, {', '.join(counts)}"
+    raise MismatchError(headline, missing, unexpected, wrong, advice)
 
 
 def _misfit(info: TensorInfo, want: Expected, layout: str) -> str | None:
@@ -147,14 +173,14 @@ def _is_floating(name: str) -> bool:
     return name == "F64" or (name in MLX_DTYPES and mx.issubdtype(MLX_DTYPES[name], mx.floating))
 
 
-def _listing(title: str, items: list[str], candidates: list[str]) -> list[str]:
+def _listing(title: str, items: list[str], candidates: list[str], shown: int) -> list[str]:
     if not items:
         return []
     lines = [f"{title} ({len(items)}):"]
     candidates = [name for name in candidates[:_COMPARED] if len(name) <= _LONGEST]
-    for item in (name[:_LONGEST] for name in items[:_SHOWN]):
-        near = difflib.get_close_matches(item, candidates, n=1)
+    for i, item in enumerate(name[:_LONGEST] for name in items[:shown]):
+        near = difflib.get_close_matches(item, candidates, n=1) if i < _NEAREST else []
         lines.append(f"  {item}" + (f"  (nearest: {near[0]})" if near else ""))
-    if len(items) > _SHOWN:
-        lines.append(f"  ... and {len(items) - _SHOWN} more")
+    if len(items) > shown:
+        lines.append(f"  ... and {len(items) - shown} more")
     return lines

@@ -3,7 +3,10 @@
 import argparse
 from collections.abc import Iterator
 
+from ..checkpoints.matching import MismatchError
 from . import options
+
+_ALL = 10**6  # lines of what does not fit; a damaged header may name more
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -84,8 +87,12 @@ def run(args: argparse.Namespace) -> int:
         local_files_only=args.local_files_only,
     )
     if args.dry_run:
-        for line in table(converter.plan_checkpoint(args.hf_path, **common)):
-            print(line)
+        try:
+            plan = converter.plan_checkpoint(args.hf_path, **common)
+        except MismatchError as error:  # of which the message shows a part
+            print(*error.lines(_ALL), sep="\n")
+            raise
+        print(*table(plan), sep="\n")
         return 0
     converter.convert(
         args.hf_path,
@@ -103,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(plan) -> Iterator[str]:
-    """A line a tensor: name and shape in the source, and in the result; and what is assumed."""
+    """A line a tensor: name, dtype and shape in the source and in the result, and how its axes are turned; what
+    is assumed; and what the conversion takes."""
     for component in plan.components:
         names = ", ".join(path.name for path in component.files)
         yield f"{component.title}: {names} ({component.reason})"
@@ -116,8 +124,13 @@ def table(plan) -> Iterator[str]:
             before = f"{tensor.key:<{width}} {tensor.info.dtype} {tensor.info.shape}"
             if tensor.quantization is not None:
                 dtype = f"{tensor.quantization.mode} {tensor.quantization.bits} bits"
-            yield f"  {before} -> {renamed}{dtype} {tensor.shape}"
+            turned = f" {tensor.turned}" if tensor.turned else ""
+            yield f"  {before} -> {renamed}{dtype} {tensor.shape}{turned}"
         for key in component.dropped:
             yield f"  {key:<{width}} -> not needed"
         yield f"  {len(component.tensors)} tensors, {component.nbytes / 1e9:.2f} GB"
     yield from plan.notes
+    yield (
+        f"{plan.nbytes / 1e9:.2f} GB to write, {plan.working_bytes / 1e9:.2f} GB of weights in memory at once, "
+        f"{plan.verifying_bytes / 1e9:.2f} GB with --verify"
+    )

@@ -24,7 +24,7 @@ _MAX_ELEMENTS = 2**31 - 1
 _CHUNK_ELEMENTS = 2**24
 
 # Far above any network, and few enough to be built before the weights are held against it.
-_MOST_LEVELS, _MOST_LAYERS = 16, 100
+_MOST_LEVELS, _MOST_LAYERS = 8, 100
 
 # Names of the attention in files from before mid-2023.
 _LEGACY_SEGMENTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -58,7 +58,7 @@ from .outputs import ModelOutput
 _TRANSFORMER_IN_HEADS = 8
 
 # Far above any network, and few enough to be built before the weights are held against it.
-_MOST_LEVELS, _MOST_LAYERS = 16, 100
+_MOST_LEVELS, _MOST_LAYERS = 8, 100
 
 # Keys of early ModelScope configs, which later became fixed, with the values that this network has.
 _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
