@@ -39,7 +39,7 @@ class TensorPlan:
 
     @property
     def turned(self) -> str:
-        """How its axes are turned, in the letters of `mlx_unet3d.checkpoints.layouts`; empty where they stay."""
+        """How its axes are turned, in the letters of `mlx_unet3d.checkpoints.layouts`; empty if they stay."""
         if self.source_layout == self.target_layout or self.layout in ("identity", "linear"):
             return ""
         diffusers, mlx = {

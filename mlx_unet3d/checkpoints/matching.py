@@ -62,7 +62,7 @@ def majority_dtype(headers: Mapping[Path, Header]) -> tuple[mx.Dtype | None, dic
 
 
 class MismatchError(CheckpointError):
-    """A checkpoint does not fit the parameters of a model: all that is wrong, of which the message shows a few.
+    """A checkpoint does not fit the parameters of a model; the message shows a few of what is wrong.
 
     Attributes:
         missing: parameters that no tensor is for.

@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(plan) -> Iterator[str]:
-    """A line a tensor: name, dtype and shape in the source and in the result, and how its axes are turned; what
-    is assumed; and what the conversion takes."""
+    """A line a tensor: name, dtype and shape in the source and in the result, and how its axes are turned;
+    what is assumed; and what the conversion takes."""
     for component in plan.components:
         names = ", ".join(path.name for path in component.files)
         yield f"{component.title}: {names} ({component.reason})"
@@ -131,6 +131,6 @@ def table(plan) -> Iterator[str]:
         yield f"  {len(component.tensors)} tensors, {component.nbytes / 1e9:.2f} GB"
     yield from plan.notes
     yield (
-        f"{plan.nbytes / 1e9:.2f} GB to write, {plan.working_bytes / 1e9:.2f} GB of weights in memory at once, "
-        f"{plan.verifying_bytes / 1e9:.2f} GB with --verify"
+        f"{plan.nbytes / 1e9:.2f} GB to write, {plan.working_bytes / 1e9:.2f} GB of weights in memory at once "
+        f"({plan.verifying_bytes / 1e9:.2f} GB with --verify)"
     )
