@@ -9,6 +9,7 @@ from typing import Any
 import mlx_unet3d
 import mlx.core as mx
 from mlx_unet3d.checkpoints import Deferred, PretrainedModel, TensorInfo, read_tensor, to_diffusers, to_mlx
+from mlx_unet3d.checkpoints.headers import AHEAD
 from mlx_unet3d.layers.quantized import Quantization
 
 
@@ -75,7 +76,7 @@ class TensorPlan:
         def make(part: str) -> mx.array:
             if part not in made:  # all parts at once; each is dropped when it is taken
                 made.update(self.quantization.quantize(self.make()))
-                mx.eval(made)
+                mx.async_eval(list(made.values()))
             return made.pop(part)
 
         return {
@@ -172,14 +173,15 @@ class CheckpointPlan:
 
     @property
     def working_bytes(self) -> int:
-        """Bytes of weights to be held at once: a tensor is converted at a time."""
-        return max(tensor.working_bytes for component in self.components for tensor in component.tensors)
+        """Bytes of weights to be held at once, at most: a tensor, and some that wait to be written."""
+        largest = max(tensor.working_bytes for component in self.components for tensor in component.tensors)
+        return largest + AHEAD
 
     @property
     def verifying_bytes(self) -> int:
-        """Bytes of weights that comparing the forwards holds at once: those of the largest network."""
+        """Bytes of weights to be held at once where forwards are compared: the largest network."""
         sizes = (
             sum(math.prod(tensor.shape) * tensor.dtype.size for tensor in component.tensors)
             for component in self.components
         )
-        return max(sizes)
+        return max(self.working_bytes, *sizes)

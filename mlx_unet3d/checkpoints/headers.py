@@ -9,7 +9,8 @@ https://github.com/huggingface/safetensors#format.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ _BITS = {name: 8 * dtype.size for name, dtype in MLX_DTYPES.items()} | {
 }
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_DIMENSION = 2**31 - 1  # MLX shapes are int32
+AHEAD = 64_000_000
+"""Bytes of tensors that may be computed, and held, while others are written."""
 MAX_AXES = 32
 """The most axes of a tensor: what NumPy 1 has, and far more than any layer needs."""
 
@@ -198,9 +201,9 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file and flush it to the disk.
 
-    Equal tensors make equal bytes, in whatever order they come, and memory use is the largest
-    tensor above what is already evaluated: deferred ones are made, and lazy transposes made contiguous,
-    one at a time.
+    Equal tensors make equal bytes, in whatever order they come. Memory use is that of two of the largest
+    tensors or of `AHEAD` above what is already evaluated: deferred ones are made, and lazy transposes made
+    contiguous, a little ahead of those that are written.
 
     Raises:
         TypeError: an array has a dtype that the format does not have.
@@ -225,12 +228,24 @@ def write_safetensors(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for name in order:
-            tensor = tensors[name]
-            array = tensor.make() if isinstance(tensor, Deferred) else tensor
-            file.write(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
+        for array in _made_ahead(tensors[name] for name in order):
+            file.write(memoryview(array))
+            del array
         file.flush()
         os.fsync(file.fileno())
+
+
+def _made_ahead(tensors: Iterable[mx.array | Deferred]) -> Iterator[mx.array]:
+    """The bytes of each tensor, in order; MLX computes some of those that follow meanwhile."""
+    waiting: deque[mx.array] = deque()
+    for tensor in tensors:
+        array = tensor.make() if isinstance(tensor, Deferred) else tensor
+        array = mx.contiguous(array).reshape(-1).view(mx.uint8)
+        mx.async_eval(array)
+        waiting.append(array)
+        while len(waiting) > 1 and sum(array.nbytes for array in waiting) > AHEAD:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _why_not_safetensors(path: Path, start: bytes, size: int, length: int) -> str:

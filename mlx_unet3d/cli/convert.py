@@ -130,7 +130,6 @@ def table(plan) -> Iterator[str]:
             yield f"  {key:<{width}} -> not needed"
         yield f"  {len(component.tensors)} tensors, {component.nbytes / 1e9:.2f} GB"
     yield from plan.notes
-    yield (
-        f"{plan.nbytes / 1e9:.2f} GB to write, {plan.working_bytes / 1e9:.2f} GB of weights in memory at once "
-        f"({plan.verifying_bytes / 1e9:.2f} GB with --verify)"
-    )
+    yield f"{plan.nbytes / 1e9:.2f} GB to write"
+    held, verifying = (n / 1e9 for n in (plan.working_bytes, plan.verifying_bytes))
+    yield f"in memory at once at most {held:.2f} GB of weights, {verifying:.2f} GB with --verify"
