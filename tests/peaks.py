@@ -40,26 +40,33 @@ def peak_of(fn: Callable[[], mx.array]) -> tuple[mx.array, int]:
 
 
 def run_step(
-    unet: UNet3DConditionModel, guidance: float, sequential: bool, frames: int = 4, size: int = 16
+    unet: UNet3DConditionModel,
+    guidance: float,
+    sequential: bool,
+    frames: int = 4,
+    size: int = 16,
+    steps: int = 1,
+    **savings: int,
 ) -> Callable[[], mx.array]:
-    """The latents after one step, as a function."""
+    """The latents after so many steps, as a function."""
     rng = np.random.default_rng(0)
     latents = mx.array(rng.standard_normal((1, 4, frames, size, size), dtype=np.float32))
     rows = 2 if guidance > 1 else 1
     states = mx.array(rng.standard_normal((rows, 77, 12), dtype=np.float32))
     mx.eval(latents, states)
     scheduler = DDIMScheduler(**SCHEDULER)
-    scheduler.set_timesteps(1)
+    scheduler.set_timesteps(steps)
 
     def run():
-        steps = denoise(
+        records = denoise(
             unet,
             scheduler,
             latents,
             states,
             guidance_scale=guidance,
             sequential_guidance=sequential,
+            **savings,
         )
-        return next(steps).latents
+        return [record.latents for record in records][-1]
 
     return run

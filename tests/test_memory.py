@@ -101,6 +101,42 @@ def test_predicted_peaks_of_the_vae(exact_peaks, stage, frames, size):
     assert found.peak - found.weights - beside == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the measurement is of the CPU backend")
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_features_of_a_cache_are_counted(exact_peaks, sequential, depth):
+    unet = UNet3DConditionModel(**UNET).eval()
+    mx.eval(unet.parameters())
+    video, settings = memory.Video(4, 32, 32), S(sequential)
+    without, with_cache = (
+        Planner(NETWORKS, mx.float32, mx.float32, None, BACKENDS["cpu"], n).denoise(video, settings)
+        for n in (None, depth)
+    )
+    run = run_step(unet, 5.0, sequential, steps=3, cache_interval=2, cache_depth=depth)
+    measured = max(peak_of(run)[1] for _ in range(8))
+    assert 0.9 * measured <= with_cache.peak - with_cache.weights <= 1.15 * measured
+    features = 4 * 4 * 16 * 16 * 16 * (1 if sequential else 2)  # 4 frames, 16x16 pixels, 16 channels
+    if sequential:
+        assert with_cache.peak >= without.peak + features
+    assert with_cache.peak >= without.peak
+
+
+def test_what_is_loaded_beside_the_weights_is_counted(tmp_path):
+    unet = UNet3DConditionModel(**UNET).eval()
+    bare = memory.Network.of(unet)
+    assert bare.adapters == 0
+    tensors = {}
+    for name in ("lora_A.weight", "lora_B.weight"):
+        shape = (3, 16) if "A" in name else (16, 3)
+        tensors[f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.{name}"] = mx.ones(shape)
+    mx.save_safetensors(str(tmp_path / "lora.safetensors"), tensors)
+    unet.load_lora_adapter(tmp_path / "lora.safetensors")
+    loaded = memory.Network.of(unet)
+    assert loaded.adapters == 4 * 2 * 3 * 16
+    assert loaded.nbytes(mx.float32) == bare.nbytes(mx.float32) + loaded.adapters
+    assert loaded.quantization == bare.quantization
+
+
 def full_size():
     """ModelScope's networks."""
     vae = AutoencoderKLConfig(

@@ -64,6 +64,19 @@ def test_plan_takes_the_frames_that_a_checkpoint_recommends(configs, capsys):
     assert "3 frames of 32x32" in capsys.readouterr().out
 
 
+def test_plan_counts_cached_features(configs, capsys):
+    command = ["plan", "--model", str(configs), "--frames", "2", "--height", "256", "--width", "256"]
+
+    def peak(*options):
+        assert main([*command, *options]) == 0
+        (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("denoise"))
+        return float(line.split()[3])
+
+    assert peak("--cache-depth", "2") >= peak()
+    assert main([*command, "--cache-depth", "9"]) == 2
+    assert "depth of a feature cache is 9" in capsys.readouterr().err
+
+
 def test_plan_says_what_fits_instead(configs, capsys, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 700_000)
     command = ["plan", "--model", str(configs), "--frames", "8", "--height", "256", "--width", "256"]

@@ -346,6 +346,7 @@ def fit(
         **{key: settings[key] for key in ("num_frames", "height", "width")},
         guidance=settings["guidance"] > 1,
         encoded=settings["video"] is not None,
+        cache_depth=settings["cache_depth"] if settings["cache_interval"] > 1 else None,
         dtype=pipe.unet.dtype,
         vae_dtype=pipe.vae.dtype,
         budget=budget,

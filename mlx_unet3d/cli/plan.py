@@ -28,6 +28,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     group.add_argument(
         "--video-to-video", action="store_true", help="the run starts from a video, which is encoded"
     )
+    group.add_argument(
+        "--cache-depth",
+        type=options.count,
+        metavar="N",
+        help="layers that always run where generate has a --cache-interval, whose features take memory",
+    )
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--chip", type=chip, metavar="NAME", help=f"{', '.join(CHIPS)} (default: this machine)"
@@ -80,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             width=width,
             guidance=args.guidance > 1,
             encoded=args.video_to_video,
+            cache_depth=args.cache_depth,
             dtype=options.DTYPES[dtype],
             vae_dtype=options.DTYPES[args.vae_dtype or "float32"],
             budget=machine.budget,

@@ -1,7 +1,7 @@
 """The networks of a pipeline as far as a plan needs them: configs and shapes, never weights."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,20 @@ class Network:
         kind: its class.
         config: of the network.
         quantization: how layers are quantized, by path.
+        adapters: bytes of what is loaded beside the weights, such as LoRAs.
     """
 
     kind: type[PretrainedModel]
     config: ModelConfig
     quantization: dict[str, Quantization] = field(default_factory=dict)
+    adapters: int = 0
 
     @classmethod
     def of(cls, model: PretrainedModel) -> "Network":
         """That of a loaded model."""
-        return cls(type(model), model.config, quantizations(model))
+        bare = cls(type(model), model.config, quantizations(model))
+        loaded = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        return replace(bare, adapters=max(loaded - bare.nbytes(model.dtype), 0))
 
     def skeleton(self) -> PretrainedModel:
         """The network with weights that nobody has computed."""
@@ -45,8 +49,8 @@ class Network:
         return model.eval()
 
     def nbytes(self, dtype: mx.Dtype) -> int:
-        """Bytes of the weights, in `dtype` where they are not quantized."""
-        return sum(array.nbytes for _, array in _parameters(self.skeleton(), dtype))
+        """Bytes of the weights, in `dtype` where they are not quantized, and of the adapters."""
+        return self.adapters + sum(array.nbytes for _, array in _parameters(self.skeleton(), dtype))
 
     def trace(
         self,

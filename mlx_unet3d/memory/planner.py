@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..chips import Chip
 from ..layers.attention import Attention, TextContext
 from ..layers.slicing import Slicing
+from ..models.feature_cache import FeatureCache
 from .costs import BACKENDS, Backend
 from .liveness import Memory, simulate
 from .networks import Networks
@@ -146,6 +147,7 @@ def plan(
     batch: int = 1,
     guidance: bool = True,
     encoded: bool = False,
+    cache_depth: int | None = None,
     dtype: mx.Dtype = mx.float16,
     vae_dtype: mx.Dtype = mx.float32,
     budget: int | None = None,
@@ -165,6 +167,7 @@ def plan(
         batch: videos at once.
         guidance: whether `guidance_scale` is above 1.
         encoded: whether it starts from a video.
+        cache_depth: of a `FeatureCache`, whose features stay from step to step; None for none.
         dtype, vae_dtype: of UNet and text encoder, and of the VAE.
         budget: bytes that MLX may use; None for any.
         backend: "metal" or "cpu"; None for that of this machine.
@@ -172,15 +175,18 @@ def plan(
         settings: those to predict for; None to choose.
         find_nearest: look for a smaller video where none of the settings makes this one fit.
 
-    Raises ValueError for sizes below 1, and for those that the VAE does not divide.
+    Raises ValueError for sizes below 1, for those that the VAE does not divide, and for a depth that the
+    network does not have.
     """
     video = Video(num_frames, height, width, batch, guidance, encoded)
     _check(video, networks)
+    if cache_depth is not None:
+        networks.unet.skeleton().check_cache_depth(cache_depth)
     if backend is None:
         backend = "metal" if mx.default_device() == mx.gpu else "cpu"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
-    planner = Planner(networks, dtype, vae_dtype, budget, BACKENDS[backend])
+    planner = Planner(networks, dtype, vae_dtype, budget, BACKENDS[backend], cache_depth)
     found = planner.plan(video, settings)
     if chip is not None:
         found = replace(found, step_seconds=planner.step_seconds(video, chip))
@@ -208,13 +214,19 @@ def _check(video: Video, networks: Networks) -> None:
 
 
 class Planner:
-    """Predicts stages for the same networks, dtypes, budget and backend; see `plan`."""
+    """Predicts stages for the same networks, dtypes, budget, backend and depth of a cache; see `plan`."""
 
     def __init__(
-        self, networks: Networks, dtype: mx.Dtype, vae_dtype: mx.Dtype, budget: int | None, backend: Backend
+        self,
+        networks: Networks,
+        dtype: mx.Dtype,
+        vae_dtype: mx.Dtype,
+        budget: int | None,
+        backend: Backend,
+        cache_depth: int | None = None,
     ):
         self.networks, self.dtype, self.vae_dtype = networks, dtype, vae_dtype
-        self.budget, self.backend = budget, backend
+        self.budget, self.backend, self.cache_depth = budget, backend, cache_depth
         self.unet_bytes = networks.unet.nbytes(dtype)
         self.vae_bytes = networks.vae.nbytes(vae_dtype)
         self.text_bytes = networks.text_encoder.nbytes(dtype)
@@ -303,8 +315,11 @@ class Planner:
         return _stage("encode", self.unet_bytes + self.vae_bytes, simulate(graph, self.backend), pixels)
 
     def denoise(self, video: Video, settings: Settings) -> Stage:
-        memory = simulate(self.forward(video, settings), self.backend)
+        graph = self.forward(video, settings)
+        memory = simulate(graph, self.backend)
         kept = self.keys_values(video)
+        if settings.sequential_guidance:  # the features of the other pass
+            kept += sum(graph.nbytes(name) for name in graph.wanted[1:])
         latents = 4 * math.prod(self.latent_shape(video))  # in fp32
         passes = 2 if settings.sequential_guidance else 1
         # Latents, the input, and the outputs of passes that wait for the other.
@@ -333,9 +348,11 @@ class Planner:
         dim = self.networks.unet.config.cross_attention_dim
         states = mx.zeros((rows, _TOKENS, dim), self.dtype)
 
-        def run(unet: Any, sample: mx.array, timestep: mx.array, states: mx.array) -> mx.array:
+        def run(unet: Any, sample: mx.array, timestep: mx.array, states: mx.array) -> list[mx.array]:
+            cache = None if self.cache_depth is None else FeatureCache(2, self.cache_depth)
             unet.slicing = Slicing(settings.frames, settings.pixels)
-            return unet(sample, timestep, TextContext(states)).sample
+            output = unet(sample, timestep, TextContext(states), feature_cache=cache).sample
+            return [output] if cache is None else [output, cache.next()]
 
         return self.networks.unet.trace(run, [sample, timestep, states], self.dtype, self.backend.gpu)
 
