@@ -1,14 +1,15 @@
 """What half-precision Winograd on a Mac's GPU costs: an emulation of it, on any machine.
 
-    python benchmarks/winograd.py --prompts 20
-    python benchmarks/winograd.py --unet FOLDER --size 1x4x16x16
+    python benchmarks/winograd.py --prompts 20 --dtype float16 bfloat16
+    python benchmarks/winograd.py --unet FOLDER --size 1x16x32x32
 
 MLX's Metal backend computes large 3x3 convolutions by Winograd's F(6x6, 3x3) (arXiv:1509.09308), transforms
 in float32, and stores the transformed filter, input and product in the dtype of the network. Here all else is
 float32, so that what is printed is due to this alone. The first form makes clips with the demo model and
-prints the PSNR against those of exact convolutions and the share of clips that show their prompt; there
-every 3x3 layer of 32n channels is emulated, whatever its number of pixels, which is the worst case. The
-second prints the signal-to-noise ratio of one forward of any UNet.
+prints which show their prompt, and the PSNR against those of exact convolutions; there every 3x3 layer of 32n
+channels is emulated, whatever its number of pixels, which is the worst case. The second prints the
+signal-to-noise ratio of one forward of any UNet: with all layers emulated that Metal gives to Winograd, and
+with those of one block at a time.
 """
 
 import argparse
@@ -20,10 +21,13 @@ from typing import Any
 
 import mlx_unet3d
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_unet3d.layers import convolution
 
 TILE, POINTS = 6, (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
+METAL = 4096  # pixels of all frames from which Metal takes Winograd
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -75,10 +79,11 @@ def winograd(x: mx.array, weight: mx.array, stored: mx.Dtype) -> mx.array:
 
 
 @contextmanager
-def emulated(stored: mx.Dtype, pixels: int) -> Iterator[list[int]]:
+def emulated(stored: mx.Dtype, pixels: int, module: nn.Module | None = None) -> Iterator[list[int]]:
     """Every 3x3 convolution that Metal would give to Winograd, or of at least `pixels` pixels where that is
-    given, goes through `winograd`. Yields a list with one entry for each that did."""
+    given, goes through `winograd`: of `module`, or of all. Yields a list with one entry for each that did."""
     exact = convolution.conv2d
+    weights = None if module is None else {id(a) for _, a in tree_flatten(module.parameters())}
     count: list[int] = []
 
     def conv2d(x: mx.array, weight: mx.array, bias: Any = None, *options: Any, **keywords: Any) -> mx.array:
@@ -87,7 +92,8 @@ def emulated(stored: mx.Dtype, pixels: int) -> Iterator[list[int]]:
         wide = channels % 32 == 0 and weight.shape[0] % 32 == 0
         if pixels == METAL:
             wide = wide and channels + weight.shape[0] >= 256
-        if not (plain and wide and n * height * width >= pixels):
+        ours = weights is None or id(weight) in weights
+        if not (ours and plain and wide and n * height * width >= pixels):
             return exact(x, weight, bias, *options, **keywords)
         count.append(n * height * width)
         y = winograd(x, weight, stored)
@@ -100,10 +106,8 @@ def emulated(stored: mx.Dtype, pixels: int) -> Iterator[list[int]]:
         convolution.conv2d = exact
 
 
-METAL = 4096  # pixels of all frames from which Metal takes Winograd
-
-
-def signal_to_noise(folder: Path, size: tuple[int, ...], dtype: str, pixels: int) -> str:
+def signal_to_noise(folder: Path, size: tuple[int, ...], dtype: str, pixels: int) -> Iterator[str]:
+    """A line for all layers together, and one for each block that has some."""
     batch, frames, height, width = size
     unet = mlx_unet3d.UNet3DConditionModel.from_pretrained(folder, dtype=mx.float32)
     rng = np.random.default_rng(7)
@@ -112,28 +116,49 @@ def signal_to_noise(folder: Path, size: tuple[int, ...], dtype: str, pixels: int
     sample, text = (mx.array(rng.standard_normal(shape, dtype=np.float32)) for shape in shapes)
     exact = unet(sample, 500, text).sample
     mx.eval(exact)
-    with emulated(DTYPES[dtype], pixels) as count:
-        rounded = unet(sample, 500, text).sample
-        mx.eval(rounded)
-    noise = mx.sqrt(mx.square(rounded - exact).mean() / mx.square(exact).mean()).item()
-    return f"{dtype}, {len(count)} layers: relative rms {noise:.1e}, SNR {-20 * np.log10(noise):.1f} dB"
+    blocks = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
+    blocks |= {"mid_block": unet.mid_block}
+    blocks |= {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
+    for name, module in {"all": None, **blocks}.items():
+        with emulated(DTYPES[dtype], pixels, module) as count:
+            rounded = unet(sample, 500, text).sample
+            mx.eval(rounded)
+        if count:
+            noise = mx.sqrt(mx.square(rounded - exact).mean() / mx.square(exact).mean()).item()
+            ratio = -20 * np.log10(noise)
+            yield f"{dtype}, {name}, {len(count)} layers: relative rms {noise:.1e}, SNR {ratio:.1f} dB"
+        else:
+            yield f"{dtype}, {name}: no layer takes Winograd"
 
 
-def demo(prompts: int, dtype: str, steps: int) -> str:
+def demo(prompts: int, dtypes: list[str], steps: int) -> Iterator[str]:
+    """A row of verdicts for exact convolutions, and for each dtype those of the UNet, and of the VAE too."""
     sys.path.insert(0, str(Path(__file__).parent))
     import evaluate
 
     texts = evaluate.world.held_out_prompts(prompts)
     pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained("demo", dtype=mx.float32, vae_dtype=mx.float32)
-    arguments = pipe, texts, steps, 3.0, 0, 10
-    exact = evaluate.generate(*arguments)
-    with emulated(DTYPES[dtype], 1) as count:
-        rounded = evaluate.generate(*arguments)
-    error = np.square(exact.astype(np.float64) - rounded).mean()
-    shares = [evaluate.score(texts, clips, None)[0]["all"] for clips in (exact, rounded)]
-    psnr = 10 * np.log10(255**2 / error)
-    right = "all right {:.0%} exact, {:.0%} rounded".format(*shares)
-    return f"{dtype}, {len(count)} convolutions: PSNR {psnr:.1f} dB, {right}"
+
+    def clips() -> np.ndarray:
+        return evaluate.generate(pipe, texts, dict(num_inference_steps=steps), 0, 10)
+
+    def row(kind: str, clips: np.ndarray, psnr: str) -> str:
+        shares, _ = evaluate.score(texts, clips, None)
+        return f"| {kind} | {' | '.join(f'{share:.0%}' for share in shares.values())} | {psnr} |"
+
+    exact = clips()
+    names = list(evaluate.score(texts[:1], exact[:1], None)[0])
+    yield f"| convolutions | {' | '.join(names)} | PSNR |"
+    yield "|---" * (len(names) + 2) + "|"
+    yield row("exact", exact, "")
+    for dtype in dtypes:
+        for kind, module in (("UNet", pipe.unet), ("UNet and VAE", None)):
+            with emulated(DTYPES[dtype], 1, module) as count:
+                rounded = clips()
+            if not count:
+                raise SystemExit("no convolution was emulated; is the demo model what it was?")
+            error = np.square(exact.astype(np.float64) - rounded).mean()
+            yield row(f"{kind} in {dtype}", rounded, f"{10 * np.log10(255**2 / error):.1f} dB")
 
 
 def main() -> None:
@@ -141,16 +166,18 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float16"])
-    parser.add_argument("--unet", type=Path, help="folder of a UNet, for one forward")
+    parser.add_argument("--unet", type=Path, help="folder of a UNet, for forwards of it")
     parser.add_argument("--size", default="1x4x16x16", help="BxFxHxW of that forward")
     parser.add_argument("--pixels", type=int, default=METAL, help=f"emulate from so many pixels on ({METAL})")
     args = parser.parse_args()
-    for dtype in args.dtype:
-        if args.unet:
-            size = tuple(map(int, args.size.split("x")))
-            print(signal_to_noise(args.unet, size, dtype, args.pixels), flush=True)
-        else:
-            print(demo(args.prompts, dtype, args.steps), flush=True)
+    if args.unet:
+        size = tuple(map(int, args.size.split("x")))
+        for dtype in args.dtype:
+            for line in signal_to_noise(args.unet, size, dtype, args.pixels):
+                print(line, flush=True)
+    else:
+        for line in demo(args.prompts, args.dtype, args.steps):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

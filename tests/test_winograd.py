@@ -49,7 +49,21 @@ def test_emulated_layers(emulation):
 
 def test_signal_to_noise(emulation, tmp_path):
     UNet3DConditionModel(**{**tiny.UNET, "block_out_channels": (32, 64)}).save_pretrained(tmp_path)
-    line = emulation.signal_to_noise(tmp_path, (1, 2, 8, 8), "float16", 1)
-    assert line.startswith("float16, ")
-    assert not line.startswith("float16, 0 layers")
-    assert line.endswith(" dB")
+    lines = list(emulation.signal_to_noise(tmp_path, (1, 2, 8, 8), "float16", 1))
+    counts = [int(line.split(", ")[2].split()[0]) for line in lines if line.endswith(" dB")]
+    assert counts[0] == sum(counts[1:]) > 0
+    assert [line.split(", ")[1].split(":")[0] for line in lines] == [
+        "all",
+        "down_blocks.0",
+        "down_blocks.1",
+        "mid_block",
+        "up_blocks.0",
+        "up_blocks.1",
+    ]
+
+
+def test_verdicts(emulation):
+    lines = list(emulation.demo(1, ["bfloat16"], 2))
+    kinds = [line.split(" | ")[0] for line in lines]
+    assert kinds[2:] == ["| exact", "| UNet in bfloat16", "| UNet and VAE in bfloat16"]
+    assert all(line.endswith(" dB |") for line in lines[3:])
