@@ -210,6 +210,17 @@ def test_convert(settings, least, source, tmp_path, monkeypatch):
     assert read_json("out/config.json") == read_json("memory/config.json")
 
 
+def test_default(source, tmp_path, monkeypatch, capsys):
+    """The recipe that changes next to nothing."""
+    monkeypatch.chdir(tmp_path)
+    assert run(source, "-q", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "-> affine 8 bits" in out
+    assert "4 bits" not in out
+    assert Quantization() == Quantization(8, 64, "affine")
+    assert Quantization(mode="mxfp4") == Quantization(4, 32, "mxfp4")
+
+
 def test_whole_pipeline(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny.write_pipeline(Path("source"))
@@ -232,7 +243,7 @@ def test_whole_pipeline(tmp_path, monkeypatch, capsys):
 
 def test_dry_run(source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(source, "-q", "--q-group-size", "32", "--dry-run") == 0
+    assert run(source, "--q-bits", "4", "--q-group-size", "32", "--dry-run") == 0
     lines = capsys.readouterr().out
     assert "-> affine 4 bits (64, 3, 3, 64)" in lines
     assert "-> affine 8 bits" in lines

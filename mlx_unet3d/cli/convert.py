@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "-q", "--quantize", action="store_true", help="quantize the UNet and the text encoder"
     )
-    parser.add_argument("--q-bits", type=int, metavar="N", help="2, 3, 4, 5, 6 or 8 (default: 4; implies -q)")
+    parser.add_argument("--q-bits", type=int, metavar="N", help="2, 3, 4, 5, 6 or 8 (default: 8; implies -q)")
     parser.add_argument(
         "--q-group-size", type=int, metavar="N", help="32, 64 or 128 (default: 64; implies -q)"
     )

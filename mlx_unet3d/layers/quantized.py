@@ -14,7 +14,7 @@ import mlx.nn as nn
 from .convolution import TemporalConv, conv2d, temporal_conv
 
 _MODES = {  # mode -> bits, group sizes; the first are the defaults
-    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "affine": ((8, 2, 3, 4, 5, 6), (64, 32, 128)),
     "mxfp4": ((4,), (32,)),
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
@@ -31,7 +31,8 @@ class Quantization:
         mode: "affine" (a scale and an offset a group), or one of the floating-point formats "mxfp4", "mxfp8",
             "nvfp4"; see `mlx.core.quantize`.
 
-    None takes the mode's default: 4 bits and groups of 64, or the only choice. Raises ValueError for others.
+    None takes the mode's default: 8 bits and groups of 64, or the only choice. (MLX's own is 4 bits, which is
+    much for a diffusion network: see BENCHMARKS.md.) Raises ValueError for others.
     """
 
     bits: int | None = None
