@@ -7,6 +7,7 @@ would go on as they were. So each structure of a network, all but its arrays, ge
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -90,6 +91,8 @@ class _Structure:
             return type(value), self._tree(value), self._of(vars(value))
         if isinstance(value, dict):
             return type(value), tuple((name, self._of(item)) for name, item in value.items())
+        if isinstance(value, partial):
+            return partial, self._of([value.func, value.args, value.keywords])
         if hasattr(value, "__dict__") and not isinstance(value, _OPAQUE):
             return type(value), self._of(vars(value))
         self.held.append(value)

@@ -1,5 +1,7 @@
 """Compiled forwards: the results of plain ones, whatever has changed since the trace was made."""
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -133,12 +135,20 @@ def mutated_processor(unet):
 
 
 class Gain(AttnProcessor):
-    """The attention times a constant that may change."""
+    """The attention times a constant that may change, and a function of it."""
 
     gain = 1.0
 
+    def __init__(self):
+        self.after = partial(mx.multiply, 1.0)
+
     def __call__(self, *args, **keywords):
-        return super().__call__(*args, **keywords) * self.gain
+        return self.after(super().__call__(*args, **keywords) * self.gain)
+
+
+def function_of_a_processor(unet):
+    """The same function with another constant."""
+    next(iter(unet.attn_processors.values())).after = partial(mx.multiply, 3.0)
 
 
 CHANGES = {
@@ -153,6 +163,7 @@ CHANGES = {
     "lora weight": lambda unet: (adapter(unet), unet.set_adapters("default", 0.3)),
     "constant of a layer": lambda unet: setattr(unet.conv_norm_out, "eps", 0.5),
     "constant of a processor": mutated_processor,
+    "function of a processor": function_of_a_processor,
     "half precision": lambda unet: unet.set_dtype(mx.float16),
     "another class": lambda unet: setattr(unet.down_blocks[0].resnets[0], "act", nn.GELU()),
 }
