@@ -236,6 +236,23 @@ def test_where_nothing_fits_the_nearest_size_is_named():
 
 
 @pytest.mark.parametrize(
+    ("size", "nearest"),
+    [
+        ((8, 24, 24), (8, 16, 16)),  # the next multiples of 16
+        ((8, 8, 8), (7, 8, 8)),  # no size below it
+        ((2, 8, 96), (2, 8, 80)),
+    ],
+)
+def test_the_nearest_size_is_the_next_smaller_one(size, nearest):
+    frames, height, width = size
+    video = dict(num_frames=frames, height=height, width=width, dtype=mx.float32, backend="cpu")
+    peak = memory.plan(NETWORKS, **video, budget=1000, find_nearest=False).peak
+    found = memory.plan(NETWORKS, **video, budget=int(peak / 0.9) - 1)
+    assert not found.fits
+    assert found.nearest == memory.Video(nearest[0], *nearest[1:])
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"num_frames": 0}, "at least 1"),
@@ -258,6 +275,7 @@ def test_settings_are_applied_and_told(folder):
     told = "guidance in two passes, spatial layers 1 frame at a time, temporal layers 64 pixels at a time"
     assert str(settings) == told
     assert str(S()) == "defaults"
+    assert str(memory.Video(1, 64, 96)) == "1 frame of 96x64"
     networks = memory.Networks.of(pipe)
     assert networks.unet.nbytes(mx.float32) == 4 * pipe.unet.num_parameters()
 

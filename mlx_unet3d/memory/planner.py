@@ -1,7 +1,7 @@
 """What a video needs, and the settings with which it fits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,7 +85,8 @@ class Video:
 
     def __str__(self) -> str:
         count = f"{self.batch} videos of " if self.batch > 1 else ""
-        return f"{count}{self.frames} frames of {self.width}x{self.height}"
+        frames = f"{self.frames} frame{'s' * (self.frames > 1)}"
+        return f"{count}{frames} of {self.width}x{self.height}"
 
 
 @dataclass(frozen=True)
@@ -260,15 +261,16 @@ class Planner:
 
     def nearest(self, video: Video) -> Video | None:
         """The largest video of fewer pixels that fits; of fewer frames where the smallest does not."""
-        factor = self.networks.spatial_factor
-        unit = 8 * factor  # what networks of four levels halve without a rest
+        unit = 8 * self.networks.spatial_factor  # what networks of four levels halve without a rest
+        most = max(video.height, video.width) // unit
 
         def smaller(scale: float) -> Video:
-            height, width = (max(int(n * scale) // unit, 1) * unit for n in (video.height, video.width))
+            height, width = (
+                max(int(n * scale) // unit * unit, min(unit, n)) for n in (video.height, video.width)
+            )
             return replace(video, height=height, width=width)
 
-        most = max(video.height, video.width) // unit
-        sizes = dict.fromkeys(smaller(i / most) for i in range(1, most)) if most > 1 else {}
+        sizes = dict.fromkeys(smaller(i / most) for i in range(1, most + 1))
         frames = (replace(smaller(0), frames=n) for n in range(1, video.frames))
         candidates = [
             *frames,
@@ -284,10 +286,14 @@ class Planner:
         return candidates[low - 1] if low else None
 
     def fits(self, video: Video) -> bool:
-        stages = [self.prompt(video), self.decode(video), self.denoise(video, list(self.ladder(video))[-1])]
+        stages: list[Callable[[], Stage]] = [
+            lambda: self.prompt(video),
+            lambda: self.decode(video),
+            lambda: self.denoise(video, list(self.ladder(video))[-1]),
+        ]
         if video.encoded:
-            stages.append(self.encode(video))
-        return max(stage.peak for stage in stages) <= _MARGIN * self.budget
+            stages.insert(0, lambda: self.encode(video))
+        return all(stage().peak <= _MARGIN * self.budget for stage in stages)
 
     # Stages.
 
