@@ -554,6 +554,10 @@ BAD_ARGUMENTS = {
     "clip skip": (["--clip-skip", "9"], "clip_skip"),
     "no video": (["--video", "missing.gif"], "missing.gif"),
     "strength alone": (["--strength", "0.5"], "give --video too"),
+    "guidance shares": (
+        ["--guidance-from", "0.5", "--guidance-to", "0.2"],
+        "--guidance-from 0.5 --guidance-to 0.2",
+    ),
     "replay": (["--from", "missing.gif"], "missing.gif"),
     "unknown flag": (["--fast"], "--fast"),
 }

@@ -172,6 +172,8 @@ def test_going_on(pipe, saving):
         (dict(cache_interval=0), "cache_interval=0"),
         (dict(cache_interval=2, cache_depth=4), "depth of a feature cache is 4"),
         (dict(guidance_interval=(0.5, 0.5)), "guidance_interval"),
+        (dict(guidance_interval=0.5), "must be two numbers"),
+        (dict(guidance_interval=("0", "1")), "must be two numbers"),
         (dict(guidance_interval=(-0.1, 0.5)), "guidance_interval"),
         (dict(guidance_interval=(0.2, 1.1)), "guidance_interval"),
         (dict(guidance_interval=(0.2, 1.0), guidance_scale=1.0), "guides none of it; use a scale above 1"),

@@ -245,6 +245,12 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
         settings["model"] = DEMO
     if "strength" in args and settings["video"] is None:
         raise ValueError(f"--strength {args.strength:g} says how much to change a video; give --video too")
+    first, last = settings["guidance_from"], settings["guidance_to"]
+    if not 0 <= first < last <= 1:
+        raise ValueError(
+            f"--guidance-from {first:g} --guidance-to {last:g}: these are shares of the run, the first below "
+            "the second, both from 0 to 1"
+        )
     if settings["dtype"] is None:
         settings["dtype"] = "float16" if mx.default_device() == mx.gpu else "float32"
     return settings

@@ -535,7 +535,12 @@ class VideoPipeline:
     ) -> None:
         check_count("cache_interval", cache_interval)
         self.unet.check_cache_depth(cache_depth)
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
+        try:
+            first, last = guidance_interval
+            rising = bool(0 <= first < last <= 1)
+        except (TypeError, ValueError):  # of one number, of more, or of something else
+            rising = False
+        if not rising:
             raise ValueError(
                 f"guidance_interval={guidance_interval!r} must be two numbers, rising, from 0 to 1"
             )
