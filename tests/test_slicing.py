@@ -242,3 +242,26 @@ def test_networks_are_let_go_when_done(folder):
         pipe.decode(mx.zeros((1, 4, 1, 4, 4)))
     with pytest.raises(ValueError, match="the networks are"):
         pipe.release("tokenizer")
+
+
+def test_what_was_released_is_named(folder, tmp_path):
+    pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained(folder)
+    pipe.release("text_encoder")
+    uses = [
+        pipe.fuse_lora,
+        pipe.unfuse_lora,
+        pipe.unload_lora_weights,
+        lambda: pipe.set_adapters("style"),
+        lambda: pipe.load_textual_inversion({"<x>": mx.zeros((12,))}),
+        lambda: pipe.save_pretrained(tmp_path / "saved"),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="the text encoder of this pipeline was released"):
+            use()
+    assert not (tmp_path / "saved").exists()
+    pipe.release("unet")
+    name = "unet.conv_in.lora_{}.weight"
+    lora = {name.format("A"): mx.zeros((2, 4, 3, 3)), name.format("B"): mx.zeros((8, 2, 1, 1))}
+    for use in (lambda: pipe.load_lora_weights(lora), lambda: pipe.latent_size(None, None)):
+        with pytest.raises(ValueError, match="the unet of this pipeline was released"):
+            use()

@@ -213,6 +213,7 @@ class VideoPipeline:
 
         `layout="diffusers"` makes a folder that diffusers' TextToVideoSDPipeline reads.
         """
+        self._need("unet", "vae", "text_encoder")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model_index.json").unlink(missing_ok=True)
@@ -337,6 +338,7 @@ class VideoPipeline:
             ValueError: the token is known, or has to be named.
             CheckpointError: the file is no textual inversion, or one for another text encoder.
         """
+        self._need("text_encoder")
         file = read_adapter(source, weight_name=weight_name, names=TEXTUAL_INVERSION_NAMES, **hub)
         name, embeddings = learned_token(file, token)
         width = self.text_encoder.config.hidden_size
@@ -376,9 +378,11 @@ class VideoPipeline:
         """
         file = read_adapter(source, weight_name=weight_name, **hub)
         networks = {"unet": self.unet, "text_encoder": self.text_encoder}
+        wanted = sorted(components_of(file), reverse=True)
+        self._need(*wanted)
         loaded: dict[str, int] = {}
         try:
-            for name in sorted(components_of(file), reverse=True):
+            for name in wanted:
                 loaded[name] = networks[name].load_lora_adapter(file, adapter_name, weight=weight)
         except (ValueError, CheckpointError):
             for name in loaded:
@@ -390,6 +394,7 @@ class VideoPipeline:
         self, adapter_names: str | Sequence[str], weights: float | Sequence[float] = 1.0
     ) -> None:
         """Use these adapters with these weights, and no other; see `UNet3DConditionModel.set_adapters`."""
+        self._need("unet", "text_encoder")
         chosen = chosen_weights(adapter_names, weights)
         known = self.unet.list_adapters() | self.text_encoder.list_adapters()
         missing = [name for name in chosen if name not in known]
@@ -403,6 +408,7 @@ class VideoPipeline:
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
         """Make adapters part of the weights; see `UNet3DConditionModel.fuse_lora`."""
+        self._need("unet", "text_encoder")
         if not (self.unet.list_adapters() or self.text_encoder.list_adapters()):
             raise ValueError("there is no adapter to fuse; load one with load_lora_weights")
         for network in (self.unet, self.text_encoder):
@@ -411,11 +417,13 @@ class VideoPipeline:
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`."""
+        self._need("unet", "text_encoder")
         self.unet.unfuse_lora()
         self.text_encoder.unfuse_lora()
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters; fused ones stay in the weights for good."""
+        self._need("unet", "text_encoder")
         self.unet.unload_lora()
         self.text_encoder.unload_lora()
 
@@ -496,12 +504,13 @@ class VideoPipeline:
         if self._releases:
             self.release(name)
 
-    def _need(self, name: str) -> None:
-        if getattr(self, name) is None:
-            raise ValueError(
-                f"the {name.replace('_', ' ')} of this pipeline was released; load the pipeline again, "
-                "without enable_release() if it is to be called more than once"
-            )
+    def _need(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"the {name.replace('_', ' ')} of this pipeline was released; load the pipeline again, "
+                    "without enable_release() if it is to be called more than once"
+                )
 
     # What the calls of the pipelines share.
 

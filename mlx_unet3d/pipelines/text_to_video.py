@@ -160,6 +160,7 @@ class TextToVideoPipeline(VideoPipeline):
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Size of the latents for a size in pixels, or for the default; ValueError where there is none."""
+        self._need("unet")
         size, factor = self.unet.config.sample_size, self.vae_scale_factor
         if size is None and (height is None or width is None):
             raise ValueError("height and width: the unet's config has no sample_size, so give both")
