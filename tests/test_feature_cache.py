@@ -97,10 +97,22 @@ def test_refusals(unet):
     with pytest.raises(ValueError, match="leave out additional residuals"):
         unet(*inputs(), feature_cache=cache, mid_block_additional_residual=mx.zeros((1, 16, 1, 1)))
     unet(*inputs(), feature_cache=cache)
-    with pytest.raises(
-        ValueError, match=r"features of 6 frames of \(5, 6\) there, this sample 6 of \(4, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"\(2, 3, 5, 6\) in .*float32, this sample needs \(2, 3, 4, 4\)"):
         unet(*inputs(height=4, width=4), feature_cache=cache)
+
+
+def test_features_of_other_samples_and_dtypes_are_refused(unet):
+    """As many frames in all are not enough."""
+    sample, timestep, text = inputs()
+    cache = FeatureCache()
+    unet(sample, timestep, text, feature_cache=cache)
+    other = mx.zeros((3, 4, 2, 5, 6)), 500, mx.zeros((3, 5, 12))
+    with pytest.raises(ValueError, match=r"\(2, 3, 5, 6\) in .*needs \(3, 2, 5, 6\)"):
+        unet(*other, feature_cache=cache)
+    half = UNet3DConditionModel(**THREE_LEVELS)
+    half.set_dtype(mx.float16)
+    with pytest.raises(ValueError, match=r"in .*float32, this sample needs .* in .*float16"):
+        half(sample.astype(mx.float16), timestep, text.astype(mx.float16), feature_cache=cache)
 
 
 def test_full_steps():

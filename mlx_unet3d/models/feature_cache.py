@@ -34,5 +34,5 @@ class FeatureCache:
         return None if self._age >= self.interval else self._features
 
     def keep(self, features: mx.array) -> None:
-        """Take the features (N, H, W, C) of a full forward."""
+        """Take the features (B, F, H, W, C) of a full forward."""
         self._features, self._age = features, 0

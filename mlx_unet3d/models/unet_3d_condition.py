@@ -412,19 +412,20 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
                 name = "mid_block_additional_residual"
                 x = x + _channels_last_residual(mid_block_additional_residual, x, name)
         else:
-            if deep.shape[:3] != skips[-1].shape[:3]:
+            has, needs = deep.shape[:-1], (batch, frames, *skips[-1].shape[1:3])
+            if has != needs or deep.dtype != sample.dtype:
                 raise ValueError(
-                    f"feature_cache has features of {deep.shape[0]} frames of {deep.shape[1:3]} there, this "
-                    f"sample {skips[-1].shape[0]} of {skips[-1].shape[1:3]}; use a new cache, or reset() it"
+                    f"feature_cache has features of (batch, frames, height, width) {has} in {deep.dtype}, "
+                    f"this sample needs {needs} in {sample.dtype}; use a new cache, or reset() it"
                 )
-            x = deep
+            x = deep.reshape(skips[-1].shape[0], *deep.shape[2:])
 
         made: list[mx.array] = []
         left, running = sum(len(block.resnets) for block in self.up_blocks), deep is None
         for block in self.up_blocks:
             for i in range(len(block.resnets)):
                 if left == depth and running:
-                    made.append(x)
+                    made.append(x.reshape(batch, frames, *x.shape[1:]))
                 running = running or left == depth
                 if running:
                     # Whoever holds a state keeps it from being freed: no more than the last one is held.
