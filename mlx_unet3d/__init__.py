@@ -4,7 +4,7 @@ from . import blas
 
 blas.preload()  # before anything imports mlx.core
 
-from . import media  # noqa: E402
+from . import media, memory  # noqa: E402
 from .layers.attention import TextContext  # noqa: E402
 from .models.autoencoder_kl import AutoencoderKL  # noqa: E402
 from .models.clip_text import CLIPTextModel  # noqa: E402
@@ -46,4 +46,5 @@ __all__ = [
     "VideoToVideoPipeline",
     "__version__",
     "media",
+    "memory",
 ]

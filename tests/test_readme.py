@@ -109,3 +109,10 @@ def test_examples(place, name):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_names_of_the_package(place):
+    """What the text names as `mlx_unet3d.` and more is there after `import mlx_unet3d` alone."""
+    names = sorted(set(re.findall(r"`(mlx_unet3d(?:\.\w+)+)", README)))
+    assert "mlx_unet3d.memory.plan" in names
+    run(place, [sys.executable, "-c", "; ".join(["import mlx_unet3d", *names])])
