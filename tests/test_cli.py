@@ -15,6 +15,7 @@ import tiny
 from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel, media
 from mlx_unet3d.cli import main
 from mlx_unet3d.latents import load_latents, save_latents
+from mlx_unet3d.models import autoencoder_kl
 from mlx_unet3d.models.autoencoder_kl import AutoencoderKL
 from mlx_unet3d.schedulers import (
     DDIMScheduler,
@@ -107,6 +108,36 @@ def test_convolution(model, monkeypatch):
     assert main(["generate", "--from", "out.png", "-o", "again.png"]) == 0
     assert generate(model, "-o", "fast.png") == 0
     assert modes == ["precise", "precise", "fast"]
+
+
+def test_tiling(model, tmp_path, monkeypatch):
+    """On the command line, of a replayed video, and of latents."""
+    tiled = Path(shutil.copytree(model, tmp_path / "tiled"))
+    config = json.loads((tiled / "vae" / "config.json").read_text())
+    (tiled / "vae" / "config.json").write_text(json.dumps(config | {"sample_size": 16}))
+    assert generate(tiled, "-o", "whole.png", "--keep-latents") == 0
+    assert generate(tiled, "-o", "tiles.png", "--vae-tiling") == 0
+    whole, tiles = (media.read_video(name)[0] for name in ("whole.png", "tiles.png"))
+    assert np.array_equal(whole, api_frames(model))
+    assert not np.array_equal(tiles, whole)
+    assert main(["generate", "--from", "tiles.png", "-o", "again.png"]) == 0
+    assert np.array_equal(media.read_video("again.png")[0], tiles)
+    assert main(["generate", "--from", "tiles.png", "--no-vae-tiling", "-o", "plain.png"]) == 0
+    assert np.array_equal(media.read_video("plain.png")[0], whole)
+    latents = "whole.png.latents.safetensors"
+    assert main(["decode", latents, "--vae-tiling", "-o", "decoded.png"]) == 0
+    assert np.array_equal(media.read_video("decoded.png")[0], tiles)
+
+
+def test_frame_that_is_too_large_is_refused_before_the_work(model, monkeypatch, capsys):
+    monkeypatch.setattr(autoencoder_kl, "_MAX_ELEMENTS", 4_000)
+    for memory in ("auto", "off"):
+        assert generate(model, "-o", "out.png", "--memory", memory) == 2
+        captured = capsys.readouterr().err
+        assert "one frame of 32x32 needs an array of" in captured
+        assert "--vae-tiling" in captured
+        assert "denoise" not in captured
+    assert not os.listdir()
 
 
 def test_scheduler_and_dtypes(model):
@@ -297,9 +328,10 @@ def test_what_resume_refuses(model, tmp_path, monkeypatch, capsys):
         assert generate(model, "-o", "out.png", "--steps", "3") == 130
     file = "out.png.latents.safetensors"
     for arguments, message in [
-        (["a dog"], "leave out --prompt"),
+        (["a dog"], "leave out the prompt"),
         (["--steps", "4"], "leave out --steps"),
-        (["--num-videos", "2"], "--num-videos"),
+        (["--num-videos", "2"], "leave out --num-videos"),
+        (["--from", file], "leave out --from"),
         (["-o", "missing/out.png"], "missing"),
     ]:
         assert main(["generate", "--resume", file, *arguments]) == 2

@@ -92,6 +92,7 @@ def test_all_arguments(unet):
     with_all = same(unet, sample, timestep, text, **extra)
     assert np.abs(without - with_all).max() > 1e-2
     assert isinstance(unet(sample, timestep, text, return_dict=False), tuple)
+    same(unet, sample, timestep, text, cross_attention_kwargs={"scale": np.float32(0.5)})
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -102,6 +102,27 @@ def test_predicted_peaks_of_the_vae(exact_peaks, stage, frames, size):
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the measurement is of the CPU backend")
+@pytest.mark.parametrize("stage", ["decode", "encode"])
+def test_predicted_peaks_of_tiles(exact_peaks, stage):
+    vae = AutoencoderKL(**VAE | {"sample_size": 32}).eval()
+    vae.enable_tiling()
+    mx.eval(vae.parameters())
+    networks = replace(NETWORKS, vae=memory.Network(AutoencoderKL, vae.config))
+    options = dict(num_frames=1, height=128, width=96, encoded=True, dtype=mx.float32, backend="cpu")
+    whole, found = (
+        next(s for s in memory.plan(networks, vae_tiling=tiling, **options).stages if s.name == stage)
+        for tiling in (False, True)
+    )
+    images, latents = mx.zeros((1, 3, 128, 96)), mx.zeros((1, 4, 64, 48))
+    mx.eval(images, latents)
+    run = (lambda: vae.decode(latents)) if stage == "decode" else (lambda: vae.encode(images).mean)
+    beside = images.nbytes if stage == "encode" else 0
+    measured = max(peak_of(run)[1] for _ in range(12))
+    assert found.peak - found.weights - beside == pytest.approx(measured, rel=0.15)
+    assert found.peak < whole.peak
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the measurement is of the CPU backend")
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_features_of_a_cache_are_counted(exact_peaks, sequential, depth):

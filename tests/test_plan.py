@@ -77,6 +77,25 @@ def test_plan_counts_cached_features(configs, capsys):
     assert "depth of a feature cache is 9" in capsys.readouterr().err
 
 
+def test_plan_of_a_frame_that_is_too_large_for_one_array(configs, capsys):
+    command = ["plan", "--model", str(configs), "--frames", "1", "--height", "32768", "--width", "32768"]
+    assert main(command) == 2
+    assert "--vae-tiling" in capsys.readouterr().err
+
+
+def test_plan_with_tiles(configs, capsys):
+    config = json.loads((configs / "vae" / "config.json").read_text())
+    (configs / "vae" / "config.json").write_text(json.dumps(config | {"sample_size": 64}))
+    command = ["plan", "--model", str(configs), "--frames", "1", "--height", "512", "--width", "512"]
+
+    def peak(*options):
+        assert main([*command, *options]) == 0
+        (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("decode"))
+        return float(line.split()[3])
+
+    assert peak("--vae-tiling") < 0.5 * peak()
+
+
 def test_plan_says_what_fits_instead(configs, capsys, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 700_000)
     command = ["plan", "--model", str(configs), "--frames", "8", "--height", "256", "--width", "256"]

@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         variant=args.variant,
         local_files_only=args.local_files_only,
     )
+    if args.vae_tiling:
+        pipe.enable_vae_tiling()
     guidance, frames = pipe.guidance_scale(args.guidance), pipe.num_frames(args.num_frames)
     height, width = (n * pipe.vae_scale_factor for n in pipe.latent_size(args.height, args.width))
     states = pipe.encode_prompt("", guidance_scale=guidance)

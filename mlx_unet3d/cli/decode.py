@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         vae = AutoencoderKL.from_pretrained(
             model, subfolder="vae", dtype=dtype, local_files_only=args.local_files_only, **where
         )
+    if args.vae_tiling if args.vae_tiling is not None else settings.get("vae_tiling", False):
+        vae.enable_tiling()
     with options.stage("decode"):
         frames = decode_latents(vae, latents, progress=True)
     media.write_video(output, media.to_uint8(frames[0]), fps=fps, metadata=settings | {"fps": fps})

@@ -39,6 +39,7 @@ _DEFAULTS: dict[str, Any] = {
     "clip_skip": None,
     "dtype": None,
     "vae_dtype": "float32",
+    "vae_tiling": False,
     "fps": 8.0,
     "model": None,
     "revision": None,
@@ -273,8 +274,9 @@ def resumed_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[mx.
     if not predictions:
         raise ValueError(f"{args.resume} holds finished latents: mlx-unet3d decode {args.resume}")
     changed = sorted(key for key in vars(args) if key in _DEFAULTS and getattr(args, key) is not None)
-    if changed or "replay" in args or args.num_videos > 1:
-        names = ["--" + key.replace("_", "-") for key in changed] or ["--from, or --num-videos"]
+    changed += ["from"] * ("replay" in args) + ["num-videos"] * (args.num_videos > 1)
+    if changed:
+        names = ["the prompt" if key == "prompt" else "--" + key.replace("_", "-") for key in changed]
         raise ValueError(
             f"--resume finishes the run of {args.resume} as it was begun; leave out {', '.join(names)}"
         )
@@ -312,6 +314,8 @@ def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipel
         pipe.scheduler = scheduler_from_config(pipe.scheduler.config, settings["scheduler"])
     settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
     pipe.unet.set_convolution(settings["convolution"])
+    if settings["vae_tiling"]:
+        pipe.enable_vae_tiling()
     settings["weights"] = pipe.weights_checksum
     for path, weight in json.loads(settings.get("lora") or "[]"):
         file = read_adapter(path, local_files_only=args.local_files_only)
@@ -336,6 +340,7 @@ def complete(pipe: TextToVideoPipeline | VideoToVideoPipeline, settings: dict[st
         settings["num_frames"] = pipe.num_frames(settings["num_frames"])
         size = pipe.latent_size(settings["height"], settings["width"])
         settings["height"], settings["width"] = (n * pipe.vae_scale_factor for n in size)
+        pipe.vae.check_frame(settings["height"], settings["width"])  # now, not when it comes to decoding
 
 
 def fit(
@@ -355,6 +360,7 @@ def fit(
         cache_depth=settings["cache_depth"] if settings["cache_interval"] > 1 else None,
         dtype=pipe.unet.dtype,
         vae_dtype=pipe.vae.dtype,
+        vae_tiling=settings["vae_tiling"],
         budget=budget,
         find_nearest=False,
     )

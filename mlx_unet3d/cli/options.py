@@ -48,7 +48,8 @@ def memory_size(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
+    """Which model, and how its VAE runs; `weights`: whether its weights are read, not configs alone."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -56,12 +57,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="pipeline folder, hub id owner/name, or demo (default: demo, or what a file says)",
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
-    group.add_argument("--variant", help="weight files to read, such as fp16")
+    if weights:
+        group.add_argument("--variant", help="weight files to read, such as fp16")
     group.add_argument("--local-files-only", action="store_true", default=False, help="never ask the hub")
     group.add_argument(
         "--vae-dtype",
         choices=DTYPES,
         help="of the decoder, which overflows in float16 with some checkpoints (default: float32)",
+    )
+    group.add_argument(
+        "--vae-tiling",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="decode large frames in tiles, which blend where they meet: less memory, another result",
     )
 
 

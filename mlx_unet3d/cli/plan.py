@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="SIZE",
         help="of a Mac, such as 16GB (default: all that are sold)",
     )
-    options.add_model_options(parser)
+    options.add_model_options(parser, weights=False)
     parser.add_argument(
         "--dtype",
         choices=options.DTYPES,
@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             cache_depth=args.cache_depth,
             dtype=options.DTYPES[dtype],
             vae_dtype=options.DTYPES[args.vae_dtype or "float32"],
+            vae_tiling=bool(args.vae_tiling),
             budget=machine.budget,
             backend="metal" if metal else "cpu",
             chip=args.chip,

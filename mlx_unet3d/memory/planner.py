@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..chips import Chip
 from ..layers.attention import Attention, TextContext
 from ..layers.slicing import Slicing
+from ..models.autoencoder_kl import AutoencoderKL
 from ..models.feature_cache import FeatureCache
 from .costs import BACKENDS, Backend
 from .liveness import Memory, simulate
@@ -151,6 +152,7 @@ def plan(
     cache_depth: int | None = None,
     dtype: mx.Dtype = mx.float16,
     vae_dtype: mx.Dtype = mx.float32,
+    vae_tiling: bool = False,
     budget: int | None = None,
     backend: str | None = None,
     chip: Chip | None = None,
@@ -170,6 +172,7 @@ def plan(
         encoded: whether it starts from a video.
         cache_depth: of a `FeatureCache`, whose features stay from step to step; None for none.
         dtype, vae_dtype: of UNet and text encoder, and of the VAE.
+        vae_tiling: whether the VAE takes large frames in tiles.
         budget: bytes that MLX may use; None for any.
         backend: "metal" or "cpu"; None for that of this machine.
         chip: for the time of a step.
@@ -187,7 +190,7 @@ def plan(
         backend = "metal" if mx.default_device() == mx.gpu else "cpu"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
-    planner = Planner(networks, dtype, vae_dtype, budget, BACKENDS[backend], cache_depth)
+    planner = Planner(networks, dtype, vae_dtype, budget, BACKENDS[backend], cache_depth, vae_tiling)
     found = planner.plan(video, settings)
     if chip is not None:
         found = replace(found, step_seconds=planner.step_seconds(video, chip))
@@ -225,9 +228,11 @@ class Planner:
         budget: int | None,
         backend: Backend,
         cache_depth: int | None = None,
+        vae_tiling: bool = False,
     ):
         self.networks, self.dtype, self.vae_dtype = networks, dtype, vae_dtype
         self.budget, self.backend, self.cache_depth = budget, backend, cache_depth
+        self.vae_tiling = vae_tiling
         self.unet_bytes = networks.unet.nbytes(dtype)
         self.vae_bytes = networks.vae.nbytes(vae_dtype)
         self.text_bytes = networks.text_encoder.nbytes(dtype)
@@ -308,17 +313,18 @@ class Planner:
         return _stage("prompt", weights, simulate(graph, self.backend))
 
     def encode(self, video: Video) -> Stage:
-        chunk = self.frames_at_once(video)
-        shape = (chunk, self.networks.vae.config.in_channels, video.height, video.width)
-        images = mx.zeros(shape, self.vae_dtype)
+        chunk, channels = self.frames_at_once(video), self.networks.vae.config.in_channels
+        images = mx.zeros((chunk, channels, *self.tile(video)), self.vae_dtype)
         graph = self.networks.vae.trace(
             lambda model, x: model.encode(x, chunk_size=chunk).mean,
             [images],
             self.vae_dtype,
             self.backend.gpu,
         )
-        pixels = video.batch * video.frames * math.prod(shape[1:]) * 4
-        return _stage("encode", self.unet_bytes + self.vae_bytes, simulate(graph, self.backend), pixels)
+        pixels = video.batch * video.frames * channels * video.height * video.width * 4
+        tiles = self.tiles(video, self.networks.spatial_factor, 2 * self.networks.vae.config.latent_channels)
+        memory = simulate(graph, self.backend)
+        return _stage("encode", self.unet_bytes + self.vae_bytes, memory, pixels + tiles)
 
     def denoise(self, video: Video, settings: Settings) -> Stage:
         graph = self.forward(video, settings)
@@ -333,12 +339,13 @@ class Planner:
 
     def decode(self, video: Video) -> Stage:
         chunk = self.frames_at_once(video)
-        _, channels, _, height, width = self.latent_shape(video)
-        latents = mx.zeros((chunk, channels, height, width), self.vae_dtype)
+        height, width = (n // self.networks.spatial_factor for n in self.tile(video))
+        latents = mx.zeros((chunk, self.latent_shape(video)[1], height, width), self.vae_dtype)
         graph = self.networks.vae.trace(
             lambda model, z: model.decode(z, chunk_size=chunk), [latents], self.vae_dtype, self.backend.gpu
         )
-        return _stage("decode", self.vae_bytes, simulate(graph, self.backend))
+        tiles = self.tiles(video, 1, self.networks.vae.config.out_channels)
+        return _stage("decode", self.vae_bytes, simulate(graph, self.backend), tiles)
 
     # What they are made of.
 
@@ -368,9 +375,31 @@ class Planner:
         width = sum(2 * a.heads * a.dim_head for a in attentions if a.is_cross_attention)
         return video.batch * (1 + video.guidance) * _TOKENS * width * self.dtype.size
 
-    def frames_at_once(self, video: Video) -> int:
+    def vae(self) -> AutoencoderKL:
+        """The VAE without weights, as it is set."""
         vae = self.networks.vae.kind.from_config(self.networks.vae.config)
-        return min(vae.frames_per_chunk(video.height, video.width), video.batch * video.frames)
+        vae.use_tiling = self.vae_tiling
+        return vae
+
+    def frames_at_once(self, video: Video) -> int:
+        return min(self.vae().frames_per_chunk(video.height, video.width), video.batch * video.frames)
+
+    def tile(self, video: Video) -> tuple[int, int]:
+        """Height and width in pixels of what the VAE takes at once."""
+        vae = self.vae()
+        vae.check_frame(video.height, video.width)
+        size = vae.tile_sample_min_size if self.vae_tiling else max(video.height, video.width)
+        return min(video.height, size), min(video.width, size)
+
+    def tiles(self, video: Video, factor: int, channels: int) -> int:
+        """Bytes of the tiles that wait for others, of `channels` and of pixels of `factor` each way: the row,
+        the one above, and what is finished."""
+        height, width = self.tile(video)
+        if (height, width) == (video.height, video.width):
+            return 0
+        columns = -(-video.width // (width * 3 // 4))  # a quarter overlaps
+        pixels = video.height * video.width + 2 * columns * height * width
+        return self.frames_at_once(video) * channels * pixels // factor**2 * self.vae_dtype.size
 
     def step_seconds(self, video: Video, chip: Chip) -> float:
         return seconds(self.forward(video, Settings()), chip, self.dtype)

@@ -367,28 +367,36 @@ class AutoencoderKL(PretrainedModel):
             elements = max(elements, pixels**2)  # scores, where attention is not fused
         return elements
 
-    def _checked_chunk_size(self, chunk_size: int | None, height: int, width: int) -> int:
+    def check_frame(self, height: int, width: int) -> int:
+        """How many frames of `height` x `width` pixels MLX can index at once.
+
+        Raises ValueError where it is not even one.
+        """
         per_frame = self._elements_per_frame(height, width)
         most = _MAX_ELEMENTS // per_frame
         if most == 0:
             advice = (
                 "reduce tile_sample_min_size and tile_latent_min_size"
                 if self.use_tiling
-                else "call enable_tiling()"
+                else "call enable_tiling(), or give the command --vae-tiling"
             )
             raise ValueError(
                 f"one frame of {width}x{height} needs an array of {per_frame} elements, more than "
                 f"the 2^31 - 1 that MLX can index; {advice}"
             )
+        return most
+
+    def _checked_chunk_size(self, chunk_size: int | None, height: int, width: int) -> int:
+        most = self.check_frame(height, width)
         if chunk_size is None:
             return 1 if self.use_slicing else min(most, self.frames_per_chunk(height, width))
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1, or None")
         if chunk_size > most:
+            elements = chunk_size * self._elements_per_frame(height, width)
             raise ValueError(
-                f"chunk_size={chunk_size} frames of {width}x{height} need an array of "
-                f"{chunk_size * per_frame} elements, more than the 2^31 - 1 that MLX can index; "
-                f"use at most {most}, or None"
+                f"chunk_size={chunk_size} frames of {width}x{height} need an array of {elements} elements, more "
+                f"than the 2^31 - 1 that MLX can index; use at most {most}, or None"
             )
         return chunk_size
 

@@ -356,6 +356,11 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
             self.check_cache_depth(depth)
             deep = feature_cache.next()
         forward = self._forward if self._compiled is None else self._compiled
+        if cross_attention_kwargs is not None:  # a trace takes no scalars of NumPy
+            cross_attention_kwargs = {
+                name: value.item() if isinstance(value, np.generic) else value
+                for name, value in cross_attention_kwargs.items()
+            }
         with self._scaled_adapters(cross_attention_kwargs):
             x, *made = forward(
                 sample,

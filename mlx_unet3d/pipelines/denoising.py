@@ -121,6 +121,11 @@ def denoise(
         )
     first, last = guidance_interval
     guided = [guidance_scale > 1 and first <= i / shape[0] < last for i in range(shape[0])]
+    if guidance_scale > 1 and not any(guided):
+        raise ValueError(
+            f"guidance_interval=({first:g}, {last:g}) holds none of the {shape[0]} steps; give a wider one, "
+            "or guidance_scale=1 for none"
+        )
     full = full_steps(guided, cache_interval)
     # Features are no part of a run that stopped: go back to the last step that made some.
     predictions = predictions[: max((i for i in full if i <= len(predictions)), default=0)]
