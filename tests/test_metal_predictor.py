@@ -157,7 +157,7 @@ def test_fusion_is_that_of_mlx():
     mx.eval(x, scale)
     model = nn.Module()
     graph = trace(chain, x, scale, model=model)
-    names = Counter(node.op for node in fused(graph, everything=True))
+    names = Counter(node.name for node in fused(graph, everything=True))
     compiled = mx.compile(chain)(x, scale)
     text = io.StringIO()
     mx.export_to_dot(text, compiled)

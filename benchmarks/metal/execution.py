@@ -8,13 +8,15 @@ softmax.cpp, scaled_dot_product_attention.cpp, mlx/backend/gpu/copy.cpp and slic
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 
 import mlx.core as mx
+from mlx_unet3d.memory.roofline import operations
+from mlx_unet3d.memory.views import ELEMENTWISE
 
 from . import rules
 from .layout import View, element_wise
 from .rules import Conv, Winograd, conv_route
-from .schedule import ELEMENT_WISE
 from .trace import Graph, Node
 
 _VIEWS = {"Broadcast", "ExpandDims", "Slice", "Split", "Squeeze", "StopGradient", "Transpose"}
@@ -83,13 +85,13 @@ class _Machine:
         self.bytes: dict[str, int] = {}
         self.holders: Counter[str] = Counter()
         self.uses = Counter(name for node in nodes for name in node.inputs)
-        self.fixed = set(graph.constants)
+        self.given, self.fixed = graph.given, set(graph.constants)
         self.live = 0
         self.scratch = 0
-        for name in [*graph.inputs, *graph.constants]:
-            self.views[name] = View.row(graph.arrays[name].shape)
+        for name in self.given:
+            self.views[name] = View.row(graph.shapes[name])
             self.buffer[name] = name
-            self.bytes[name] = 0 if name in graph.constants else graph.arrays[name].nbytes
+            self.bytes[name] = 0 if name in graph.constants else graph.nbytes(name)
             self.holders[name] = 2  # the caller's is never given up
             self.live += self.bytes[name]
         self.uses.update(graph.outputs)
@@ -97,7 +99,7 @@ class _Machine:
     # Small helpers.
 
     def itemsize(self, name: str) -> int:
-        return self.graph.arrays[name].dtype.size
+        return self.graph.dtypes[name].size
 
     def read(self, name: str) -> int:
         return self.views[name].touched * self.itemsize(name)
@@ -142,14 +144,14 @@ class _Machine:
 
     def copied(self, node: Node, name: str, why: str, temporary: bool = True) -> View:
         """A row-major copy of an input."""
-        array = self.graph.arrays[name]
+        shape, nbytes = self.graph.shapes[name], self.graph.nbytes(name)
         of_weight = self.buffer[name] in self.graph.constants
-        self.did.copies.append(Copy(node.place, why, array.shape, array.nbytes, of_weight))
-        self.kernel(node, "copy", 0, self.read(name) + array.nbytes)
+        self.did.copies.append(Copy(node.place, why, shape, nbytes, of_weight))
+        self.kernel(node, "copy", 0, self.read(name) + nbytes)
         if temporary:
-            self.scratch += array.nbytes
-            self.note_size(node, array.size, array.dtype.size)
-        return View.row(array.shape)
+            self.scratch += nbytes
+            self.note_size(node, prod(shape), self.itemsize(name))
+        return View.row(shape)
 
     def as_row(self, node: Node, name: str, why: str) -> None:
         if not self.views[name].is_row:
@@ -160,18 +162,18 @@ class _Machine:
     def run(self, node: Node) -> None:
         self.scratch = 0
         name = node.outputs[0]
-        array = self.graph.arrays[name]
-        if node.op in _RESHAPES:
-            view = self.views[node.inputs[0]].reshape(array.shape)
+        if node.name in _RESHAPES:
+            shape = self.graph.shapes[name]
+            view = self.views[node.inputs[0]].reshape(shape)
             if view is None:
                 self.copied(node, node.inputs[0], "reshape", temporary=False)
-                self.allocate(node, name, View.row(array.shape))
+                self.allocate(node, name, View.row(shape))
             else:
                 self.share(name, node.inputs[0], view)
-        elif node.op in _VIEWS:
+        elif node.name in _VIEWS:
             self.view(node)
         else:
-            self.handler(node.op)(node)
+            self.handler(node.name)(node)
             self.note(node)
         self.did.peak, self.did.peak_place = max(
             (self.did.peak, self.did.peak_place), (self.live + self.scratch, node.place), key=lambda x: x[0]
@@ -179,28 +181,28 @@ class _Machine:
         self.release(node)
 
     def handler(self, op: str) -> Callable[[Node], None]:
-        if op in ELEMENT_WISE or op == "Compiled":
+        if op in ELEMENTWISE:
             return self.elements
         handlers = {
             "AddMM": self.matmul,
-            "Attention": self.attention,
             "Contiguous": self.contiguous,
             "Convolution": self.convolution,
             "LayerNorm": self.layer_norm,
             "Matmul": self.matmul,
+            "ScaledDotProductAttention": self.attention,
             "Softmax": self.softmax,
         }
         return handlers.get(op, self.other)
 
     def note(self, node: Node) -> None:
         """What must not be: single precision among halves, and work on parameters alone."""
-        arrays = [self.graph.arrays[name] for name in node.outputs]
-        for array in arrays:
-            if array.dtype == mx.float32:
-                self.did.leaks.append((node.place, node.op, array.shape))
+        shapes = [self.graph.shapes[name] for name in node.outputs]
+        for name, shape in zip(node.outputs, shapes, strict=True):
+            if self.graph.dtypes[name] == mx.float32:
+                self.did.leaks.append((node.place, node.name, shape))
         if node.inputs and self.fixed.issuperset(node.inputs):
             self.fixed.update(node.outputs)
-            self.did.weight_work.append((node.place, node.op, arrays[0].shape))
+            self.did.weight_work.append((node.place, node.name, shapes[0]))
 
     def release(self, node: Node) -> None:
         """Give up inputs that nobody else wants, and outputs that nobody wants."""
@@ -208,7 +210,7 @@ class _Machine:
             self.uses[name] -= 1
         unused = [name for name in {*node.inputs, *node.outputs} if not self.uses[name]]
         for name in unused:
-            if name in self.graph.constants or name in self.graph.inputs:
+            if name in self.given:
                 continue
             owner = self.buffer[name]
             self.holders[owner] -= 1
@@ -218,8 +220,8 @@ class _Machine:
     def view(self, node: Node) -> None:
         source = node.inputs[0]
         before = self.views[source]
-        shapes = [self.graph.arrays[name].shape for name in node.outputs]
-        match node.op:
+        shapes = [self.graph.shapes[name] for name in node.outputs]
+        match node.name:
             case "Transpose":
                 views = [before.transpose(node.arguments[0])]
             case "Broadcast":
@@ -241,21 +243,20 @@ class _Machine:
 
     def elements(self, node: Node) -> None:
         name = node.outputs[0]
-        shape = self.graph.arrays[name].shape
-        view = element_wise(shape, [self.views[n] for n in node.inputs])
-        kind = "fused element-wise" if node.op == "Compiled" else "element-wise"
-        operations = len(set(node.parts) - {"Broadcast"}) or 1
+        view = element_wise(self.graph.shapes[name], [self.views[n] for n in node.inputs])
+        kind = "fused element-wise" if node.name == "Compiled" else "element-wise"
+        each = len(set(node.parts) - {"Broadcast"}) or 1
         moved = sum(self.read(n) for n in dict.fromkeys(node.inputs)) + view.data_size * self.itemsize(name)
-        self.kernel(node, kind, operations * view.data_size, moved)
+        self.kernel(node, kind, each * view.data_size, moved)
         self.make(node, view, node.inputs)
 
     def other(self, node: Node) -> None:
         """Concatenate, Pad, Gather, Reduce, Arange, ...: read all, write all."""
         moved = sum(self.read(name) for name in dict.fromkeys(node.inputs))
         for name in node.outputs:
-            self.allocate(node, name, View.row(self.graph.arrays[name].shape))
-            moved += self.graph.arrays[name].nbytes
-        self.kernel(node, node.op.lower(), 0, moved)
+            self.allocate(node, name, View.row(self.graph.shapes[name]))
+            moved += self.graph.nbytes(name)
+        self.kernel(node, node.name.lower(), 0, moved)
 
     def contiguous(self, node: Node) -> None:
         source, name = node.inputs[0], node.outputs[0]
@@ -277,46 +278,43 @@ class _Machine:
         view = self.views[node.inputs[0]]
         self.row_wise(node, view if view.dense and view.strides[-1] == 1 else None, 5, "softmax input")
 
-    def row_wise(self, node: Node, view: View | None, operations: int, why: str) -> None:
+    def row_wise(self, node: Node, view: View | None, each: int, why: str) -> None:
         name, source = node.outputs[0], node.inputs[0]
         # Rows above 6656 elements are read three times; how much of that a cache takes is not known here.
-        moved = sum(map(self.read, node.inputs[1:])) + 2 * self.graph.arrays[name].nbytes
+        moved = sum(map(self.read, node.inputs[1:])) + 2 * self.graph.nbytes(name)
         if view is None:  # written over its copy
             self.allocate(node, name, self.copied(node, source, why, temporary=False))
         else:
             self.make(node, view, [source])
-        self.kernel(node, node.op.lower(), operations * self.graph.arrays[name].size, moved)
+        self.kernel(node, node.name.lower(), each * prod(self.graph.shapes[name]), moved)
 
     def matmul(self, node: Node) -> None:
-        a, b, *rest = node.inputs
-        for name in a, b:
+        for name in node.inputs[:2]:
             if 1 not in self.views[name].strides[-2:]:
                 self.copied(node, name, "matmul input")
-        array = self.graph.arrays[node.outputs[0]]
-        flops = 2 * array.size * self.graph.arrays[a].shape[-1]
+        out, flops = node.outputs[0], operations(node, self.graph)
         self.did.matmul_flops += flops
-        self.kernel(node, "matmul", flops, sum(map(self.read, [a, b, *rest])) + array.nbytes)
-        self.allocate(node, node.outputs[0], View.row(array.shape))
+        self.kernel(node, "matmul", flops, sum(map(self.read, node.inputs)) + self.graph.nbytes(out))
+        self.allocate(node, out, View.row(self.graph.shapes[out]))
 
     def attention(self, node: Node) -> None:
         for name in node.inputs:
             if self.views[name].strides[-1] != 1:
                 self.copied(node, name, "attention input")
-        out = self.graph.arrays[node.outputs[0]]
-        keys = self.graph.arrays[node.inputs[1]]
-        flops = 4 * out.size * keys.shape[2]
-        self.kernel(node, "attention", flops, sum(map(self.read, node.inputs)) + out.nbytes)
-        batch, heads, length, dim = out.shape
+        out = node.outputs[0]
+        moved = sum(map(self.read, node.inputs)) + self.graph.nbytes(out)
+        self.kernel(node, "attention", operations(node, self.graph), moved)
+        batch, heads, length, dim = shape = self.graph.shapes[out]
         # It is stored (B, L, heads, D), so that merging the heads is a view.
         view = View.row((batch, length, heads, dim)).transpose((0, 2, 1, 3))
-        self.allocate(node, node.outputs[0], view if length > 8 else View.row(out.shape))
+        self.allocate(node, out, view if length > 8 else View.row(shape))
 
     def convolution(self, node: Node) -> None:
         x, weight = node.inputs
         self.as_row(node, x, "convolution input")
         self.as_row(node, weight, "convolution weight")
-        n, *size, c = self.graph.arrays[x].shape
-        o, *kernel, _ = self.graph.arrays[weight].shape
+        n, *size, c = self.graph.shapes[x]
+        o, *kernel, _ = self.graph.shapes[weight]
         stride, low, high, kernel_dilation, input_dilation = (tuple(v) for v in node.arguments[:5])
         groups, flip = node.arguments[5:]
         conv = Conv(
@@ -336,8 +334,8 @@ class _Machine:
         itemsize = self.itemsize(x)
         route = conv_route(conv, self.budget, itemsize)
         self.did.convolutions.append(Convolution(node.place, conv, route))
-        out = self.graph.arrays[node.outputs[0]]
-        ends = [self.graph.arrays[name].nbytes for name in (x, weight)] + [out.nbytes]
+        out = node.outputs[0]
+        ends = [self.graph.nbytes(name) for name in (x, weight, out)]
         if route == rules.WINOGRAD:
             self.winograd(node, conv, itemsize, *ends)
         elif route == rules.UNFOLD:
@@ -353,7 +351,7 @@ class _Machine:
                 self.scratch += extra
                 self.kernel(node, "pad", 0, ends[0] + ends[1] + extra)
             self.kernel(node, route, conv.flops, sum(ends))
-        self.allocate(node, node.outputs[0], View.row(out.shape))
+        self.allocate(node, out, View.row(self.graph.shapes[out]))
 
     def winograd(self, node: Node, conv: Conv, itemsize: int, x: int, weight: int, out: int) -> None:
         scratch = Winograd.of(conv)

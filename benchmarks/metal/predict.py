@@ -6,10 +6,11 @@ from functools import cached_property
 
 import mlx.core as mx
 from mlx_unet3d.chips import Chip
+from mlx_unet3d.memory.liveness import order
 
 from . import rules
 from .execution import Copy, Execution, Kernel, execute
-from .schedule import fused, ordered
+from .schedule import fused
 from .trace import Attention, Graph, Node
 
 # Shares of the peak rates that kernels are taken to reach. Assumed, not measured: what is published for MLX's
@@ -136,13 +137,13 @@ class Prediction:
 def predict(graph: Graph, winograd_budget: int | None = None) -> Prediction:
     """See `Prediction`; `winograd_budget` as in `rules.conv_route`."""
     runs = (
-        execute(graph, ordered(fused(graph, everything), graph.outputs), winograd_budget)
+        execute(graph, order(replace(graph, nodes=fused(graph, everything))), winograd_budget)
         for everything in (False, True)
     )
-    weights = sum(graph.arrays[name].nbytes for name in graph.constants)
-    places = {node.place for node in graph.nodes if node.op in ("Attention", "Softmax")}
+    weights = sum(graph.nbytes(name) for name in graph.constants)
+    places = {node.place for node in graph.nodes if node.name in ("ScaledDotProductAttention", "Softmax")}
     attentions = [a for a in graph.attentions if a.place in places]
-    return Prediction(*runs, attentions, weights, graph.arrays[graph.outputs[0]].dtype)
+    return Prediction(*runs, attentions, weights, graph.dtypes[graph.outputs[0]])
 
 
 def kernel_seconds(kernel: Kernel, chip: Chip, half: bool) -> float:

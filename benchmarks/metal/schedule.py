@@ -1,38 +1,16 @@
-"""What MLX makes of a graph before it runs: fused element-wise kernels, and the order of evaluation.
+"""What `mx.compile` makes of a graph: fused element-wise kernels.
 
-Read from MLX "0.32.2": mlx/compile.cpp (`compile_fuse`, `max_compile_depth`, `max_compile_arrays`) and
-mlx/transforms.cpp (`eval_impl`).
+Read from MLX "0.32.2": mlx/compile.cpp (`compile_fuse`, `max_compile_depth`, `max_compile_arrays`).
 """
 
 from dataclasses import replace
 
+from mlx_unet3d.memory.views import ELEMENTWISE
+
 from .trace import Graph, Node
 
-_UNARY = {
-    *(
-        "Abs",
-        "ArcCos",
-        "ArcCosh",
-        "ArcSin",
-        "ArcSinh",
-        "ArcTan",
-        "ArcTanh",
-        "AsType",
-        "BitwiseInvert",
-        "Ceil",
-    ),
-    *("Cos", "Cosh", "Erf", "ErfInv", "Exp", "Expm1", "Floor", "Log", "Log1p", "Log2", "Log10", "LogicalNot"),
-    *("Negative", "Round", "Rsqrt", "Sigmoid", "Sign", "Sin", "Sinh", "Sqrt", "Square", "Tan", "Tanh"),
-}
-_BINARY = {
-    *("Add", "ArcTan2", "BitwiseBinary", "Divide", "Equal", "FloorDivide", "Greater", "GreaterEqual", "Less"),
-    *("LessEqual", "LogAddExp", "LogicalAnd", "LogicalOr", "Maximum", "Minimum", "Multiply", "NotEqual"),
-    *("Power", "Remainder", "Subtract"),
-}
-ELEMENT_WISE = _UNARY | _BINARY | {"Select"}
-_FUSABLE = ELEMENT_WISE | {"Broadcast"}
+_FUSABLE = ELEMENTWISE | {"Broadcast"}
 _MAX_DEPTH, _MAX_ARRAYS = 11, 24
-_MAX_WIDTH = 20  # MLX_BFS_MAX_WIDTH
 
 
 def fused(graph: Graph, everything: bool) -> list[Node]:
@@ -58,8 +36,8 @@ def fused(graph: Graph, everything: bool) -> list[Node]:
         done.update(group)
         inside = {name for part in group.values() for name in part.outputs}
         names = (name for part in group.values() for name in part.inputs if name not in inside)
-        parts = tuple(part.op for part in group.values())
-        made.append(replace(node, op="Compiled", inputs=list(dict.fromkeys(names)), parts=parts))
+        parts = tuple(part.name for part in group.values())
+        made.append(replace(node, name="Compiled", inputs=tuple(dict.fromkeys(names)), parts=parts))
     return made[::-1]
 
 
@@ -73,7 +51,7 @@ def _group(
     """id -> node of all that is fused into `root`."""
     group: dict[int, Node] = {}
     borders: set[str] = set()
-    if root.op not in ELEMENT_WISE or not (everything or root.region is not None):
+    if root.name not in ELEMENTWISE or not (everything or root.region is not None):
         return group
 
     def visit(name: str, node: Node | None, depth: int) -> None:
@@ -82,7 +60,7 @@ def _group(
         joins = (
             node is not None
             and depth < _MAX_DEPTH
-            and node.op in _FUSABLE
+            and node.name in _FUSABLE
             and (everything or node.region == root.region)
             and (depth == 0 or (name not in outputs and all(id(user) in group for user in consumers[name])))
         )
@@ -98,40 +76,3 @@ def _group(
 
     visit(root.outputs[0], root, 0)
     return group
-
-
-def ordered(nodes: list[Node], outputs: list[str]) -> list[Node]:
-    """In the order of evaluation: a breadth-first walk back from the outputs, turned round."""
-    producers = {name: node for node in nodes for name in node.outputs}
-    sources = {id(node): [producers[n] for n in node.inputs if n in producers] for node in nodes}
-    uses: dict[int, int] = {}
-    walk = [producers[name] for name in outputs if name in producers]
-    for node in walk:
-        uses[id(node)] = uses.get(id(node), 0) + 1
-    seen = set(uses)
-    while walk:
-        for source in sources[id(walk.pop())]:
-            uses[id(source)] = uses.get(id(source), 0) + 1
-            if id(source) not in seen:
-                seen.add(id(source))
-                walk.append(source)
-
-    tape: list[Node] = []
-    roots = [producers[name] for name in outputs if name in producers]
-    waiting: list[tuple[list[Node], int]] = [(roots, 0)]
-    at = 0
-    while at < len(tape) or waiting:
-        if at < len(tape):
-            inputs, j = sources[id(tape[at])], 0
-            at += 1
-        else:
-            inputs, j = waiting.pop()
-        while j < len(inputs):
-            if len(tape) - at >= _MAX_WIDTH:
-                waiting.append((inputs, j))
-                break
-            uses[id(inputs[j])] -= 1
-            if uses[id(inputs[j])] == 0:
-                tape.append(inputs[j])
-            j += 1
-    return tape[::-1]

@@ -34,7 +34,7 @@ class Memory:
 def order(graph: Graph) -> list[Node]:
     """The operations that the results need, in the order in which MLX evaluates them."""
     maker = {name: node for node in graph.nodes for name in node.outputs}
-    root = Node("Results", tuple(graph.wanted), ())
+    root = Node("Results", tuple(graph.outputs), ())
     uses: Counter[int] = Counter()
     seen, stack = {id(root)}, [root]
     while stack:
@@ -97,7 +97,7 @@ def simulate(graph: Graph, backend: Backend) -> Memory:
     """The memory of one evaluation of `graph`."""
     nodes = order(graph)
     left = Counter(name for node in nodes for name in node.inputs)
-    left.update(graph.wanted)
+    left.update(graph.outputs)
     buffers = _Buffers()
     views: dict[str, View] = {}
     for name in graph.given:

@@ -1,7 +1,11 @@
-"""The graph of a computation, by shapes alone: nothing is computed and nothing allocated."""
+"""The graph of a computation, by shapes alone: nothing is computed and nothing allocated.
+
+`mx.export_function` hands the operations to a callback. What it takes apart, but a backend does at once, is
+replaced while tracing by `mx.depends` on a constant that tells which operation it stands for, a mark.
+"""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,38 +15,47 @@ import mlx.core as mx
 from .. import cpu
 from ..layers.slicing import sketched
 
-# What the trace takes apart, but a backend does at once, is marked: a dependency on an array of so many
-# axes, which none of our networks has. Those of `mx.fast` are taken apart where there is no GPU, compiled
-# functions always.
-_MARKS = {"Compiled": 10, "LayerNorm": 11, "ScaledDotProductAttention": 12}
+_MAGIC = 0x3D0E7
+COMPILED = type(mx.compile(lambda x: x))
+
+Change = tuple[Any, str, Any]
+"""An owner, the name of one of its attributes, and what to put there."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operation: its name, the names of the arrays it takes and gives, and its arguments."""
+    """One operation: its name, the names of the arrays it takes and gives, its arguments, and the number of
+    its mark, if it has one."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     arguments: tuple[Any, ...] = ()
+    mark: int | None = None
 
 
 @dataclass
 class Graph:
-    """Operations, the arrays between them, and which of these are given and wanted.
+    """Operations and the arrays between them, by name.
 
     Attributes:
-        nodes: in the order in which they were made.
-        shapes, dtypes: of all arrays, by name.
-        given: arrays that exist before: arguments and constants.
-        wanted: the results.
+        nodes: in the order in which they were made, producers first.
+        shapes, dtypes: of all arrays.
+        inputs, outputs: the arguments and the results.
+        constants: arrays that were there before, such as parameters that are no arguments.
     """
 
     nodes: list[Node] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, mx.Dtype] = field(default_factory=dict)
-    given: set[str] = field(default_factory=set)
-    wanted: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    constants: set[str] = field(default_factory=set)
+
+    @property
+    def given(self) -> set[str]:
+        """Arrays that no operation makes."""
+        return self.constants.union(self.inputs)
 
     def nbytes(self, name: str) -> int:
         """Bytes of an array in a buffer of its own."""
@@ -55,102 +68,132 @@ class Graph:
 def trace(
     fn: Callable[..., mx.array | Sequence[mx.array]], arguments: Sequence[mx.array], gpu: bool
 ) -> Graph:
-    """The graph of `fn(*arguments)`, of which only shapes and dtypes matter.
+    """The graph of `fn(*arguments)`, of which only shapes and dtypes matter; long sequences are sketched.
 
     `gpu`: as a GPU runs it, with attention and layer norms as operations of their own.
     """
-    graph = Graph()
-    marks: dict[str, str] = {}
-
-    def note(names: Sequence[tuple[str, tuple[int, ...], mx.Dtype]]) -> None:
-        for name, shape, dtype in names:
-            graph.shapes[name], graph.dtypes[name] = tuple(shape), dtype
-
-    def record(event: dict[str, Any]) -> None:
-        kind = event["type"]
-        if kind in ("inputs", "outputs"):
-            note(event[kind])
-            names = [name for name, *_ in event[kind]]
-            graph.given.update(names) if kind == "inputs" else graph.wanted.extend(names)
-        elif kind == "constants":
-            for name, array in event["constants"]:
-                note([(name, array.shape, array.dtype)])
-                graph.given.add(name)
-                marks.update((name, mark) for mark, axes in _MARKS.items() if array.ndim == axes)
-        elif kind == "primitive":
-            note(event["inputs"])
-            note(event["outputs"])
-            inputs = tuple(name for name, *_ in event["inputs"])
-            mark = next((marks[name] for name in inputs if name in marks), None)
-            graph.nodes.append(
-                Node(
-                    mark or event["name"],
-                    tuple(name for name in inputs if name not in marks),
-                    tuple(name for name, *_ in event["outputs"]),
-                    tuple(event["arguments"]),
-                )
-            )
-
-    with sketched(), _compiled_functions_marked(), _fast_operations_marked() if gpu else nullcontext():
-        mx.export_function(record, fn, *arguments)
-    return graph
+    marks = Marks()
+    changes = marks.of_compiled() + (marks.of_fast() if gpu else [])
+    with sketched(), cpu.routes(False) if gpu else nullcontext(), replaced(changes):
+        return record(fn, arguments, marks)
 
 
-def _mark(name: str) -> mx.array:
-    array = mx.zeros((1,) * _MARKS[name])
-    mx.eval(array)
-    return array
+class Marks:
+    """Marks, and stand-ins that make them: for functions of `mx.compile`, which are always taken apart, and
+    for those of `mx.fast`, which are where there is no GPU."""
 
+    def __init__(self) -> None:
+        self.names: list[str] = []
 
-@contextmanager
-def _compiled_functions_marked() -> Iterator[None]:
-    """Element-wise functions of `mx.compile`, wherever they are imported, as one operation each."""
-    mark = _mark("Compiled")
+    def new(self, name: str) -> mx.array:
+        """A mark for an operation of that name; they are numbered from 0."""
+        self.names.append(name)
+        return mx.array([_MAGIC, len(self.names) - 1], dtype=mx.int32)
 
-    def stand_in(function: Callable[..., Any]) -> Callable[..., Any]:
-        def marked(*args: mx.array) -> Any:
+    @staticmethod
+    def number(constant: mx.array) -> int | None:
+        """That of a mark; None for any other array."""
+        if constant.dtype != mx.int32 or constant.shape != (2,):
+            return None
+        magic, number = memoryview(constant).tolist()
+        return number if magic == _MAGIC else None
+
+    def whole(self, name: str, x: mx.array, *others: Any) -> mx.array:
+        """What an operation makes of `x`, and of those of `others` that are arrays: another array like it."""
+        return mx.depends([x], [*(a for a in others if isinstance(a, mx.array)), self.new(name)])[0]
+
+    def of_compiled(self, *owners: Any) -> list[Change]:
+        """Stand-ins for compiled functions wherever they are imported, and for attributes of `owners`."""
+        modules = [m for path, m in list(sys.modules.items()) if path.startswith(("mlx_unet3d", "mlx.nn"))]
+        return [
+            (owner, name, self.compiled(value))
+            for owner in (*modules, *owners)
+            if owner is not None
+            for name, value in vars(owner).items()
+            if isinstance(value, COMPILED)
+        ]
+
+    def of_fast(self) -> list[Change]:
+        """Stand-ins for attention and layer norms."""
+        return [
+            (mx.fast, "layer_norm", self.layer_norm),
+            (mx.fast, "scaled_dot_product_attention", self.attention),
+        ]
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """An element-wise function as one operation."""
+
+        def stand_in(*args: mx.array) -> Any:
             made = function(*args)  # for its form alone
             results = [made] if isinstance(made, mx.array) else list(made)
             like = next(a for a in args if a.shape == results[0].shape)
             others = [a for a in args if a is not like]
-            results = mx.depends([like] * len(results), [*others, mark])
+            results = mx.depends([like] * len(results), [*others, self.new("Compiled")])
             return results[0] if isinstance(made, mx.array) else type(made)(results)
 
-        return marked
+        return stand_in
 
-    kind = type(mx.compile(lambda x: x))
-    found = [
-        (module, name, value)
-        for path, module in list(sys.modules.items())
-        if path.startswith(("mlx_unet3d.", "mlx.nn")) and module is not None
-        for name, value in vars(module).items()
-        if type(value) is kind
-    ]
-    stand_ins = {id(value): stand_in(value) for _, _, value in found}
-    try:
-        for module, name, value in found:
-            setattr(module, name, stand_ins[id(value)])
-        yield
-    finally:
-        for module, name, value in found:
-            setattr(module, name, value)
+    def layer_norm(self, x, weight, bias, eps, **_: Any) -> mx.array:
+        for other in weight, bias:
+            if other is not None and other.dtype != x.dtype:
+                x = x.astype(mx.result_type(x, other))
+        return self.whole("LayerNorm", x, weight, bias)
+
+    def attention(self, q, k, v, *, scale, mask=None, **_: Any) -> mx.array:
+        return self.whole("ScaledDotProductAttention", q, k, v, mask)
 
 
 @contextmanager
-def _fast_operations_marked() -> Iterator[None]:
-    norm_mark, attention_mark = _mark("LayerNorm"), _mark("ScaledDotProductAttention")
-
-    def layer_norm(x, weight, bias, eps, **_):
-        return mx.depends([x], [a for a in (weight, bias, norm_mark) if a is not None])[0]
-
-    def attention(q, k, v, *, scale, mask=None, **_):
-        masks = [mask] if isinstance(mask, mx.array) else []
-        return mx.depends([q], [k, v, *masks, attention_mark])[0]
-
-    originals = mx.fast.layer_norm, mx.fast.scaled_dot_product_attention
-    mx.fast.layer_norm, mx.fast.scaled_dot_product_attention = layer_norm, attention
+def replaced(changes: Iterable[Change]) -> Iterator[None]:
+    """Within it, attributes are other ones."""
+    before: list[Change] = []
     try:
-        with cpu.routes(False):
-            yield
+        for owner, name, value in changes:
+            before.append((owner, name, vars(owner)[name]))
+            setattr(owner, name, value)
+        yield
     finally:
-        mx.fast.layer_norm, mx.fast.scaled_dot_product_attention = originals
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+
+
+def record(
+    fn: Callable[..., mx.array | Sequence[mx.array]], arguments: Sequence[mx.array], marks: Marks
+) -> Graph:
+    """The graph of `fn(*arguments)` as it is, with marked operations under the names of their marks."""
+    graph = Graph()
+    numbers: dict[str, int] = {}
+
+    def note(names: Sequence[tuple[str, tuple[int, ...], mx.Dtype]]) -> list[str]:
+        for name, shape, dtype in names:
+            graph.shapes[name], graph.dtypes[name] = tuple(shape), dtype
+        return [name for name, *_ in names]
+
+    def see(event: dict[str, Any]) -> None:
+        kind = event["type"]
+        if kind == "inputs":
+            graph.inputs = note(event["inputs"])
+        elif kind == "outputs":
+            graph.outputs = note(event["outputs"])
+        elif kind == "constants":
+            for name, array in event["constants"]:
+                number = marks.number(array)
+                if number is None:
+                    graph.constants.update(note([(name, array.shape, array.dtype)]))
+                else:
+                    numbers[name] = number
+        elif kind == "primitive":
+            names = [name for name, *_ in event["inputs"]]
+            mark = next((numbers[name] for name in names if name in numbers), None)
+            graph.nodes.append(
+                Node(
+                    event["name"] if mark is None else marks.names[mark],
+                    tuple(name for name in names if name not in numbers),
+                    tuple(note(event["outputs"])),
+                    tuple(event["arguments"]),
+                    mark,
+                )
+            )
+
+    mx.export_function(see, fn, *arguments)
+    return graph

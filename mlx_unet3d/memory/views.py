@@ -6,10 +6,12 @@ from .tracing import Graph, Node
 
 ELEMENTWISE = frozenset(
     (
-        *("Abs", "Add", "AsType", "Ceil", "Compiled", "Cos", "Divide", "Equal", "Erf", "Exp", "Expm1"),
-        *("Floor", "Greater", "GreaterEqual", "Less", "LessEqual", "Log", "Log1p", "LogicalNot", "Maximum"),
+        *("Abs", "Add", "ArcCos", "ArcCosh", "ArcSin", "ArcSinh", "ArcTan", "ArcTan2", "ArcTanh", "AsType"),
+        *("BitwiseBinary", "BitwiseInvert", "Ceil", "Compiled", "Cos", "Cosh", "Divide", "Equal", "Erf"),
+        *("ErfInv", "Exp", "Expm1", "Floor", "FloorDivide", "Greater", "GreaterEqual", "Less", "LessEqual"),
+        *("Log", "Log10", "Log1p", "Log2", "LogAddExp", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum"),
         *("Minimum", "Multiply", "Negative", "NotEqual", "Power", "Remainder", "Round", "Rsqrt", "Select"),
-        *("Sigmoid", "Sign", "Sin", "Sqrt", "Square", "Subtract", "Tanh"),
+        *("Sigmoid", "Sign", "Sin", "Sinh", "Sqrt", "Square", "Subtract", "Tan", "Tanh"),
     )
 )
 """Operations on each element alone."""
