@@ -1,20 +1,14 @@
 """How an array lies in memory, and which primitives must copy to change that.
 
-Read from MLX "0.32.2": mlx/backend/common/utils.cpp (`prepare_reshape`), broadcasting.cpp, slicing.cpp,
-unary.h, binary.h, ternary.h and compiled.cpp (outputs of element-wise kernels).
+Read from MLX "0.32.2": mlx/backend/common/broadcasting.cpp, slicing.cpp, unary.h, binary.h, ternary.h and
+compiled.cpp (outputs of element-wise kernels).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-
-def row_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= n
-    return tuple(reversed(strides))
+from mlx_unet3d.memory.views import reshaped, row_major
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,7 @@ class View:
     @classmethod
     def row(cls, shape: Sequence[int]) -> "View":
         """Row-major."""
-        return cls(tuple(shape), row_strides(shape), prod(shape))
+        return cls(tuple(shape), row_major(shape), prod(shape))
 
     @property
     def size(self) -> int:
@@ -41,11 +35,11 @@ class View:
     @property
     def is_row(self) -> bool:
         """Row-major and without gaps: what most kernels ask for."""
-        return self.dense and self.data_size == self.size and self._is(row_strides(self.shape))
+        return self.dense and self.data_size == self.size and self._is(row_major(self.shape))
 
     @property
     def is_column(self) -> bool:
-        reverse = row_strides(self.shape[::-1])[::-1]
+        reverse = row_major(self.shape[::-1])[::-1]
         return self.dense and self.data_size == self.size and self._is(reverse)
 
     def _is(self, strides: tuple[int, ...]) -> bool:
@@ -74,36 +68,8 @@ class View:
         shape = tuple(shape)
         if self.is_row:
             return View.row(shape)
-        if not self.shape:
-            return View(shape, (0,) * len(shape), self.data_size, self.dense)
-        sizes, steps = self._collapsed()
-        strides: list[int] = []
-        j = 0
-        for n in shape:
-            if j < len(sizes) and sizes[j] % n == 0:
-                sizes[j] //= n
-                strides.append(sizes[j] * steps[j])
-                j += sizes[j] == 1
-            elif n == 1:
-                strides.append(strides[-1])
-            else:
-                return None
-        return View(shape, tuple(strides), self.data_size, self.dense)
-
-    def _collapsed(self) -> tuple[list[int], list[int]]:
-        """Neighbouring axes that lie in memory like one, merged; axes of one element left out."""
-        sizes: list[int] = []
-        steps: list[int] = []
-        for n, s in zip(self.shape, self.strides, strict=True):
-            if n == 1:
-                continue
-            if sizes and steps[-1] == n * s:
-                sizes[-1] *= n
-                steps[-1] = s
-            else:
-                sizes.append(n)
-                steps.append(s)
-        return (sizes, steps) if sizes else ([1], [0])
+        strides = reshaped(self.shape, self.strides, shape)
+        return None if strides is None else View(shape, strides, self.data_size, self.dense)
 
     def expand_dims(self, axes: Sequence[int]) -> "View":
         shape, strides = list(self.shape), list(self.strides)

@@ -1,5 +1,6 @@
 """Which operations give views of their input, and the strides of these."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .tracing import Graph, Node
@@ -61,7 +62,7 @@ class View:
         return True
 
 
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of an array whose elements lie in order."""
     strides, reach = [], 1
     for n in reversed(shape):
@@ -117,27 +118,29 @@ def view_of(node: Node, output: int, graph: Graph, views: dict[str, View]) -> Vi
 def reshaped(
     shape: tuple[int, ...], strides: tuple[int, ...], new: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """Strides of the same elements in another shape; None where that takes a copy."""
-    merged: list[list[int]] = []  # axes that lie in one another: size, stride
+    """Strides of the same elements in another shape, None where that takes a copy; MLX: `prepare_reshape`."""
+    sizes: list[int] = []  # of axes that lie in memory like one
+    steps: list[int] = []
     for n, stride in zip(shape, strides, strict=True):
         if n == 1:
             continue
-        if merged and merged[-1][1] == n * stride:
-            merged[-1] = [merged[-1][0] * n, stride]
+        if sizes and steps[-1] == n * stride:
+            sizes[-1] *= n
+            steps[-1] = stride
         else:
-            merged.append([n, stride])
+            sizes.append(n)
+            steps.append(stride)
+    if not sizes:
+        sizes, steps = [1], [0]
     found: list[int] = []
-    rest = merged[::-1]
-    for n in reversed(new):
-        if n == 1:
-            found.append(1)
-            continue
-        if not rest or rest[0][0] % n:
-            return None
-        size, stride = rest[0]
-        found.append(stride)
-        if size == n:
-            rest.pop(0)
+    j = 0
+    for n in new:
+        if j < len(sizes) and sizes[j] % n == 0:
+            sizes[j] //= n
+            found.append(sizes[j] * steps[j])
+            j += sizes[j] == 1
+        elif n == 1:
+            found.append(found[-1])
         else:
-            rest[0] = [size // n, stride * n]
-    return tuple(reversed(found))
+            return None
+    return tuple(found)
