@@ -99,7 +99,7 @@ class Marks:
         return number if magic == _MAGIC else None
 
     def whole(self, name: str, x: mx.array, *others: Any) -> mx.array:
-        """What an operation makes of `x`, and of those of `others` that are arrays: another array like it."""
+        """An array like `x`, made by one operation of `x` and of those of `others` that are arrays."""
         return mx.depends([x], [*(a for a in others if isinstance(a, mx.array)), self.new(name)])[0]
 
     def of_compiled(self, *owners: Any) -> list[Change]:

@@ -118,7 +118,7 @@ def view_of(node: Node, output: int, graph: Graph, views: dict[str, View]) -> Vi
 def reshaped(
     shape: tuple[int, ...], strides: tuple[int, ...], new: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """Strides of the same elements in another shape, None where that takes a copy; MLX: `prepare_reshape`."""
+    """Strides of the same elements in another shape, by `prepare_reshape` of MLX; None for a copy."""
     sizes: list[int] = []  # of axes that lie in memory like one
     steps: list[int] = []
     for n, stride in zip(shape, strides, strict=True):
