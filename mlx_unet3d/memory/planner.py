@@ -331,7 +331,7 @@ class Planner:
         memory = simulate(graph, self.backend)
         kept = self.keys_values(video)
         if settings.sequential_guidance:  # the features of the other pass
-            kept += sum(graph.nbytes(name) for name in graph.wanted[1:])
+            kept += sum(graph.nbytes(name) for name in graph.outputs[1:])
         latents = 4 * math.prod(self.latent_shape(video))  # in fp32
         passes = 2 if settings.sequential_guidance else 1
         # Latents, the input, and the outputs of passes that wait for the other.

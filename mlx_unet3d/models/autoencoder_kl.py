@@ -395,8 +395,8 @@ class AutoencoderKL(PretrainedModel):
         if chunk_size > most:
             elements = chunk_size * self._elements_per_frame(height, width)
             raise ValueError(
-                f"chunk_size={chunk_size} frames of {width}x{height} need an array of {elements} elements, more "
-                f"than the 2^31 - 1 that MLX can index; use at most {most}, or None"
+                f"chunk_size={chunk_size} frames of {width}x{height} need an array of {elements} elements, "
+                f"more than the 2^31 - 1 that MLX can index; use at most {most}, or None"
             )
         return chunk_size
 
