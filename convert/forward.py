@@ -10,6 +10,7 @@ import mlx_unet3d
 import mlx.core as mx
 import numpy as np
 from mlx_unet3d.checkpoints import PretrainedModel, to_mlx
+from mlx_unet3d.checkpoints.source import variant_of
 from mlx_unet3d.errors import CheckpointError
 
 from .plan import ComponentPlan
@@ -118,12 +119,11 @@ def _reference_forward(component: ComponentPlan) -> np.ndarray | None:
         import diffusers
         import transformers
 
-        variant = component.files[0].name.split(".")[1:-1]
         is_text = component.cls is mlx_unet3d.CLIPTextModel
         library, options = (transformers, {}) if is_text else (diffusers, {"low_cpu_mem_usage": False})
         model, report = getattr(library, component.cls.__name__).from_pretrained(
             folder,
-            variant=variant[0] if variant else None,
+            variant=variant_of(component.files[0].name),
             torch_dtype=torch.float32,
             local_files_only=True,
             output_loading_info=True,

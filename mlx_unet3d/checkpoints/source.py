@@ -142,6 +142,12 @@ def shard_name(stem: str, variant: str | None, number: int, count: int) -> str:
     return f"{_with_variant(stem, variant)}-{number:05d}-of-{count:05d}.safetensors"
 
 
+def variant_of(name: str) -> str | None:
+    """The variant in the name of a weight file, a shard or not; None for a plain one."""
+    parts = re.sub(r"-\d{5}-of-\d{5}", "", name).split(".")[1:-1]
+    return ".".join(parts) or None
+
+
 def weight_files(folder: str | Path, stem: str, variant: str | None = None) -> list[Path]:
     """The safetensors files of a component, sorted by name.
 

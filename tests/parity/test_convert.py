@@ -189,6 +189,14 @@ def test_verified_against_diffusers_itself(folder, tmp_path, monkeypatch, capsys
     assert len([line for line in lines if "what quantization changed" in line]) == ("-q" in arguments)
 
 
+def test_shards_of_a_variant_verified_against_diffusers(folder, tmp_path, capsys):
+    unet = diffusers.UNet3DConditionModel.from_pretrained(folder / "unet")
+    unet.save_pretrained(tmp_path / "source", variant="fp16", max_shard_size="500KB")
+    assert len(list((tmp_path / "source").glob("*.fp16-*-of-*.safetensors"))) > 1
+    assert convert(tmp_path / "source", tmp_path / "out", "--variant", "fp16") == 0
+    assert "dB above its difference from diffusers'" in capsys.readouterr().err
+
+
 def test_a_network_that_diffusers_computes_otherwise(folder, tmp_path, monkeypatch):
     """A mistake of ours in a forward, which both sides of the conversion share."""
     from mlx_unet3d.errors import CheckpointError
