@@ -103,6 +103,18 @@ def test_info_reads_pickles(tmp_path):
     assert line.endswith("torch pickle (to be converted to safetensors first), diffusion_pytorch_model.bin")
 
 
+def test_info_reads_the_pickles_of_a_variant(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet3DConditionModel"}))
+    write_zip(tmp_path / "diffusion_pytorch_model.bin", dictionary(w=tensor()))
+    for i in (1, 2):
+        shard = tmp_path / f"diffusion_pytorch_model.fp16-0000{i}-of-00002.bin"
+        write_zip(shard, dictionary(**{f"w{i}": tensor()}))
+    (line,) = describe(tmp_path, variant="fp16")
+    assert "12 parameters in 2 tensors" in line
+    (line,) = describe(tmp_path)
+    assert "6 parameters in 1 tensors" in line
+
+
 # Files that want something run. Each would leave a trace, and none does.
 
 TRACE = "trace-of-running"

@@ -236,7 +236,13 @@ def test_whole_pipeline(tmp_path, monkeypatch, capsys):
     assert frames.shape[1] == 2
     card = Path("out/README.md").read_text()
     assert "8 bits" in card
+    capsys.readouterr()
     assert main(["info", "out"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("unet"))
+    source = UNet3DConditionModel.from_pretrained("source/unet")
+    assert f" {source.num_parameters():,} parameters in " in line
+    layers = sum(isinstance(module, QuantizedLayer) for module in pipe.unet.modules())
+    assert f", {layers} layers in 8 bits, " in line
     assert run("out", "--force", "--mlx-path", "again") == 2
     assert "quantized already" in capsys.readouterr().err
 

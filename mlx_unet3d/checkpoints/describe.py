@@ -2,15 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
 from .config import read_json
-from .headers import read_header
+from .headers import TensorInfo, read_header
 from .matching import file_format
 from .pickles import read_pickle
-from .source import weight_files
+from .quantization import from_config
+from .source import variant_of, weight_files
 
 # Stems of weight files: diffusers' and transformers'.
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -68,32 +70,54 @@ def _describe_component(folder: Path, variant: str | None) -> tuple[str, int, in
     stem = next(
         (s for s in _STEMS if any(n.startswith(f"{s}.") or n.startswith(f"{s}-") for n in names)), None
     )
-    pickles = _only_pickles(folder)
+    pickles = _only_pickles(folder, variant)
     files = pickles or weight_files(folder, stem or _STEMS[0], variant)
     headers = {file: read_pickle(file) if pickles else read_header(file) for file in files}
     layout = f"{file_format(headers)} layout"
     if pickles:
         layout = "torch pickle (to be converted to safetensors first)"
-    tensors = [tensor for header in headers.values() for tensor in header.tensors.values()]
-    parameters = sum(math.prod(t.shape) for t in tensors)
-    nbytes = sum(t.nbytes for t in tensors)
+    tensors = {name: tensor for header in headers.values() for name, tensor in header.tensors.items()}
+    bits = _quantized_bits(config, tensors, str(folder / "config.json"))
+    parameters = sum(_parameters(name, tensors, bits) for name in tensors)
+    nbytes = sum(t.nbytes for t in tensors.values())
     dtypes = Counter()
-    for tensor in tensors:
+    for tensor in tensors.values():
         dtypes[tensor.dtype] += tensor.nbytes
+    quantized = "".join(
+        f", {count} layers in {n} bits" for n, count in sorted(Counter(bits.values()).items())
+    )
     line = (
         f"{kind}, {parameters:,} parameters in {len(tensors)} tensors, "
-        f"{'/'.join(dtype for dtype, _ in dtypes.most_common())}, {nbytes / 1e9:.2f} GB, "
+        f"{'/'.join(dtype for dtype, _ in dtypes.most_common())}{quantized}, {nbytes / 1e9:.2f} GB, "
         f"{layout}, {', '.join(file.name for file in files)}"
     )
     return line, parameters, nbytes
 
 
-def _only_pickles(folder: Path) -> list[Path]:
-    """The torch files of a component that has no safetensors: those of one variant, the plain one first."""
+def _quantized_bits(config: dict[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> dict[str, int]:
+    """The bits of each quantized layer, by path."""
+    if "quantization" not in config:
+        return {}
+    common, own = from_config(config["quantization"], where)
+    layers = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
+    return {layer: own.get(layer, common).bits for layer in layers}
+
+
+def _parameters(name: str, tensors: Mapping[str, TensorInfo], bits: Mapping[str, int]) -> int:
+    """The parameters in a tensor: those packed in a quantized weight one by one, and none in its scales."""
+    layer, _, kind = name.rpartition(".")
+    count = math.prod(tensors[name].shape)
+    if layer not in bits or kind == "bias":
+        return count
+    return count * 32 // bits[layer] if kind == "weight" else 0
+
+
+def _only_pickles(folder: Path, variant: str | None) -> list[Path]:
+    """The torch files of a component that has no safetensors: those of the variant, or of the first, the
+    plain one before others, where None is asked for."""
     files = sorted(file for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".pt", ".ckpt"))
     if not files or any(file.suffix == ".safetensors" for file in folder.iterdir()):
         return []
-    # pytorch_model-00001-of-00002.fp16.bin and pytorch_model.fp16.bin have the variant "fp16".
-    variants = {file: ".".join(file.name.split(".")[1:-1]) for file in files}
-    first = min(variants.values())
-    return [file for file in files if variants[file] == first]
+    variants = {file: variant_of(file.name) or "" for file in files}
+    wanted = min(variants.values()) if variant is None else variant
+    return [file for file in files if variants[file] == wanted]
