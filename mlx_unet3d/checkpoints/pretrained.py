@@ -233,7 +233,8 @@ class PretrainedModel(nn.Module):
         Args:
             bits, group_size, mode: see `Quantization`.
             recipe: "mixed", all linear layers and convolutions whose rows divide into groups, with the first,
-                last and time layers in 8 bits; "uniform", all of them alike; "linear", linear layers alone.
+                last and time layers, shortcuts, and what leads into and out of a transformer in 8 bits;
+                "uniform", all of them alike; "linear", linear layers and 1x1 convolutions alone.
 
         Raises ValueError for settings that do not exist, and for a model that is quantized already.
         """

@@ -12,7 +12,8 @@ from ..layers.quantized import Quantization, QuantizedLayer, can_quantize, quant
 
 RECIPES = ("mixed", "uniform", "linear")
 """Names of recipes: "uniform", all linear layers and convolutions alike; "mixed", the same, with the first,
-last and time layers in 8 bits; "linear", linear layers alone."""
+last and time layers, shortcuts, and what leads into and out of a transformer in 8 bits; "linear", linear
+layers and 1x1 convolutions alone."""
 
 # Few weights, and every frame of every step passes through them.
 _SENSITIVE = re.compile(

@@ -25,7 +25,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--dtype", choices=options.DTYPES, help="of all floating tensors (default: that of the source)"
     )
     parser.add_argument(
-        "-q", "--quantize", action="store_true", help="quantize the UNet and the text encoder"
+        "-q",
+        "--quantize",
+        action="store_true",
+        help="quantize the UNet; a pipeline's text encoder gets 8 bits",
     )
     parser.add_argument("--q-bits", type=int, metavar="N", help="2, 3, 4, 5, 6 or 8 (default: 8; implies -q)")
     parser.add_argument(
@@ -37,8 +40,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--q-recipe",
         choices=("mixed", "uniform", "linear"),
-        help="mixed (default): first, last and time layers in 8 bits; uniform: all alike; linear: no "
-        "convolutions; implies -q",
+        help="mixed (default): first, last and time layers, shortcuts, ends of transformers in 8 bits; "
+        "uniform: all alike; linear: no convolutions but 1x1; implies -q",
     )
     parser.add_argument(
         "--tokenizer",
