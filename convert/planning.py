@@ -55,10 +55,17 @@ class _Ways:
     quantization: Quantization | None
     recipe: str
 
-    def quantize(self, model: PretrainedModel) -> dict[str, Quantization]:
-        if self.quantization is None or isinstance(model, mlx_unet3d.AutoencoderKL):
+    def quantize(self, model: PretrainedModel, alone: bool) -> dict[str, Quantization]:
+        """How the layers of a network, of a pipeline or alone, are quantized."""
+        if self.quantization is None:
             return {}
-        if isinstance(model, mlx_unet3d.CLIPTextModel):
+        if isinstance(model, mlx_unet3d.AutoencoderKL):
+            if alone:
+                raise ValueError(
+                    "a VAE is not quantized, as it is small and its errors are seen at once; leave out -q"
+                )
+            return {}
+        if isinstance(model, mlx_unet3d.CLIPTextModel) and not alone:
             return choose(model, Quantization(bits=8), "linear")
         chosen = choose(model, self.quantization, self.recipe)
         if not chosen:
@@ -93,8 +100,9 @@ def plan_checkpoint(
         layout: "mlx" or "diffusers", of the result.
         variant: weight files such as "fp16", of a diffusers folder.
         quantization, recipe: how the UNet is quantized, see `PretrainedModel.quantize`; None for not at
-            all. The linear layers of the text encoder then have 8 bits, and the VAE, which is small and whose
-            errors are seen at once, keeps its floating point.
+            all. The linear layers of a pipeline's text encoder then have 8 bits; one that is converted alone
+            is quantized as asked for. The VAE, which is small and whose errors are seen at once, keeps its
+            floating point.
         hub: `revision`, `local_files_only`, `token`, `cache_dir`, as in `find_folder`.
 
     Raises:
@@ -256,7 +264,7 @@ def _plan_component(
     headers = {path: read_pickle(path) if is_pickle(path) else read_header(path) for path in files}
     with naming(folder / "config.json"):
         model = cls.from_config(config)
-    tensors, names = _plan_tensors(str(folder), model, headers, cls.rename_key, ways)
+    tensors, names = _plan_tensors(str(folder), model, headers, cls.rename_key, ways, alone=not name)
     dropped = [key for _, key, _ in _tensors(headers) if key not in names]
     return ComponentPlan(name, cls, _config(model, tensors), files, reason, tensors, dropped)
 
@@ -281,7 +289,9 @@ def _plan_recognized(network: Recognized, name: str, ways: _Ways) -> ComponentPl
         config |= assumed
     with naming(f"{path} does not describe a {cls.__name__}" if assumed else path.parent / "config.json"):
         model = cls.from_config(config)
-    tensors, _ = _plan_tensors(str(path), model, headers, lambda key, _: network.names[key], ways)
+    tensors, _ = _plan_tensors(
+        str(path), model, headers, lambda key, _: network.names[key], ways, alone=not name
+    )
     return ComponentPlan(
         name, cls, _config(model, tensors), [path], reason, tensors, network.dropped, assumed
     )
@@ -301,13 +311,14 @@ def _plan_tensors(
     headers: dict[Path, Header],
     rename: Callable[[str, Collection[str]], str | None],
     ways: _Ways,
+    alone: bool,
 ) -> tuple[list[TensorPlan], dict[str, str]]:
     """What becomes of each tensor, and the parameter of each key."""
     expected = model.expected_tensors()
     source_layout = file_format(headers)
     names = match(f"{where} does not fit {type(model).__name__}", expected, headers, source_layout, rename)
     dtype = ways.dtype or majority_dtype(headers)[0] or mx.float32
-    quantized = ways.quantize(model)
+    quantized = ways.quantize(model, alone)
     tensors = []
     for path, key, info in _tensors(headers):
         if key not in names:

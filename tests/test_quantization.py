@@ -8,7 +8,7 @@ import mlx.nn as nn
 import mlx_unet3d_convert as converter
 import pytest
 import tiny
-from mlx_unet3d import CLIPTextModel, TextToVideoPipeline, UNet3DConditionModel
+from mlx_unet3d import AutoencoderKL, CLIPTextModel, TextToVideoPipeline, UNet3DConditionModel
 from mlx.utils import tree_flatten
 from mlx_unet3d.checkpoints import headers, read_json, weight_files
 from mlx_unet3d.cli import main
@@ -245,6 +245,17 @@ def test_whole_pipeline(tmp_path, monkeypatch, capsys):
     assert f", {layers} layers in 8 bits, " in line
     assert run("out", "--force", "--mlx-path", "again") == 2
     assert "quantized already" in capsys.readouterr().err
+
+
+def test_one_network_is_quantized_as_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    CLIPTextModel(vocab_size=50, **tiny.TEXT | {"hidden_size": 32}).save_pretrained("text")
+    assert run("text", "--q-bits", "4", "--q-group-size", "32", "--verify") == 0
+    assert "in 4 bits" in capsys.readouterr().err
+    assert read_json("out/config.json")["quantization"] == Quantization(4, 32).to_dict()
+    AutoencoderKL(**tiny.VAE).save_pretrained("vae")
+    assert run("vae", "-q", "--force") == 2
+    assert "a VAE is not quantized" in capsys.readouterr().err
 
 
 def test_dry_run(source, tmp_path, monkeypatch, capsys):
