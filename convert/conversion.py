@@ -31,6 +31,9 @@ from .upload import check_upload, upload
 # Some 6 to 10 dB below what normally distributed weights have: a bound for damage, not for quality.
 _LEAST_RATIO = {2: 2, 3: 8, 4: 12, 5: 18, 6: 24, 8: 24}
 
+_SIGNS = ("model_index.json", "config.json")
+"""What makes a folder a checkpoint."""
+
 
 def convert(
     source: str | Path,
@@ -56,7 +59,7 @@ def convert(
         source, tokenizer, dtype, layout, variant, quantization, recipe, hub: see `plan_checkpoint`.
         target: folder to make; it appears when all is written, and verified if asked for.
         max_shard_size: bytes, or text such as "5GB", above which weights are divided over files.
-        force: replace what is at `target`; else it must not be there.
+        force: replace the checkpoint, or empty folder, at `target`; else it must not be there.
         verify: read everything back and compare it with the source: bit for bit after the cast, and for
             quantized weights by their signal-to-noise ratio; then compare a small forward, see
             `compare_forwards`, for which one network at a time is in memory.
@@ -92,6 +95,7 @@ def convert(
     )
     for line in summary(plan):
         say(line)
+    check_apart(target, plan)
     check_space(target, plan.nbytes)
     with whole_folder(target) as partial:
         for component in plan.components:
@@ -114,6 +118,11 @@ def check_target(target: Path, source: str | Path, force: bool) -> None:
         raise FileExistsError(f"{target} is there; give another --mlx-path, or --force to replace it")
     if target.is_file():
         raise NotADirectoryError(f"{target} is a file; a converted checkpoint is a folder")
+    if target.exists() and any(target.iterdir()) and not any((target / name).exists() for name in _SIGNS):
+        raise FileExistsError(
+            f"{target} holds no checkpoint ({' or '.join(_SIGNS)}), so it is not replaced, not even by "
+            "--force; give another --mlx-path"
+        )
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"{target.absolute().parent} is missing; make that folder first")
     local = Path(source).expanduser()
@@ -121,6 +130,15 @@ def check_target(target: Path, source: str | Path, force: bool) -> None:
         ours, theirs = target.resolve(), local.resolve()
         if ours == theirs or ours in theirs.parents or theirs in ours.parents:
             raise ValueError(f"{target} and the source {source} lie one in the other; give another place")
+
+
+def check_apart(target: Path, plan: CheckpointPlan) -> None:
+    """ValueError where a weight file of the source, links followed, lies in `target`."""
+    for file in (file for component in plan.components for file in component.files):
+        if target.resolve() in file.resolve().parents:
+            raise ValueError(
+                f"{target} holds {file.resolve()}, which {plan.source} links to; give another place"
+            )
 
 
 def check_space(target: Path, nbytes: int) -> None:

@@ -195,10 +195,24 @@ def test_existing_output(model, capsys):
     Path("out/precious.txt").write_text("mine")
     assert convert(model) == 2
     assert "--force" in capsys.readouterr().err
+    assert convert(model, "--force") == 2
+    assert "not even by --force" in capsys.readouterr().err
     assert os.listdir("out") == ["precious.txt"]
-    assert convert(model / "vae", "--force") == 0
-    assert "config.json" in os.listdir("out")
-    assert os.listdir() == ["out"]
+    Path("out/precious.txt").unlink()
+    for name in ("vae", "unet"):  # an empty folder, a checkpoint
+        assert convert(model / name, "--force") == 0
+        assert "config.json" in os.listdir("out")
+        assert os.listdir() == ["out"]
+
+
+def test_output_that_the_source_links_to(model, capsys):
+    shutil.copytree(model, "out")
+    source = shutil.copytree(model, Path("source"))
+    shutil.rmtree(source / "unet")
+    (source / "unet").symlink_to(Path("out/unet").resolve())
+    assert convert(source, "--force", "--dtype", "float16") == 2
+    assert "links to; give another place" in capsys.readouterr().err
+    assert same("out/unet", model / "unet")
 
 
 def damaged(model, change):

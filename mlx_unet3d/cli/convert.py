@@ -53,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--variant", help="weight files to read, such as fp16")
     parser.add_argument("--local-files-only", action="store_true", help="never ask the hub")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--force", action="store_true", help="replace the checkpoint that is there")
     parser.add_argument(
         "--verify", action="store_true", help="read the result back and compare it with the source"
     )
