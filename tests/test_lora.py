@@ -305,6 +305,9 @@ def test_settings_of_peft(tmp_path, rslora, scaling):
     unet.load_lora_adapter(tmp_path)
     truth = merged(make(), {p: pair for p, pair in lora.items() if p != own}, scaling)
     assert mx.allclose(run(unet), run(truth), atol=5e-5)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {r"mid.*\.to_q": 0}}))
+    with pytest.raises(CheckpointError, match="is a regular expression"):
+        unet.load_lora_adapter(tmp_path, "expression")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(CheckpointError, match="DoRA"):
         unet.load_lora_adapter(tmp_path, "dora")

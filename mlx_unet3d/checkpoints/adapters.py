@@ -301,6 +301,12 @@ def scaling_of(file: AdapterFile, component: str, path: str, entry: LayerLoRA, r
         patterns = setting("alpha_pattern") or {}
         if not isinstance(patterns, dict):
             raise CheckpointError(f"{file.name}: its alpha_pattern must be an object; download it again")
+        expression = next((p for p in patterns if not re.fullmatch(r"[\w.-]*", p)), None)
+        if expression is not None:
+            raise CheckpointError(
+                f"{file.name}: {expression[:200]!r} in its alpha_pattern is a regular expression, which this "
+                "package does not read; give each layer's alpha under its name"
+            )
         own = next((a for p, a in patterns.items() if path == p or path.endswith(f".{p}")), None)
         alpha = own if own is not None else setting("lora_alpha", rank)
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
