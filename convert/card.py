@@ -6,20 +6,22 @@ from collections import Counter
 from pathlib import Path
 
 from mlx_unet3d import __version__
-from mlx_unet3d.checkpoints import checksum
+from mlx_unet3d.checkpoints import DEMO, checksum
 
 from .plan import CheckpointPlan, ComponentPlan
 
 _FRONT = 2**16  # characters of a card in which its front matter is looked for
+# One licence or a list, and the name of one that the hub does not know; links within the source lead nowhere.
+_LICENCE = re.compile(
+    r"^(?:license(?:_name)?:[ \t]*(?:\S.*|(?:\n[ \t]*-[ \t].*)+)|license_link:[ \t]*[\"']?https?://.*)$", re.M
+)
 
 
 def model_card(plan: CheckpointPlan, layout: str) -> str:
     """A `README.md` with the hub's front matter; the licence is that of the source's card, if it has one."""
     front = [f"library_name: {layout}", "pipeline_tag: text-to-video"]
-    licence = _licence(plan.folder)
-    if licence is not None:
-        front.append(f"license: {licence}")
-    if not Path(plan.source).expanduser().exists():
+    front += _licence(plan.folder)
+    if plan.source != DEMO and not Path(plan.source).expanduser().exists():
         front.append(f"base_model: {plan.source}")
     rows = []
     for component in plan.components:
@@ -80,11 +82,11 @@ def _name(plan: CheckpointPlan) -> str:
     return f"`{plan.source}`" + (f" at `{commit}`" if commit else "")
 
 
-def _licence(folder: Path) -> str | None:
+def _licence(folder: Path) -> list[str]:
+    """The lines about the licence in the source's card."""
     card = folder / "README.md"
     if not card.is_file():
-        return None
+        return []
     with card.open(encoding="utf-8", errors="replace") as file:
         front = re.match(r"---\n(.*?)\n---", file.read(_FRONT), re.S)
-    found = re.search(r"^license:\s*(\S+)", front[1], re.M) if front else None
-    return found[1] if found else None
+    return [match[0] for match in _LICENCE.finditer(front[1])] if front else []

@@ -167,6 +167,33 @@ def test_card(model):
     assert f"| unet | {parameters:,} | float16 | " in card
 
 
+@pytest.mark.parametrize(
+    ("front", "kept"),
+    [
+        ("license:\n- cc-by-nc-4.0\n- mit\ntags:\n- video", "license:\n- cc-by-nc-4.0\n- mit"),
+        ("license: [mit, other]", "license: [mit, other]"),
+        (
+            "license: other\nlicense_name: own\nlicense_link: https://a.b/c",
+            "license: other\nlicense_name: own\nlicense_link: https://a.b/c",
+        ),
+        ("license: other\nlicense_link: LICENSE", "license: other"),
+        ("license:\ntags: [video]", None),
+    ],
+)
+def test_card_keeps_the_licence(model, front, kept):
+    source = shutil.copytree(model / "vae", Path("source"))
+    (source / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
+    assert convert("source") == 0
+    lines = ["library_name: mlx", "pipeline_tag: text-to-video", *([] if kept is None else [kept])]
+    assert Path("out/README.md").read_text().startswith("\n".join(["---", *lines, "---\n"]))
+
+
+def test_card_of_the_demo():
+    """It is on no hub."""
+    assert convert("demo") == 0
+    assert "base_model" not in Path("out/README.md").read_text()
+
+
 def test_memory_is_that_of_a_tensor(model, monkeypatch):
     """No tensor but the one before is still held when the next is made."""
     held = []
