@@ -364,7 +364,13 @@ def _find_weights(
     folder = find_folder(source, pickles=True, **where)
     try:
         files = pickle_files(folder, cls.weights_stem, variant)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        there = [path.name for path in weight_files_in(folder)]
+        if there:
+            raise FileNotFoundError(
+                f"{error}; it has {', '.join(there[:4])}: choose a variant with --variant, or give "
+                "one file itself"
+            ) from error
         # Neither: the message of the other kind says what there is instead.
         return folder, weight_files(folder, cls.weights_stem, variant), "safetensors"
     return folder, files, "torch pickles, read without running them: there is no .safetensors"

@@ -266,6 +266,10 @@ def as_pickle(folder):
     (folder / WEIGHTS).with_suffix(".bin").write_bytes(b"\x80\x02cos\nsystem\n(X\x02\0\0\0lstR.")
 
 
+def as_other_pickle(folder):
+    (folder / WEIGHTS).rename(folder / "vae.pth")
+
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 
@@ -292,6 +296,7 @@ BAD = {
     "no parent": (lambda m: m, ("--mlx-path", "a/b"), "make that folder first"),
     "inside": (lambda m: m, ("--mlx-path", "IN_SOURCE"), "give another place"),
     "revision": (lambda m: m, ("--revision", "main"), "is for hub ids"),
+    "other pickle": (lambda m: damaged(m / "vae", as_other_pickle), (), "it has vae.pth: choose a variant"),
 }  # fmt: skip
 
 
