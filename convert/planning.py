@@ -173,7 +173,13 @@ def _plan_pipeline(
         scheduler = read_json(where / SCHEDULER_CONFIG)
         with naming(where / SCHEDULER_CONFIG):
             scheduler_from_config(scheduler)
-    plan = CheckpointPlan(str(source), folder, index, components, hub, words, scheduler)
+    known = {"tokenizer", "scheduler", *(component.name for component in components)}
+    notes = [
+        f"{name}: left out, as this converter does not know {str(entry[-1])[:200]}"
+        for name, entry in index.items()
+        if isinstance(entry, list) and any(entry) and name not in known and not name.startswith("_")
+    ]
+    plan = CheckpointPlan(str(source), folder, index, components, hub, words, scheduler, notes)
     return _with_tokenizer(plan, tokenizer)
 
 

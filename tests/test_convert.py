@@ -214,6 +214,18 @@ def test_memory_is_that_of_a_tensor(model, monkeypatch):
     assert max(held) - before <= 2 * largest
 
 
+def test_components_that_are_left_out_are_named(model, capsys):
+    source = shutil.copytree(model, Path("source"))
+    index = json.loads((source / "model_index.json").read_text())
+    index |= {"safety_checker": [None, None], "image_encoder": ["transformers", "CLIPVisionModel"]}
+    (source / "model_index.json").write_text(json.dumps(index))
+    assert convert(source) == 0
+    said = capsys.readouterr().err
+    assert "image_encoder: left out, as this converter does not know CLIPVisionModel" in said
+    assert "safety_checker" not in said
+    assert "image_encoder" not in json.loads(Path("out/model_index.json").read_text())
+
+
 # Refusals leave nothing behind.
 
 
