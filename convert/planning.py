@@ -34,11 +34,7 @@ from .modelscope import INDEX, PUBLISHED_FILES, find_tokenizer, padded_as_traine
 from .plan import CheckpointPlan, ComponentPlan, TensorPlan
 from .recognition import COMPONENTS, Recognized, recognize, weight_files_in
 
-CLASSES: dict[str, type[PretrainedModel]] = {
-    "UNet3DConditionModel": mlx_unet3d.UNet3DConditionModel,
-    "AutoencoderKL": mlx_unet3d.AutoencoderKL,
-    "CLIPTextModel": mlx_unet3d.CLIPTextModel,
-}
+CLASSES: dict[str, type[PretrainedModel]] = {cls.__name__: cls for cls in COMPONENTS}
 """The networks that can be converted, by their names in `config.json` and `model_index.json`."""
 
 LAYOUTS = ("mlx", "diffusers")
