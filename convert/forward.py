@@ -119,6 +119,7 @@ def _reference_forward(component: ComponentPlan) -> np.ndarray | None:
         import diffusers
         import transformers
 
+        diffusers.utils.logging.set_verbosity_error()  # it says of pickles what looks like a failure
         is_text = component.cls is mlx_unet3d.CLIPTextModel
         library, options = (transformers, {}) if is_text else (diffusers, {"low_cpu_mem_usage": False})
         model, report = getattr(library, component.cls.__name__).from_pretrained(

@@ -637,6 +637,15 @@ def test_info_of_nothing(tmp_path, capsys):
     assert main(["info", str(tmp_path)]) == 2
     assert "neither model_index.json" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "missing")]) == 2
+    assert "missing is missing" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["info", str(tmp_path / "file")]) == 2
+    assert "convert --dry-run" in capsys.readouterr().err
+
+
+def test_info_of_the_demo_model(capsys):
+    assert main(["info", "demo"]) == 0
+    assert "F16, 13.7 MB, mlx layout" in capsys.readouterr().out
 
 
 def test_more_frames_than_the_video_has(model, capsys):

@@ -138,6 +138,11 @@ def test_dry_run_says_how_axes_are_turned(model, capsys):
     assert "OhwI to OIhw1\n" in out  # temporal convolutions
 
 
+def test_dry_run_checks_sizes(model, capsys):
+    assert convert(model, "--dry-run", "--max-shard-size", "much") == 2
+    assert "max_shard_size='much'" in capsys.readouterr().err
+
+
 def test_dry_run_lists_all_that_does_not_fit(model, capsys):
     """Where the message of the error shows the first few of each side."""
     folder = shutil.copytree(model / "unet", Path("renamed"))

@@ -345,6 +345,12 @@ def test_refused_files(name, tmp_path):
     assert not unet.list_adapters()
 
 
+def test_file_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nosuch\.safetensors does not exist"):
+        UNet3DConditionModel(**tiny.UNET).load_lora_adapter("nosuch.safetensors")
+
+
 def test_refused_arguments(tmp_path):
     unet = make()
     with pytest.raises(FileNotFoundError, match="has none of pytorch_lora_weights"):
@@ -463,6 +469,16 @@ def test_pipeline_loads_all_or_nothing(folder, both):
     assert not pipe.unet.list_adapters()
 
 
+def test_a_pipeline_with_adapters_is_not_saved_over_another(folder, both, tmp_path):
+    pipe = TextToVideoPipeline.from_pretrained(folder)
+    pipe.save_pretrained(tmp_path / "saved")
+    before = (tmp_path / "saved" / "model_index.json").read_bytes()
+    pipe.load_lora_weights(both)
+    with pytest.raises(ValueError, match="adapters are loaded; before saving"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model_index.json").read_bytes() == before
+
+
 def test_command(folder, both, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["generate", "a cat", "--model", str(folder), "--num-frames", "2", "--steps", "2"]
@@ -483,7 +499,7 @@ def test_command(folder, both, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--lora", "nowhere.safetensors"), "neither an existing folder nor a hub id"),
+        (("--lora", "nowhere.safetensors"), "does not exist; give an existing file"),
         (("--lora", "both.safetensors", "much"), "the weight must be a finite number"),
         (("--lora", "both.safetensors", "1", "2"), "repeat --lora"),
         (("--lora", "both.safetensors", "--lora", "both.safetensors"), "there is an adapter"),

@@ -121,6 +121,8 @@ def read_adapter(
         return AdapterFile(None, dict(source), {})
     path = Path(source).expanduser()
     if not path.is_file():
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+            raise FileNotFoundError(f"{path} does not exist; give an existing file, a folder or a hub id")
         wanted = [weight_name] if weight_name is not None else list(names)
         folder = find_folder(source, files=(*wanted, "adapter_config.json"), **hub)
         path = next((folder / name for name in wanted if (folder / name).is_file()), None)

@@ -25,7 +25,12 @@ def describe(folder: str | Path, *, variant: str | None = None) -> Iterator[str]
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; give that of a pipeline or of a component")
+        what = (
+            "is a file; `mlx-unet3d convert --dry-run` tells what it holds"
+            if folder.exists()
+            else "is missing"
+        )
+        raise FileNotFoundError(f"{folder} {what}; give the folder of a pipeline or of a component")
     if (folder / "model_index.json").is_file():
         yield from _describe_pipeline(folder, variant)
     elif (folder / "config.json").is_file():
@@ -59,7 +64,7 @@ def _describe_pipeline(folder: Path, variant: str | None) -> Iterator[str]:
         else:
             line = f"{source[-1]}, MISSING: there is no folder {part}"
         yield f"{name:<14}{line}"
-    yield f"{'total':<14}{parameters:,} parameters, {nbytes / 1e9:.2f} GB"
+    yield f"{'total':<14}{parameters:,} parameters, {size(nbytes)}"
 
 
 def _describe_component(folder: Path, variant: str | None) -> tuple[str, int, int]:
@@ -88,10 +93,15 @@ def _describe_component(folder: Path, variant: str | None) -> tuple[str, int, in
     )
     line = (
         f"{kind}, {parameters:,} parameters in {len(tensors)} tensors, "
-        f"{'/'.join(dtype for dtype, _ in dtypes.most_common())}{quantized}, {nbytes / 1e9:.2f} GB, "
+        f"{'/'.join(dtype for dtype, _ in dtypes.most_common())}{quantized}, {size(nbytes)}, "
         f"{layout}, {', '.join(file.name for file in files)}"
     )
     return line, parameters, nbytes
+
+
+def size(nbytes: int) -> str:
+    """Bytes in 10^9, or where they are few in 10^6."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _quantized_bits(config: dict[str, Any], tensors: Mapping[str, TensorInfo], where: str) -> dict[str, int]:

@@ -238,12 +238,15 @@ def write_safetensors(
 def _made_ahead(tensors: Iterable[mx.array | Deferred]) -> Iterator[mx.array]:
     """The bytes of each tensor, in order; MLX computes some of those that follow meanwhile."""
     waiting: deque[mx.array] = deque()
+    held = 0
     for tensor in tensors:
         array = tensor.make() if isinstance(tensor, Deferred) else tensor
         array = mx.contiguous(array).reshape(-1).view(mx.uint8)
         mx.async_eval(array)
         waiting.append(array)
-        while len(waiting) > 1 and sum(array.nbytes for array in waiting) > AHEAD:
+        held += array.nbytes
+        while len(waiting) > 1 and held > AHEAD:
+            held -= waiting[0].nbytes
             yield waiting.popleft()
     yield from waiting
 

@@ -196,7 +196,7 @@ class PretrainedModel(nn.Module):
         """
         if layout not in ("mlx", "diffusers"):
             raise ValueError(f"layout={layout!r} must be 'mlx' or 'diffusers'")
-        self._refuse_adapters("saving")
+        self.refuse_adapters("saving")
         quantization = quantizations(self)
         tensors = dict(tree_flatten(self.parameters()))
         if layout == "diffusers":
@@ -238,7 +238,7 @@ class PretrainedModel(nn.Module):
 
         Raises ValueError for settings that do not exist, and for a model that is quantized already.
         """
-        self._refuse_adapters("quantizing")
+        self.refuse_adapters("quantizing")
         if quantizations(self):
             raise ValueError(
                 f"this {type(self).__name__} is quantized already; load the original to quantize it"
@@ -300,7 +300,8 @@ class PretrainedModel(nn.Module):
             for name, array in tree_flatten(self.parameters())
         }
 
-    def _refuse_adapters(self, before: str) -> None:
+    def refuse_adapters(self, before: str) -> None:
+        """ValueError where adapters are loaded; `before` what they must be removed."""
         if any(isinstance(module, AdaptedLayer) for module in self.modules()):
             raise ValueError(
                 f"adapters are loaded; before {before}, remove them with delete_adapters, or make them part "

@@ -232,12 +232,11 @@ def _raise_no_weights(folder: Path, stem: str, variant: str | None) -> NoReturn:
     wanted = f"{single_name(stem, variant)} or {index_name(stem, variant)}"
     there = sorted(path.name for path in folder.iterdir() if path.is_file())
     variants = _variants(stem, there)
-    plain = ["None"] if variant is not None and _has_plain(stem, there) else []
-    if variants or plain:
-        known = ", ".join(f"variant={name}" for name in plain + [repr(v) for v in variants])
-        raise FileNotFoundError(
-            f"{folder} has no {wanted} (variant={variant!r}); it has {known}: pass one of these"
-        )
+    choices = ["files without a variant"] if variant is not None and _has_plain(stem, there) else []
+    choices += [f"the variant {name!r}" for name in variants]
+    if choices:
+        known = f"it has {', '.join(choices)}: ask for {'that' if len(choices) == 1 else 'one of these'}"
+        raise FileNotFoundError(f"{folder} has no {wanted} (variant={variant!r}); {known}")
     pickles = [name for name in there if name.endswith(_PICKLES)]
     if pickles and not any(name.endswith(".safetensors") for name in there):
         raise CheckpointError(

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 
 from ..checkpoints.matching import MismatchError
+from ..checkpoints.storage import parse_size
 from . import options
 
 _ALL = 10**6  # lines of what does not fit; a damaged header may name more
@@ -32,7 +33,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--q-bits", type=int, metavar="N", help="2, 3, 4, 5, 6 or 8 (default: 8; implies -q)")
     parser.add_argument(
-        "--q-group-size", type=int, metavar="N", help="32, 64 or 128 (default: 64; implies -q)"
+        "--q-group-size",
+        type=int,
+        metavar="N",
+        help="32, 64 or 128 (default: 64; mxfp4 and mxfp8: 32, nvfp4: 16; implies -q)",
     )
     parser.add_argument(
         "--q-mode", choices=("affine", "mxfp4", "mxfp8", "nvfp4"), help="default: affine; implies -q"
@@ -89,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         revision=args.revision,
         local_files_only=args.local_files_only,
     )
+    parse_size(args.max_shard_size)
     if args.dry_run:
         try:
             plan = converter.plan_checkpoint(args.hf_path, **common)

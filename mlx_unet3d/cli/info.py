@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..checkpoints import describe
+from ..checkpoints import DEMO, describe, find_folder
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -12,12 +12,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="say what a checkpoint is",
         description="Read the configs and the headers of the weight files of a pipeline or a component.",
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="folder of a pipeline or of a component")
+    parser.add_argument("path", metavar="PATH", help="folder of a pipeline or of a component, or demo")
     parser.add_argument("--variant", help="weight files to look at, such as fp16")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    for line in describe(args.path, variant=args.variant):
+    folder = find_folder(args.path) if args.path == DEMO else Path(args.path)
+    for line in describe(folder, variant=args.variant):
         print(line)
     return 0

@@ -214,6 +214,8 @@ class VideoPipeline:
         `layout="diffusers"` makes a folder that diffusers' TextToVideoSDPipeline reads.
         """
         self._need("unet", "vae", "text_encoder")
+        for network in (self.unet, self.text_encoder):
+            network.refuse_adapters("saving")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model_index.json").unlink(missing_ok=True)
