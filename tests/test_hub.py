@@ -210,7 +210,7 @@ def test_missing_variant(hub, capsys):
     refused(capsys, f"has no {STEM}.bf16.safetensors", "/tree/main", arguments=("--variant", "bf16"))
     assert convert() == 0
     shutil.rmtree("out")
-    refused(capsys, "it has variant=None: pass", arguments=("--variant", "bf16"))
+    refused(capsys, "it has files without a variant: ask for that", arguments=("--variant", "bf16"))
 
 
 def test_no_checkpoint(hub, capsys):
