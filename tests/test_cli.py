@@ -107,7 +107,7 @@ def test_convolution(model, monkeypatch):
     assert generate(model, "-o", "out.png", "--convolution", "precise") == 0
     assert main(["generate", "--from", "out.png", "-o", "again.png"]) == 0
     assert generate(model, "-o", "fast.png") == 0
-    assert modes == ["precise", "precise", "fast"]
+    assert modes == ["precise", "precise", "auto"]
 
 
 def test_tiling(model, tmp_path, monkeypatch):

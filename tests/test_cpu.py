@@ -213,6 +213,17 @@ def test_precise_takes_the_flipped_convolution(packed):
             assert float(mx.abs(layer(x) - negative).max() / mx.abs(fast).max()) < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["auto", "fast", "precise"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_modes_by_dtype(mode, dtype):
+    layer = Conv2d(128, 128, 3, padding=1)
+    layer.set_dtype(dtype)
+    layer.convolution = mode
+    with cpu.routes(False):
+        x = mx.zeros((1, 64, 64, 128), dtype)
+        assert flips(layer, x) == [mode == "precise" or (mode == "auto" and dtype == mx.bfloat16)]
+
+
 @pytest.mark.parametrize("network", [UNet3DConditionModel, AutoencoderKL])
 def test_set_convolution(network):
     model = network(**(tiny.UNET if network is UNet3DConditionModel else tiny.VAE))
@@ -221,7 +232,7 @@ def test_set_convolution(network):
         return {m.convolution for m in model.modules() if hasattr(m, "convolution")}
 
     names = [name for name, _ in tree_flatten(model.parameters())]
-    assert modes() == {"fast"}
+    assert modes() == {"auto"}
     model.set_convolution("precise")
     assert modes() == {"precise"}
     assert [name for name, _ in tree_flatten(model.parameters())] == names

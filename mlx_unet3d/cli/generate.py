@@ -18,6 +18,7 @@ from ..checkpoints.adapters import read_adapter
 from ..chips import working_set
 from ..errors import NonFiniteError
 from ..latents import load_latents, save_latents
+from ..layers.convolution import MODES as CONVOLUTIONS
 from ..pipelines import DenoisingStep, TextToVideoPipeline, VideoToVideoPipeline
 from ..schedulers import SCHEDULERS, scheduler_from_config
 from . import options
@@ -45,7 +46,7 @@ _DEFAULTS: dict[str, Any] = {
     "revision": None,
     "variant": None,
     "lora": None,
-    "convolution": "fast",
+    "convolution": "auto",
     "cache_interval": 1,
     "cache_depth": 1,
     "guidance_from": 0.0,
@@ -142,8 +143,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--convolution",
-        choices=("fast", "precise"),
-        help="3x3 convolutions of the UNet: precise takes no Winograd on a Mac's GPU (default: fast)",
+        choices=CONVOLUTIONS,
+        help="3x3 convolutions of the UNet: precise takes no Winograd on a Mac's GPU (default: auto, that is "
+        "precise in bfloat16)",
     )
     parser.add_argument(
         "--memory",

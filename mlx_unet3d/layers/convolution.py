@@ -18,14 +18,17 @@ from .. import cpu
 # Elements of transformed weights that are in memory at once, 64 MB.
 _WEIGHTS = 2**24
 
+MODES = ("auto", "fast", "precise")
+"""Of `set_convolution`."""
+
 
 class Conv2d(nn.Conv2d):
     """A 2D convolution of (N, H, W, I) with a weight (O, h, w, I).
 
-    `convolution` is "fast" or "precise", see `set_convolution`.
+    `convolution` is "auto", "fast" or "precise", see `set_convolution`.
     """
 
-    convolution = "fast"
+    convolution = "auto"
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.convolve(x, self.bias if "bias" in self else None)
@@ -33,19 +36,20 @@ class Conv2d(nn.Conv2d):
     def convolve(self, x: mx.array, bias: mx.array | None) -> mx.array:
         """The convolution with this bias in place of its own."""
         options = self.stride, self.padding, self.dilation, self.groups
-        return conv2d(x, self.weight, bias, *options, precise=self.convolution == "precise")
+        return conv2d(x, self.weight, bias, *options, mode=self.convolution)
 
 
 def set_convolution(layers: Iterable[nn.Module], mode: str) -> None:
-    """Compute the 3x3 convolutions among `layers` "fast" or "precise" on a Mac's GPU.
+    """Compute the 3x3 convolutions among `layers` "fast" or "precise" on a Mac's GPU; "auto" is precise in
+    bfloat16, else fast.
 
     There, MLX computes a 3x3 convolution of many pixels and channels by Winograd's F(6x6, 3x3), and stores
     what it transforms in the dtype of the network: in float16 that rounds every such layer to 0.7 % (rms),
     in bfloat16 to 6 %, and float16 can overflow from activations of about 400. "precise" takes the direct
     sum for these layers, accumulated in float32. On the CPU and on CUDA both are direct, or exact in float32.
     """
-    if mode not in ("fast", "precise"):
-        raise ValueError(f"convolution={mode!r} is not known; use 'fast' or 'precise'")
+    if mode not in MODES:
+        raise ValueError(f"convolution={mode!r} is not known; use {', '.join(map(repr, MODES))}")
     for layer in layers:
         if hasattr(layer, "convolution"):
             layer.convolution = mode
@@ -92,10 +96,11 @@ def conv2d(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-    precise: bool = False,
+    mode: str = "auto",
 ) -> mx.array:
-    """(N, H, W, I) by (O, h, w, I) -> (N, H', W', O); `precise` as of `set_convolution`, further arguments as
-    of `mlx.core.conv2d`."""
+    """(N, H, W, I) by (O, h, w, I) -> (N, H', W', O); `mode` as of `set_convolution`, further arguments as of
+    `mlx.core.conv2d`."""
+    precise = mode == "precise" or (mode == "auto" and x.dtype == mx.bfloat16)
     options = [(v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation)]
     plain = weight.shape[1:3] == (3, 3) and options[0] == options[2] == (1, 1) and groups == 1
     if cpu.active(x):

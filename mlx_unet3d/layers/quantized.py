@@ -118,7 +118,7 @@ class QuantizedConv2d(QuantizedLayer):
         super().__init__(layer, quantization)
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
         self.groups = layer.groups
-        self.convolution = getattr(layer, "convolution", "fast")
+        self.convolution = getattr(layer, "convolution", "auto")
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.convolve(x, self.bias if "bias" in self else None)
@@ -127,7 +127,7 @@ class QuantizedConv2d(QuantizedLayer):
         """See `Conv2d.convolve`."""
         weight = self.dense_weight(x.dtype)
         options = self.stride, self.padding, self.dilation, self.groups
-        return conv2d(x, weight, bias, *options, precise=self.convolution == "precise")
+        return conv2d(x, weight, bias, *options, mode=self.convolution)
 
 
 class QuantizedTemporalConv(QuantizedLayer):

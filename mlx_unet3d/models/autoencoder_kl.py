@@ -326,7 +326,7 @@ class AutoencoderKL(PretrainedModel):
         return max(1, _CHUNK_ELEMENTS // self._elements_per_frame(height, width))
 
     def set_convolution(self, mode: str) -> None:
-        """ "fast" (the default) or "precise", as `UNet3DConditionModel.set_convolution`."""
+        """ "auto" (the default), "fast" or "precise", as `UNet3DConditionModel.set_convolution`."""
         set_convolution(self.modules(), mode)
 
     def enable_slicing(self) -> None:

@@ -574,9 +574,9 @@ class UNet3DConditionModel(LoRAMixin, PretrainedModel):
         self.freeu = None
 
     def set_convolution(self, mode: str) -> None:
-        """ "fast" (the default), or "precise": on a Mac's GPU, 3x3 convolutions as direct sums accumulated
-        in float32 where MLX would take Winograd's, which rounds each to 0.7 % in float16. No difference
-        elsewhere. ValueError for other modes."""
+        """ "fast", or "precise": on a Mac's GPU, 3x3 convolutions as direct sums accumulated in float32 where
+        MLX would take Winograd's, which rounds each to 0.7 % in float16 and to 6 % in bfloat16. "auto", the
+        default, is precise in bfloat16 and else fast. No difference elsewhere. ValueError for other modes."""
         set_convolution(self.modules(), mode)
 
     def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
