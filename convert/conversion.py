@@ -170,11 +170,15 @@ def summary(plan: CheckpointPlan) -> Iterator[str]:
 
 
 def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int, progress: bool) -> None:
-    """Write one network."""
+    """Write one network.
+
+    Raises CheckpointError where numbers become infinite in float16.
+    """
     total = component.nbytes
+    infinite: list[tuple[str, mx.array]] = []
     with tqdm(desc=component.title, total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         tensors = {
-            name: _counted(result, bar)
+            name: _counted(result, bar, tensor.key, infinite if tensor.may_overflow else None)
             for tensor in component.tensors
             for name, result in tensor.results().items()
         }
@@ -188,12 +192,25 @@ def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int,
             max_shard_bytes=shard_bytes,
             overwrite=True,
         )
+    found = list(dict.fromkeys(key for key, flag in infinite if flag.item()))
+    if found:
+        names = ", ".join(found if len(found) < 5 else [*found[:4], "..."])
+        raise CheckpointError(
+            f"{component.title}: numbers above 65504, the largest of float16, became infinite in {names}; "
+            "choose --dtype bfloat16 or float32"
+        )
 
 
-def _counted(tensor: Deferred, bar: tqdm) -> Deferred:
+def _counted(tensor: Deferred, bar: tqdm, key: str, infinite: list[tuple[str, mx.array]] | None) -> Deferred:
+    """A tensor that moves the bar when it is made, and notes in `infinite` whether it has infinities."""
+
     def make() -> mx.array:
         bar.update(tensor.nbytes)
-        return tensor.make()
+        array = tensor.make()
+        if infinite is not None and mx.issubdtype(array.dtype, mx.floating):
+            infinite.append((key, mx.isinf(array).any()))
+            mx.async_eval(infinite[-1][1])
+        return array
 
     return Deferred(tensor.shape, tensor.dtype, make)
 

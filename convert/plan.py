@@ -51,6 +51,11 @@ class TensorPlan:
         return f"{diffusers} to {mlx}" if self.target_layout == "mlx" else f"{mlx} to {diffusers}"
 
     @property
+    def may_overflow(self) -> bool:
+        """Whether finite numbers may become infinite: those of a wider dtype in float16."""
+        return self.dtype == mx.float16 and self.info.dtype != "F16"
+
+    @property
     def working_bytes(self) -> int:
         """Bytes to be held at once while it is converted: as read, as cast, and with its axes turned."""
         result = math.prod(self.shape) * self.dtype.size
