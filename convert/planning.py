@@ -32,7 +32,7 @@ from mlx_unet3d.schedulers import scheduler_from_config
 from .inference import Shapes, infer_config
 from .modelscope import INDEX, PUBLISHED_FILES, find_tokenizer, padded_as_trained, scheduler_config
 from .plan import CheckpointPlan, ComponentPlan, TensorPlan
-from .recognition import COMPONENTS, Recognized, recognize, weight_files_in
+from .recognition import COMPONENTS, Recognized, is_image_model, recognize, weight_files_in
 
 CLASSES: dict[str, type[PretrainedModel]] = {cls.__name__: cls for cls in COMPONENTS}
 """The networks that can be converted, by their names in `config.json` and `model_index.json`."""
@@ -88,8 +88,8 @@ def plan_checkpoint(
     Args:
         source: folder or hub id of a diffusers pipeline or of one network, in safetensors or torch pickles;
             or original files, which are told by their tensors: the folder of ModelScope's model, or one file
-            of its UNet, of a latent diffusion autoencoder or of OpenCLIP. A single file may have diffusers'
-            names, too.
+            of its UNet, of a latent diffusion autoencoder or of OpenCLIP, or a checkpoint of latent diffusion
+            that holds all three. A single file may have diffusers' names, too.
         tokenizer: folder or hub id of a CLIP tokenizer, or of a pipeline that has one, in place of the
             source's; original files come without.
         dtype: of all floating tensors; None for that of most bytes of each network.
@@ -118,15 +118,14 @@ def plan_checkpoint(
             raise ValueError(
                 f"revision={hub['revision']!r} is for hub ids, but {file} is a file; leave it out"
             )
-        plan = CheckpointPlan(str(source), file, None, [_plan_recognized(recognize(file), "", ways)], hub)
-        return _with_tokenizer(plan, tokenizer)
+        return _plan_originals(source, file, [file], tokenizer, ways, hub)
     folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), **hub)
     hub = {**hub, "revision": pinned_revision(source, folder, hub.get("revision"))}
     if not (folder / "model_index.json").is_file():
         if not (folder / "config.json").exists():
             folder = find_folder(source, files=PUBLISHED_FILES, **hub)
             if folder.is_dir() and weight_files_in(folder):  # nothing downloaded, no folder
-                return _plan_originals(source, folder, tokenizer, ways, hub)
+                return _plan_originals(source, folder, weight_files_in(folder), tokenizer, ways, hub)
         config = read_json(folder / "config.json")
         component = _plan_component(source, "", _class_of(config, folder), ways, hub)
         return _with_tokenizer(CheckpointPlan(str(source), folder, None, [component], hub), tokenizer)
@@ -192,42 +191,83 @@ def _with_tokenizer(plan: CheckpointPlan, tokenizer: str | Path | None) -> Check
 
 def _plan_originals(
     source: str | Path,
-    folder: Path,
+    where: Path,
+    files: list[Path],
     tokenizer: str | Path | None,
     ways: _Ways,
     hub: dict[str, Any],
 ) -> CheckpointPlan:
-    """A folder of weight files without any config: one network, or the three of a pipeline."""
-    found: dict[str, Recognized] = {}
-    for path in weight_files_in(folder):
-        network = recognize(path)
-        name = COMPONENTS[network.family.cls]
-        if name in found:
-            raise CheckpointError(
-                f"{folder} has two files of the {name}, {found[name].path.name} and {path.name}; leave one "
-                "there, or give one of them alone"
-            )
-        found[name] = network
+    """Weight files without any config, or one: a network, or the three of a pipeline."""
+    found, notes = _choose([recognize(path) for path in files], where)
     if len(found) == 1:
         (network,) = found.values()
         component = _plan_recognized(network, "", ways)
-        return _with_tokenizer(CheckpointPlan(str(source), folder, None, [component], hub), tokenizer)
-    missing = [name for name in COMPONENTS.values() if name not in found]
+        plan = CheckpointPlan(str(source), where, None, [component], hub, notes=notes)
+        return _with_tokenizer(plan, tokenizer)
+    missing = " and ".join(name for name in COMPONENTS.values() if name not in found)
+    if missing and where.is_file():
+        raise CheckpointError(
+            f"{where} holds the {' and the '.join(found)}, and no {missing}, which a pipeline needs; put the "
+            f"file of the {missing} beside it in a folder of their own, and give that folder"
+        )
     if missing:
         there = ", ".join(f"the {name} ({network.path.name})" for name, network in found.items())
         raise CheckpointError(
-            f"{folder} has {there}, and no file of the {' and '.join(missing)}, which a pipeline needs; put "
-            "it there, or give one file to convert that network alone"
+            f"{where} has {there}, and no file of the {missing}, which a pipeline needs; put it there, or "
+            "give the file of one network to convert that alone"
         )
     if tokenizer is None:
         raise ValueError(
-            f"{folder} is a pipeline in original files, which come without a tokenizer; pass --tokenizer "
+            f"{where} is a pipeline in original files, which come without a tokenizer; pass --tokenizer "
             "with a folder that has vocab.json and merges.txt, or a pipeline or hub id that has them, such "
             "as the same model in diffusers' form"
         )
     components = [_plan_recognized(found[name], name, ways) for name in COMPONENTS.values()]
-    words, notes = padded_as_trained(find_tokenizer(tokenizer, components, hub))
-    return CheckpointPlan(str(source), folder, dict(INDEX), components, hub, words, scheduler_config(), notes)
+    words, said = padded_as_trained(find_tokenizer(tokenizer, components, hub))
+    notes += said
+    return CheckpointPlan(str(source), where, dict(INDEX), components, hub, words, scheduler_config(), notes)
+
+
+def _choose(files: list[list[Recognized]], where: Path) -> tuple[dict[str, Recognized], list[str]]:
+    """The network to take for each name among those of each file, and what to say of the others.
+
+    A file of one network goes before one that holds others, too: the autoencoder of ModelScope comes in a
+    whole checkpoint of an image model. Of such a checkpoint alone the autoencoder is taken.
+
+    Raises CheckpointError where two files are equally good.
+    """
+    found: dict[str, Recognized] = {}
+    shared = {networks[0].path for networks in files if len(networks) > 1}
+    notes = []
+    for networks in sorted(files, key=lambda networks: len(networks) > 1):
+        for network in networks:
+            name = COMPONENTS[network.family.cls]
+            other = found.setdefault(name, network)
+            if other is network:
+                continue
+            if (network.path in shared) == (other.path in shared):
+                raise CheckpointError(
+                    f"{where} has two files of the {name}, {other.path.name} and {network.path.name}; leave "
+                    "one there, or give one of them alone"
+                )
+            notes.append(
+                f"{name}: that in {network.path.name} is left out, as {other.path.name} holds nothing else"
+            )
+    if len(files) == 1 and {"vae", "text_encoder"} == found.keys() and is_image_model(files[0]):
+        path = found.pop("text_encoder").path
+        notes.append(f"text_encoder: left out, as {path.name} is the checkpoint of an image model")
+    return _without_the_needed(found), notes
+
+
+def _without_the_needed(found: dict[str, Recognized]) -> dict[str, Recognized]:
+    """The networks with what none of the same file needs as dropped, at the first of them."""
+    made, seen = {}, set()
+    for name, network in found.items():
+        beside = [set(other.dropped) for other in found.values() if other.path == network.path]
+        unused = set() if network.path in seen else set.intersection(*beside)
+        made[name] = replace(network, dropped=[key for key in network.dropped if key in unused])
+        seen.add(network.path)
+    return made
 
 
 def _class_name(config: dict[str, Any]) -> Any:

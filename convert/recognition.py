@@ -36,15 +36,20 @@ class Family:
         cls: the network in it.
         signs: tensors that all files of the kind have, and no other kind has all of.
         naming: which parameters a key holds, made of all keys.
-        prefix: what the keys may have in front where the network is a part of a larger one; the rest of that
-            is left aside. Empty for a kind that is never inside another.
+        within: what the keys may have in front, besides the network's name in a pipeline, where the network
+            is a part of a larger one.
     """
 
     title: str
     cls: type[PretrainedModel]
     signs: tuple[str, ...]
     naming: Callable[[Collection[str]], Naming]
-    prefix: str = ""
+    within: tuple[str, ...] = ()
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What the keys may have in front: nothing in a file of this network alone."""
+        return ("", *self.within, f"{COMPONENTS[self.cls]}.")
 
 
 def _own_names(cls: type[PretrainedModel]) -> Callable[[Collection[str]], Naming]:
@@ -64,6 +69,7 @@ def _diffusers(title: str, cls: type[PretrainedModel], *signs: str) -> Family:
     return Family(f"{title} with diffusers' names", cls, signs, _own_names(cls))
 
 
+_LATENT_DIFFUSION = "model.diffusion_model."  # the UNet in a whole checkpoint
 _CLIP_SIGNS = (
     "embeddings.token_embedding.weight",
     "encoder.layers.0.self_attn.q_proj.weight",
@@ -80,7 +86,7 @@ FAMILIES = (
             "middle_block.0.temopral_conv.conv1.0.weight",
         ),
         unet_naming,
-        "model.diffusion_model.",
+        (_LATENT_DIFFUSION,),
     ),
     Family(
         "an autoencoder of latent diffusion",
@@ -91,7 +97,7 @@ FAMILIES = (
             "decoder.up.0.block.0.conv1.weight",
         ),
         vae_naming,
-        "first_stage_model.",
+        ("first_stage_model.",),
     ),
     Family(
         "OpenCLIP's text tower",
@@ -103,6 +109,7 @@ FAMILIES = (
             "ln_final.weight",
         ),
         text_naming,
+        ("cond_stage_model.model.", "cond_stage_model."),
     ),
     _diffusers(
         "a UNet3DConditionModel",
@@ -133,7 +140,7 @@ class Recognized:
         prefix: what its keys have in front.
         header: the parts of tensors that are parameters, by what to call them, see `Part.of`.
         names: the parameter of each.
-        dropped: keys that the network has no use for.
+        dropped: keys of the file that the network has no use for.
     """
 
     path: Path
@@ -150,25 +157,34 @@ class Recognized:
         return f"{kind}; a torch pickle, read without running it" if is_pickle(self.path) else kind
 
 
-def recognize(path: Path) -> Recognized:
-    """Read the header of a weight file and tell which network it holds; no tensor is read.
+def recognize(path: Path) -> list[Recognized]:
+    """Read the header of a weight file and tell which networks it holds; no tensor is read.
+
+    Of several, such as in a whole checkpoint of latent diffusion, each has a prefix of its own. A checkpoint
+    of an image model, whose UNet is none of `FAMILIES`, gives the others.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged, holds none of `FAMILIES` or several, or a fused tensor that does not
-            come apart.
+        CheckpointError: it is damaged, holds none of `FAMILIES`, one of them twice or several without
+            prefixes, or a fused tensor that does not come apart.
     """
     header = read_pickle(path) if is_pickle(path) else read_header(path)
     found = list(_matches(header.tensors))
     if not found:
         raise CheckpointError(_unknown(path, header.tensors))
-    if len(found) > 1:
+    kinds = {family.cls for family, _ in found}
+    if len(found) > 1 and (len(kinds) < len(found) or not all(prefix for _, prefix in found)):
         raise CheckpointError(
             f"{path} holds several networks at once: "
             f"{' and '.join(f'{family.title} ({prefix}{family.signs[-1]})' for family, prefix in found)}; "
-            "a file must hold one: save each to a file of its own"
+            "a file may hold one of each kind, all with a prefix such as model.diffusion_model., "
+            "first_stage_model. and cond_stage_model.model.; save each to a file of its own"
         )
-    ((family, prefix),) = found
+    return [_recognized(path, header, family, prefix) for family, prefix in found]
+
+
+def _recognized(path: Path, header: Header, family: Family, prefix: str) -> Recognized:
+    """The parts of one network of the file."""
     keys = {key.removeprefix(prefix): key for key in header.tensors if key.startswith(prefix)}
     naming = family.naming(keys.keys())
     parts, names, dropped = {}, {}, [key for key in header.tensors if not key.startswith(prefix)]
@@ -184,6 +200,12 @@ def recognize(path: Path) -> Recognized:
     return Recognized(path, family, prefix, Header(parts, header.metadata), names, dropped)
 
 
+def is_image_model(networks: Collection[Recognized]) -> bool:
+    """Whether the file of the networks is a checkpoint of latent diffusion with a UNet of another kind."""
+    unused = set.intersection(*(set(network.dropped) for network in networks))
+    return any(key.startswith(_LATENT_DIFFUSION) for key in unused)
+
+
 def weight_files_in(folder: Path) -> list[Path]:
     """The files of a folder, not of those in it, that may hold weights, by name."""
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
@@ -191,7 +213,7 @@ def weight_files_in(folder: Path) -> list[Path]:
 
 def _matches(keys: Collection[str]) -> Iterator[tuple[Family, str]]:
     for family in FAMILIES:
-        for prefix in dict.fromkeys(("", family.prefix)):
+        for prefix in family.prefixes:
             if all(prefix + sign in keys for sign in family.signs):
                 yield family, prefix
 
@@ -207,7 +229,7 @@ def _unknown(path: Path, keys: Collection[str]) -> str:
         alike = sum(bool(difflib.get_close_matches(sign, kinds, 1, 0.8)) for sign in signs)
         return sum(sign in keys for sign in signs), alike
 
-    choices = [(family, prefix) for family in FAMILIES for prefix in dict.fromkeys(("", family.prefix))]
+    choices = [(family, prefix) for family in FAMILIES for prefix in family.prefixes]
     family, prefix = max(choices, key=nearness)
     lacking = ", ".join(prefix + sign for sign in family.signs if prefix + sign not in keys)
     shown = ", ".join(key[:_LONGEST] for key in list(keys)[:4])

@@ -201,6 +201,111 @@ def test_unet_inside_a_larger_model(model, tensors):
     assert same(UNet3DConditionModel.from_pretrained("out"), model[0].unet)
 
 
+# Several networks in a file.
+
+WITHIN = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.model.",
+}
+
+
+def within(tensors, *names, **prefixes):
+    """The networks of these names in one file."""
+    return {
+        prefixes.get(name, WITHIN[name]) + key: value
+        for name in names
+        for key, value in tensors[name].items()
+    }
+
+
+def image_model(tensors):
+    """A whole checkpoint of latent diffusion whose UNet is one of images."""
+    made = within(tensors, "vae", "text_encoder")
+    return made | {f"model.diffusion_model.{key}": np.ones((4, 4), np.float16) for key in IMAGE_UNET}
+
+
+def is_the_pipeline(pipe, folder="out"):
+    ours = TextToVideoPipeline.from_pretrained(folder)
+    return all(same(getattr(ours, name), getattr(pipe, name)) for name in CLASSES)
+
+
+@pytest.mark.parametrize("write", [original.write_safetensors, original.write_pickle])
+@pytest.mark.parametrize("prefix", ["cond_stage_model.model.", "cond_stage_model."])
+def test_three_networks_in_a_file(model, tensors, write, prefix, capsys):
+    pipe, source = model
+    betas = {"betas": np.ones(1000, np.float32), "model_ema.num_updates": np.zeros(1, np.int64)}
+    write(Path("x.ckpt"), within(tensors, *CLASSES, text_encoder=prefix) | betas)
+    assert convert("x.ckpt", "--tokenizer", source, "--verify") == 0
+    err = capsys.readouterr().err
+    assert f"OpenCLIP's text tower, as it has {prefix}ln_final.weight" in err
+    assert err.count("all equal to the source") == 3
+    assert is_the_pipeline(pipe)
+    assert json.loads(Path("out/scheduler/scheduler_config.json").read_text())["prediction_type"] == "epsilon"
+    assert "the file `x.ckpt`" in Path("out/README.md").read_text()
+
+
+def test_three_networks_by_their_names_in_a_pipeline(model):
+    """With diffusers' names, and those of the networks in front."""
+    pipe, source = model
+    whole = {
+        f"{name}.{key}": value
+        for name in CLASSES
+        for key, value in original.as_diffusers(getattr(pipe, name)).items()
+    }
+    original.write_pickle(Path("x.pt"), whole)
+    assert convert("x.pt", "--tokenizer", source) == 0
+    assert is_the_pipeline(pipe)
+
+
+def test_dropped_tensors_of_a_shared_file_are_listed_once(model, tensors):
+    whole = within(tensors, *CLASSES) | {"betas": np.ones(9, np.float32)}
+    original.write_pickle(Path("x"), whole)
+    plan = converter.plan_checkpoint("x", tokenizer=model[1])
+    dropped = [key for component in plan.components for key in component.dropped]
+    kept = {re.sub(r"\[.*", "", tensor.key) for part in plan.components for tensor in part.tensors}
+    assert len(dropped) == len(set(dropped))
+    assert "betas" in dropped
+    assert "cond_stage_model.model.visual.conv1.weight" in dropped
+    assert kept | set(dropped) == set(whole)
+    assert not kept & set(dropped)
+
+
+@pytest.mark.parametrize("alone", CLASSES)
+def test_two_networks_in_a_file_of_a_folder(model, tensors, alone):
+    pipe, source = model
+    Path("files").mkdir()
+    others = [name for name in CLASSES if name != alone]
+    original.write_pickle(Path("files/a.ckpt"), within(tensors, *others))
+    original.write_safetensors(Path("files/b.safetensors"), tensors[alone])
+    assert convert("files", "--tokenizer", source) == 0
+    assert is_the_pipeline(pipe)
+
+
+def test_text_encoder_of_an_image_model(model, folder, tensors, capsys):
+    """That in the file of the autoencoder is for where there is no other."""
+    pipe, source = model
+    turned = {key: 2 * value for key, value in tensors["text_encoder"].items()}
+    whole = image_model(tensors | {"text_encoder": turned})
+    original.write_pickle(folder / "VQGAN_autoencoder.pth", whole, wrapped=True)
+    assert convert(folder, "--tokenizer", source) == 0
+    assert "text_encoder: that in VQGAN_autoencoder.pth is left out" in capsys.readouterr().err
+    assert is_the_pipeline(pipe)
+    original.write_pickle(folder / "VQGAN_autoencoder.pth", image_model(tensors))
+    (folder / "open_clip_pytorch_model.bin").unlink()
+    assert convert(folder, "--tokenizer", source, target="again") == 0
+    assert is_the_pipeline(pipe, "again")
+
+
+def test_image_model_alone_is_its_autoencoder(model, tensors, capsys):
+    original.write_pickle(Path("VQGAN_autoencoder.pth"), image_model(tensors))
+    assert convert("VQGAN_autoencoder.pth") == 0
+    assert "text_encoder: left out, as VQGAN_autoencoder.pth is the checkpoint of an image model" in (
+        capsys.readouterr().err
+    )
+    assert same(AutoencoderKL.from_pretrained("out"), model[0].vae)
+
+
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("layout", ["mlx", "diffusers"])
 def test_file_with_diffusers_names(model, name, layout, capsys):
@@ -482,6 +587,32 @@ BAD = {
         lambda f, t: pickle_of({**t["unet"], **t["vae"]}),
         (),
         "several networks at once: ModelScope's original UNet (middle_block",
+    ),
+    "two of one kind": (
+        lambda f, t: pickle_of(within(t, "vae") | {f"vae.{k}": v for k, v in t["vae"].items()}),
+        (),
+        "several networks at once: an autoencoder of latent diffusion (first_stage_model.decoder",
+    ),
+    "three networks without a tokenizer": (
+        lambda f, t: pickle_of(within(t, *CLASSES)), (), "x.pth is a pipeline in original files, which come",
+    ),
+    "no unet beside": (
+        lambda f, t: pickle_of(within(t, "vae", "text_encoder")),
+        ("--tokenizer", "TOKENIZER"),
+        "x.pth holds the vae and the text_encoder, and no unet, which a pipeline needs; put the file of the "
+        "unet beside it in a folder of their own, and give that folder",
+    ),
+    "no vae beside": (
+        lambda f, t: pickle_of(within(t, "unet", "text_encoder")), (), "holds the unet and the text_encoder",
+    ),
+    "two whole files": (
+        lambda f, t: beside(
+            beside(without(f, "text2video_pytorch_model.pth"), "a.ckpt", within(t, *CLASSES)),
+            "b.ckpt",
+            within(t, "unet", "vae"),
+        ),
+        ("--tokenizer", "TOKENIZER"),
+        "two files of the unet, a.ckpt and b.ckpt",
     ),
     "cut short": (
         lambda f, t: truncated(original.write_safetensors(Path("x"), t["vae"]), 9999), (), "cut short",
