@@ -225,9 +225,10 @@ def _unknown(path: Path, keys: Collection[str]) -> str:
     kinds = list(kinds)[:_COMPARED]
 
     def nearness(choice: tuple[Family, str]) -> tuple[int, int]:
-        signs = [choice[1] + sign for sign in choice[0].signs]
-        alike = sum(bool(difflib.get_close_matches(sign, kinds, 1, 0.8)) for sign in signs)
-        return sum(sign in keys for sign in signs), alike
+        family, prefix = choice
+        inside = [kind.removeprefix(prefix) for kind in kinds if kind.startswith(prefix)]
+        alike = sum(bool(difflib.get_close_matches(sign, inside, 1, 0.8)) for sign in family.signs)
+        return sum(prefix + sign in keys for sign in family.signs), alike
 
     choices = [(family, prefix) for family in FAMILIES for prefix in family.prefixes]
     family, prefix = max(choices, key=nearness)
