@@ -150,6 +150,15 @@ MALICIOUS = {
     "named persistent": b"P0\n",
     "strange storage": storage("0", "FloatStorage", 1).replace(text("storage"), text("module")),
     "numpy": named("numpy.core.multiarray", "_reconstruct"),
+    "numpy array": named("numpy._core.multiarray", "_reconstruct"),
+    "a module": named("torch.nn.modules.container", "Sequential") + b")\x81",
+    "new storage": named("torch", "FloatStorage") + b")\x81",
+    "new tensor": named("torch._utils", "_rebuild_tensor_v2") + b")\x81",
+    "call of a set": named("builtins", "set") + b")R)R",
+    "call of a new set": b"\x8f)R",
+    "part of a harmless name": named("datetime", "datetime.now"),
+    "harmless name elsewhere": named("os", "set"),
+    "persistent module": b"(" + text("module") + named("torch", "device") + text("x") + text("y") + b"tQ",
     "lightning": named("pytorch_lightning.callbacks", "ModelCheckpoint"),
 }  # fmt: skip
 
@@ -172,6 +181,37 @@ def test_refusals_name_what_was_asked_for(tmp_path):
         read_pickle(write_zip(tmp_path / "a.bin", dictionary(x=MALICIOUS["lightning"])))
 
 
+def test_harmless_values_are_passed_over(tmp_path, monkeypatch):
+    """They take what is given to them, and it is dropped."""
+    monkeypatch.chdir(tmp_path)
+    values = {
+        "dtype": named("torch", "float16"),
+        "set": named("__builtin__", "set") + b"(](" + number(1) + b"etR",
+        "sets": b"\x8f(" + number(1) + b"\x90(" + number(2) + b"\x91\x86",
+        "new": named("argparse", "Namespace") + b")\x81" + dictionary(x=number(1)) + b"b",
+        "counter": named("collections", "Counter") + b")R(" + text("a") + number(1) + b"u",
+        "deque": named("collections", "deque") + b")R(" + number(1) + b"e",
+        "bytes": named("_codecs", "encode") + b"(" + text("x") + text("latin1") + b"tR",
+    }
+    for name, value in values.items():
+        path = write_zip(tmp_path / name, dictionary(w=tensor(), x=value))
+        assert list(read_pickle(path).tensors) == ["w"]
+
+
+def parameters(state: bytes) -> bytes:
+    return named("torch.nn.modules.container", "ParameterDict") + b")\x81" + state + b"b"
+
+
+def test_parameters_of_a_dictionary(tmp_path):
+    state = dictionary(training=b"\x88", _parameters=dictionary(a=tensor(), b=tensor()), _keys=b"}")
+    assert list(read_pickle(write_zip(tmp_path / "x", parameters(state))).tensors) == ["a", "b"]
+
+
+def test_a_state_dict_for_each_network(tmp_path):
+    networks = dictionary(unet=dictionary(w=tensor()), vae=dictionary(w=tensor(), n=number(1)), other=b"}")
+    assert list(read_pickle(write_zip(tmp_path / "x", networks)).tensors) == ["unet.w", "vae.w"]
+
+
 DAMAGED = {
     "no data": (lambda p: write_zip(p, dictionary(w=tensor()), data=()), "missing"),
     "short data": (lambda p: write_zip(p, dictionary(w=tensor()), data=[("0", DATA[:20])]), "cut short"),
@@ -185,6 +225,8 @@ DAMAGED = {
     "huge count": (lambda p: write_zip(p, dictionary(w=tensor(count=2**31 - 1))), "cut short"),
     "no tensors": (lambda p: write_zip(p, dictionary(a=number(1))), "no tensors by name but a dict with a"),
     "a list": (lambda p: write_zip(p, b"]"), "no tensors by name but a list"),
+    "parameters without any": (lambda p: write_zip(p, parameters(b"}")), "damaged"),
+    "items for no set": (lambda p: write_zip(p, b"](" + number(1) + b"\x90"), "damaged"),
     "tuple keys": (lambda p: write_zip(p, b"}(" + b")" + tensor() + b"u"), "damaged"),
     "no mark": (lambda p: write_zip(p, b"}t"), "damaged"),
     "empty stack": (lambda p: write_zip(p, b"R"), "damaged"),

@@ -2,8 +2,8 @@
 
 A pickle is a program for a small stack machine, and unpickling runs it, calls of any function included. Here
 its opcodes are interpreted as data: containers, numbers and text are built, the few names that torch's own
-files need stand for values of this module, and every other name is refused. Nothing is ever imported or
-called.
+files need stand for values of this module, some of what training leaves beside the weights is passed over,
+and every other name is refused. Nothing is ever imported or called.
 
 Both containers of torch are read: the zip archive (torch >= 1.6) and the older sequence of pickles. Source:
 `torch/serialization.py`, whose formats these are, and Python's `pickletools`.
@@ -79,6 +79,17 @@ class _Name:
     name: str
 
 
+@dataclass(frozen=True)
+class _Inert:
+    """In the place of an object that is no weight, by the name of its class; what it holds is dropped."""
+
+    name: str
+
+
+class _Parameters(dict[Any, Any]):
+    """torch.nn.ParameterDict: the parameters of its state."""
+
+
 def is_pickle(path: str | Path) -> bool:
     """Whether the file begins like one of torch's containers."""
     with open(path, "rb") as file:
@@ -90,7 +101,9 @@ def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
     """The tensors of a state dict and where they lie, as `read_header`; no tensor data is read.
 
     A file that wraps its state dict ("state_dict", "module" or "model", beside an optimizer and the like)
-    gives the wrapped one. With `lists`, a list of tensors counts as well: their names are "0", "1" and so on.
+    gives the wrapped one; one that has a state dict for each network of a pipeline ("unet", "vae",
+    "text_encoder") gives them all, as "unet.NAME" and so on. With `lists`, a list of tensors counts as well:
+    their names are "0", "1" and so on.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -116,13 +129,26 @@ def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
     return Header({name: _located(path, name, tensor, places, size) for name, tensor in tensors.items()}, {})
 
 
+_PARTS = ("unet", "vae", "text_encoder")
+
+
 def _state_dict(path: Path, value: Any) -> dict[str, _Tensor]:
-    for key in (None, "state_dict", "module", "model"):
+    for key in ("state_dict", "module", "model", None):
         found = value if key is None else value.get(key) if isinstance(value, dict) else None
         if isinstance(found, dict):
             tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, _Tensor)}
             if tensors:
                 return tensors
+    if isinstance(value, dict):
+        parts = {part: found for part in _PARTS if isinstance(found := value.get(part), dict)}
+        tensors = {
+            f"{part}.{key}": tensor
+            for part, found in parts.items()
+            for key, tensor in found.items()
+            if isinstance(key, str) and isinstance(tensor, _Tensor)
+        }
+        if tensors:
+            return tensors
     keys = f" with {', '.join(_shown(key) for key in list(value)[:6])}" if isinstance(value, dict) else ""
     raise CheckpointError(
         f"{path} holds no tensors by name but a {type(value).__name__}{keys}; is it a checkpoint of weights?"
@@ -314,8 +340,8 @@ class _Machine:
         return items
 
     def name(self, module: Any, name: Any) -> None:
-        known = isinstance(module, str) and isinstance(name, str) and name in _NAMES.get(module, ())
-        if not known:
+        known = isinstance(module, str) and isinstance(name, str)
+        if not known or name not in (*_NAMES.get(module, ()), *_HARMLESS.get(module, ())):
             raise self.refused(f"{_shown(module)}.{_shown(name)}")
         self.stack.append(_Name(module, name))
 
@@ -330,21 +356,41 @@ class _Machine:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
             raise self.refused("a call of a value")
-        make = _CALLS.get(function.name)
-        if make is None:
+        make = _CALLS.get((function.module, function.name))
+        if make is not None:
+            self.step(sum(len(value) for value in arguments if isinstance(value, tuple | list | dict)))
+            self.stack.append(make(*arguments))
+        elif function.name in _HARMLESS.get(function.module, ()):
+            self.stack.append(_Inert(f"{function.module}.{function.name}"))
+        else:
             raise self.refused(f"a call of {function.module}.{function.name}")
-        self.step(sum(len(value) for value in arguments if isinstance(value, tuple | list | dict)))
-        self.stack.append(make(*arguments))
 
     def build(self, _: Any) -> None:
-        """Attributes of an OrderedDict (`_metadata`): not needed."""
-        self.stack.pop()
-        if not isinstance(self.stack[-1], dict):
-            raise self.refused(f"changing a {type(self.stack[-1]).__name__}")
+        """The state of a ParameterDict; else not needed, such as an OrderedDict's `_metadata`."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, _Parameters):
+            parameters = state.get("_parameters") if isinstance(state, dict) else None
+            if not isinstance(parameters, dict):
+                raise ValueError("a ParameterDict without parameters")
+            self.step(len(parameters))
+            target.update(parameters)
+        elif not isinstance(target, dict | _Inert):
+            raise self.refused(f"changing a {type(target).__name__}")
+
+    def add_all(self, items: list[Any]) -> None:
+        """To a set, which is dropped as any `_Inert`."""
+        if not isinstance(self.stack[-1], _Inert):
+            raise ValueError("items for no set")
 
     def persistent(self, _: Any) -> None:
-        """A storage: ("storage", class, key, device, elements), and in legacy files a view."""
+        """A storage: ("storage", class, key, device, elements), and in legacy files a view.
+
+        Legacy files have ("module", class, its file, its source) in the place of the class of a module.
+        """
         identity = self.stack.pop()
+        if isinstance(identity, tuple) and identity[:1] == ("module",) and identity[1:2] == (_PARAMETERS,):
+            self.stack.append(_PARAMETERS)
+            return
         kind, cls, key, _device, count, *view = identity if isinstance(identity, tuple) else (None,) * 5
         if kind != "storage" or not isinstance(cls, _Name) or cls.name not in _STORAGES:
             raise self.refused(f"the storage {_shown(kind)}")
@@ -361,6 +407,8 @@ class _Machine:
 
     def set_items(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, _Inert):
+            return
         if not isinstance(target, dict) or len(pairs) % 2:
             raise ValueError("items for no dictionary")
         if not all(type(key) in (str, int) for key in pairs[::2]):
@@ -368,6 +416,8 @@ class _Machine:
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def append_all(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], _Inert):
+            return
         if not isinstance(self.stack[-1], list):
             raise ValueError("items for no list")
         self.stack[-1].extend(items)
@@ -394,8 +444,18 @@ def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *_unused: Any) -
 
 
 def _parameter(data: Any, *_unused: Any) -> Any:
-    """torch._utils._rebuild_parameter: the tensor that it holds."""
+    """torch._utils._rebuild_parameter, and that with attributes: the tensor that it holds."""
     return data
+
+
+def _parameters() -> _Parameters:
+    """torch.nn.ParameterDict, empty until its state comes."""
+    return _Parameters()
+
+
+def _default_dictionary(_factory: Any = None, items: Any = ()) -> dict[Any, Any]:
+    """collections.defaultdict, without what makes its defaults."""
+    return _dictionary(items)
 
 
 def _dictionary(items: Any = ()) -> dict[Any, Any]:
@@ -420,18 +480,51 @@ def _shown(value: Any) -> str:
     return repr(value) if type(value) is int and abs(value) < 2**64 else type(value).__name__
 
 
+_TENSORS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_parameter_with_state")
 _NAMES: dict[str, tuple[str, ...]] = {
-    "collections": ("OrderedDict",),
+    "collections": ("OrderedDict", "defaultdict"),
     "torch": (*_STORAGES, "Size"),
-    "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"),
+    "torch._utils": _TENSORS,
+    "torch.nn.modules.container": ("ParameterDict",),
 }
-_CALLS: dict[str, Callable[..., Any]] = {
-    "OrderedDict": _dictionary,
-    "Size": _size,
-    "_rebuild_tensor": _tensor,  # torch < 0.4
-    "_rebuild_tensor_v2": _tensor,
-    "_rebuild_parameter": _parameter,
+_CALLS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): _dictionary,
+    ("collections", "defaultdict"): _default_dictionary,
+    ("torch", "Size"): _size,
+    ("torch._utils", "_rebuild_tensor"): _tensor,  # torch < 0.4
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch.nn.modules.container", "ParameterDict"): _parameters,
 }
+_PARAMETERS = _Name("torch.nn.modules.container", "ParameterDict")
+
+# Classes whose objects are plain values: each is replaced by an `_Inert`. Python 2's names are those that
+# pickles of protocol 2 have.
+_BUILTINS = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object")
+_BUILTINS += ("range", "set", "slice", "str", "tuple")
+_PATHS = ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath")
+_HARMLESS: dict[str, tuple[str, ...]] = {
+    "__builtin__": (*_BUILTINS, "long", "unicode", "xrange"),
+    "_codecs": ("encode",),  # bytes
+    "argparse": ("Namespace",),
+    "builtins": _BUILTINS,
+    "collections": ("Counter", "deque"),
+    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
+    "numpy": (
+        "dtype", "bool_", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8",
+    ),
+    "numpy._core.multiarray": ("scalar",),
+    "numpy.core.multiarray": ("scalar",),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+    "torch": (
+        "bfloat16", "bool", "complex64", "complex128", "device", "float16", "float32", "float64",
+        "float8_e4m3fn", "float8_e5m2", "int8", "int16", "int32", "int64", "uint8",
+    ),
+    "torch.serialization": ("_get_layout",),
+    "types": ("SimpleNamespace",),
+}  # fmt: skip
 
 _IGNORED = {"PROTO", "FRAME"}
 _CONSTANTS: dict[str, Any] = {
@@ -450,6 +543,10 @@ _PUSHED = {
 
 def _memoize(machine: _Machine, _: Any) -> None:
     machine.memo[len(machine.memo)] = machine.stack[-1]
+
+
+def _frozen(_items: list[Any]) -> _Inert:
+    return _Inert("frozenset")
 
 
 _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
@@ -471,6 +568,10 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "GLOBAL": lambda m, text: m.named(text),
     "STACK_GLOBAL": lambda m, x: m.named_from_stack(x),
     "REDUCE": lambda m, x: m.call(x),
+    "NEWOBJ": lambda m, x: m.call(x),
+    "EMPTY_SET": lambda m, _: m.stack.append(_Inert("set")),
+    "ADDITEMS": lambda m, _: m.add_all(m.marked()),
+    "FROZENSET": lambda m, _: m.stack.append(_frozen(m.marked())),
     "BUILD": lambda m, x: m.build(x),
     "BINPERSID": lambda m, x: m.persistent(x),
 }

@@ -4,7 +4,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from collections import OrderedDict  # noqa: E402
+import argparse  # noqa: E402
+import datetime  # noqa: E402
+import pathlib  # noqa: E402
+from collections import Counter, OrderedDict, defaultdict, deque  # noqa: E402
 from importlib.util import find_spec  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -80,6 +83,67 @@ def test_state_dict_of_a_module(tmp_path, zipped):
     check(path, module.state_dict())
     torch.save(OrderedDict(module.half().state_dict()), path, _use_new_zipfile_serialization=zipped)
     check(path, module.state_dict())
+
+
+def beside():
+    """What training leaves beside the weights."""
+    module = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=np.float64(1e-3))
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    counted = torch.nn.Parameter(torch.ones(2))
+    counted.note = "an attribute"
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        "dtype": torch.float16,
+        "dtypes": [torch.bfloat16, np.float32, np.dtype("int64")],
+        "when": [now, now.date(), now.time(), now - now],
+        "seen": [set(), {1, "a"}, frozenset(), frozenset({2})],
+        "lr": [np.float32(1), np.float64(1e-4), np.int64(3), np.bool_(True)],
+        "params": torch.nn.ParameterDict({"a": torch.ones(2)}),
+        "optimizer": optimizer.state_dict(),
+        "schedule": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5]).state_dict(),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "args": argparse.Namespace(rate=1, folder=pathlib.Path("x"), device=torch.device("cpu")),
+        "paths": [pathlib.PurePosixPath("a/b"), pathlib.PureWindowsPath("c")],
+        "shape": torch.Size([2, 3]),
+        "default": [defaultdict(list, a=[1]), defaultdict(dict)],
+        "counts": [Counter("abca"), deque([1, 2], 5)],
+        "plain": [1j, b"", b"bytes", bytearray(b"x"), range(3), slice(1, 2), torch.strided, dict, int],
+        "random": torch.get_rng_state(),
+        "noted": counted,
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("name", beside())
+def test_what_lies_beside_the_weights(tmp_path, name, zipped, protocol):
+    """Passed over, in front of the weights and behind."""
+    tensors = {"w": torch.randn(2, 3)}
+    found = {name: beside()[name], "state_dict": tensors, "again": beside()[name]}
+    torch.save(found, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    check(tmp_path / "x.ckpt", tensors)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_parameters(tmp_path, zipped, protocol):
+    """Those of a ParameterDict, and with attributes."""
+    noted = torch.nn.Parameter(torch.randn(3))
+    noted.note = {"rate": 1}
+    tensors = {"a": torch.nn.Parameter(torch.randn(2, 2)), "b": noted}
+    for value in (torch.nn.ParameterDict(tensors), {"state_dict": torch.nn.ParameterDict(tensors)}, tensors):
+        torch.save(value, tmp_path / "x", _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+        check(tmp_path / "x", tensors)
+    torch.save(defaultdict(dict, tensors), tmp_path / "x", pickle_protocol=protocol)
+    check(tmp_path / "x", tensors)
+
+
+def test_a_state_dict_for_each_network(tmp_path):
+    unet, vae = torch.nn.Linear(2, 3).state_dict(), {"w": torch.ones(2)}
+    torch.save({"unet": unet, "vae": vae, "optimizer": {"state": {}}, "step": 3}, tmp_path / "x.pt")
+    check(tmp_path / "x.pt", {**{f"unet.{key}": value for key, value in unet.items()}, "vae.w": vae["w"]})
 
 
 @pytest.mark.parametrize("version", ["v0.0", "v0.1"])
