@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_unet3d.atomic import whole_folder, write_text
 from mlx_unet3d.checkpoints import (
     Deferred,
@@ -175,14 +176,13 @@ def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int,
     Raises CheckpointError where numbers become infinite in float16.
     """
     total = component.nbytes
-    infinite: list[tuple[str, mx.array]] = []
     with tqdm(desc=component.title, total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         tensors = {
-            name: _counted(result, bar, tensor.key, infinite if tensor.may_overflow else None)
+            name: _counted(result, bar)
             for tensor in component.tensors
             for name, result in tensor.results().items()
         }
-        write_component(
+        files = write_component(
             folder,
             component.config,
             tensors,
@@ -192,7 +192,7 @@ def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int,
             max_shard_bytes=shard_bytes,
             overwrite=True,
         )
-    found = list(dict.fromkeys(key for key, flag in infinite if flag.item()))
+    found = _infinite(component, files)
     if found:
         names = ", ".join(found if len(found) < 5 else [*found[:4], "..."])
         raise CheckpointError(
@@ -201,16 +201,27 @@ def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int,
         )
 
 
-def _counted(tensor: Deferred, bar: tqdm, key: str, infinite: list[tuple[str, mx.array]] | None) -> Deferred:
-    """A tensor that moves the bar when it is made, and notes in `infinite` whether it has infinities."""
+def _infinite(component: ComponentPlan, files: list[Path]) -> list[str]:
+    """The tensors whose numbers were finite in a wider dtype and are written as infinities of float16."""
+    keys = {
+        name: tensor.key for tensor in component.tensors if tensor.may_overflow for name in tensor.results()
+    }
+    found = []
+    for path in files:
+        for name, info in read_header(path).tensors.items():
+            if name not in keys or info.dtype != "F16" or not info.nbytes:
+                continue
+            bits = np.memmap(path, np.int16, "r", info.begin, (info.nbytes // 2,))
+            # Of all bits but those of NaNs, the largest, by either sign.
+            if bits.max() == 0x7C00 or bits.view(np.uint16).max() == 0xFC00:
+                found.append(keys[name])
+    return list(dict.fromkeys(found))
 
+
+def _counted(tensor: Deferred, bar: tqdm) -> Deferred:
     def make() -> mx.array:
         bar.update(tensor.nbytes)
-        array = tensor.make()
-        if infinite is not None and mx.issubdtype(array.dtype, mx.floating):
-            infinite.append((key, mx.isinf(array).any()))
-            mx.async_eval(infinite[-1][1])
-        return array
+        return tensor.make()
 
     return Deferred(tensor.shape, tensor.dtype, make)
 
