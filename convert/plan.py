@@ -178,9 +178,10 @@ class CheckpointPlan:
 
     @property
     def working_bytes(self) -> int:
-        """Bytes of weights to be held at once, at most: a tensor, and some that wait to be written."""
+        """Bytes of weights to be held at once, about: a tensor, and some that wait to be written, with what
+        they are made of, such as single precision for half."""
         largest = max(tensor.working_bytes for component in self.components for tensor in component.tensors)
-        return largest + AHEAD
+        return largest + 3 * AHEAD
 
     @property
     def verifying_bytes(self) -> int:

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 import tiny
-from mlx_unet3d import memory
+from mlx_unet3d import AutoencoderKL, memory
 from mlx_unet3d.cli import main
 
 
@@ -30,6 +30,21 @@ def test_bench(tmp_path, capsys):
     assert 0 < float(found["peak GB"]) < 1
     whole = 50 * seconds + float(found["s to decode"])
     assert float(found["frames a second, 50 steps"]) == pytest.approx(2 / whole, rel=0.02)
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_tiling(tmp_path, monkeypatch, tiling):
+    folder = tiny.write_pipeline(tmp_path / "pipe")
+    found, decode = [], AutoencoderKL.decode
+
+    def noting(self, *args, **options):
+        found.append(self.use_tiling)
+        return decode(self, *args, **options)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", noting)
+    command = ["bench", "--model", str(folder), "--num-frames", "1", "--steps", "1"]
+    assert main([*command, *["--vae-tiling"] * tiling]) == 0
+    assert set(found) == {tiling}
 
 
 def test_work_grows_with_the_video():

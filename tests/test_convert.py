@@ -126,7 +126,7 @@ def test_dry_run_prints_every_tensor(model, capsys):
     assert any(line.endswith("F32 (8, 3, 3, 4) -> float16 (8, 3, 3, 4)") for line in lines)
     nbytes = sum(2 * array.size for name in NETWORKS for array in tensors(model / name).values())
     assert lines[-2] == f"{nbytes / 1e9:.2f} GB to write"
-    assert lines[-1] == "in memory at once at most 0.06 GB of weights, 0.06 GB with --verify"
+    assert lines[-1] == "in memory at once about 0.19 GB of weights, 0.19 GB with --verify"
     assert not os.listdir()
 
 

@@ -140,4 +140,4 @@ def table(plan) -> Iterator[str]:
     yield from plan.notes
     yield f"{plan.nbytes / 1e9:.2f} GB to write"
     held, verifying = (n / 1e9 for n in (plan.working_bytes, plan.verifying_bytes))
-    yield f"in memory at once at most {held:.2f} GB of weights, {verifying:.2f} GB with --verify"
+    yield f"in memory at once about {held:.2f} GB of weights, {verifying:.2f} GB with --verify"
