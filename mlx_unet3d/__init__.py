@@ -5,7 +5,7 @@ from . import blas
 blas.preload()  # before anything imports mlx.core
 
 from . import media, memory  # noqa: E402
-from .layers.attention import TextContext  # noqa: E402
+from .layers.text_context import TextContext  # noqa: E402
 from .models.autoencoder_kl import AutoencoderKL  # noqa: E402
 from .models.clip_text import CLIPTextModel  # noqa: E402
 from .models.feature_cache import FeatureCache  # noqa: E402

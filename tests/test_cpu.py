@@ -9,8 +9,8 @@ import tiny
 from mlx_unet3d import AutoencoderKL, UNet3DConditionModel, cpu
 from mlx.utils import tree_flatten
 from mlx_unet3d.layers import activations, convolution
-from mlx_unet3d.layers.attention import FeedForward
 from mlx_unet3d.layers.convolution import Conv2d, TemporalConv
+from mlx_unet3d.layers.feed_forward import FeedForward
 from mlx_unet3d.layers.normalization import group_norm
 from mlx_unet3d.layers.quantized import Quantization, quantized
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from mlx_unet3d import AutoencoderKL, TextContext, UNet3DConditionModel
 from mlx_unet3d.layers import attention_processors
-from mlx_unet3d.layers.attention import Attention, BasicTransformerBlock
+from mlx_unet3d.layers.attention import Attention
 from mlx_unet3d.layers.slicing import Slicing, in_sequence
+from mlx_unet3d.layers.transformers import BasicTransformerBlock
 from peaks import UNET, VAE, peak_of, run_step
 from tiny import randomize, write_pipeline
 

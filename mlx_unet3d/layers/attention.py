@@ -1,4 +1,4 @@
-"""Attention, feed-forward and the transformer block.
+"""Multi-head attention: the projections, and what is done with them by a processor.
 
 `Attention` owns the projections; a processor (see `attention_processors`) decides how they are used,
 as in diffusers. Shapes: B batch, S query tokens, L key tokens, D head dimension, E = heads * D.
@@ -11,55 +11,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import cpu
-from .activations import geglu
+from .attention_processors import AttnAddedKVProcessor2_0, AttnProcessor2_0
 from .normalization import group_norm
-from .slicing import evaluate, in_sequence
-
-
-class TextContext:
-    """Text states (B, L, D) together with the keys and values that attention layers made of them.
-
-    They depend on the prompt and the weights alone, so one context serves all denoising steps. Make a
-    new one when weights change. Pass it wherever `encoder_hidden_states` is taken.
-    """
-
-    def __init__(self, states: mx.array):
-        self.states = states
-        self._projected: dict[tuple[int, float], tuple[Any, mx.array, mx.array]] = {}
-
-    def keys_values(self, attn: "Attention", scale: float) -> tuple[mx.array, mx.array]:
-        cache_key = (id(attn), scale)
-        if cache_key not in self._projected:
-            key, value = attn.project_keys_values(self.states, scale)
-            self._projected[cache_key] = (attn, key, value)  # holds attn: its id stays taken
-        return self._projected[cache_key][1:]
-
-    def take_apart(self) -> tuple[mx.array, tuple[tuple[int, float], ...], list[list[mx.array]]]:
-        """What `put_together` makes it of again, in constants and arrays as `mx.compile` takes them."""
-        return self.states, tuple(self._projected), [list(made[1:]) for made in self._projected.values()]
-
-    @classmethod
-    def put_together(
-        cls, states: mx.array, names: tuple[tuple[int, float], ...], projected: list[list[mx.array]]
-    ) -> "TextContext":
-        context = cls(states)
-        context._projected = {name: (None, *made) for name, made in zip(names, projected, strict=True)}
-        return context
-
-    def of_sample(self, i: int) -> "TextContext":
-        """The context of one sample, (1, L, D), which shares the keys and values of all."""
-        return _SampleContext(self, i)
-
-
-class _SampleContext(TextContext):
-    def __init__(self, whole: TextContext, i: int):
-        self.states = whole.states[i : i + 1]
-        self._whole, self._row = whole, slice(i, i + 1)
-
-    def keys_values(self, attn: "Attention", scale: float) -> tuple[mx.array, mx.array]:
-        key, value = self._whole.keys_values(attn, scale)
-        return key[self._row], value[self._row]
+from .text_context import TextContext
 
 
 class Attention(nn.Module):
@@ -145,17 +99,14 @@ class Attention(nn.Module):
         self.residual_connection = residual_connection
         self.lora = None  # a LoRA processor whose layers are added to the projections
 
-        from . import attention_processors as processors  # it imports this module
-
         if processor is None:
-            default = processors.AttnAddedKVProcessor2_0 if self.has_added_kv else processors.AttnProcessor2_0
-            processor = default()
+            processor = AttnAddedKVProcessor2_0() if self.has_added_kv else AttnProcessor2_0()
         self.set_processor(processor)
 
     def __call__(
         self,
         hidden_states: mx.array,
-        encoder_hidden_states: "mx.array | TextContext | None" = None,
+        encoder_hidden_states: mx.array | TextContext | None = None,
         attention_mask: mx.array | None = None,
         **cross_attention_kwargs: Any,
     ) -> mx.array:
@@ -198,7 +149,7 @@ class Attention(nn.Module):
         return y if self.lora is None else y + self.lora.delta(name, x, scale)
 
     def project_keys_values(
-        self, context: "mx.array | TextContext", scale: float = 1.0
+        self, context: mx.array | TextContext, scale: float = 1.0
     ) -> tuple[mx.array, mx.array]:
         """Keys and values (B, L, E) of a context (B, L, C), once only where it is a TextContext."""
         if isinstance(context, TextContext):
@@ -286,114 +237,3 @@ class Attention(nn.Module):
 
 
 _PROCESSOR_ARGUMENTS = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask"}
-
-
-class GEGLU(nn.Module):
-    """Linear to twice the width, one half gating the other through GELU (arXiv:2002.05202)."""
-
-    def __init__(self, dim_in: int, dim_out: int):
-        super().__init__()
-        self.proj = nn.Linear(dim_in, 2 * dim_out)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        value, gate = mx.split(self.proj(x), 2, axis=-1)
-        return geglu(value, gate)
-
-
-class FeedForward(nn.Module):
-    """GEGLU to four times the width and back; diffusers' class with its default activation."""
-
-    def __init__(self, dim: int, dropout: float = 0.0):
-        super().__init__()
-        self.net = [GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        # Unlike a GPU, the CPU gains by keeping what lies between the products in its cache.
-        rows = max(512, 2 * cpu.PIECE // (8 * x.shape[-1])) if cpu.active(x) else x.size
-        return cpu.in_rows(self._all, x, rows)
-
-    def _all(self, x: mx.array) -> mx.array:
-        for layer in self.net:
-            x = layer(x)
-        return x
-
-
-class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each after a LayerNorm and around a skip.
-
-    `cross_attention_dim` None with `double_self_attention`: the second attention looks at the input as
-    well; without: there is no second attention. diffusers' class of that name.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        dim_head: int,
-        cross_attention_dim: int | None = None,
-        double_self_attention: bool = False,
-    ):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, None, heads, dim_head)
-        if cross_attention_dim is not None or double_self_attention:
-            self.norm2 = nn.LayerNorm(dim)
-            context_dim = None if double_self_attention else cross_attention_dim
-            self.attn2 = Attention(dim, context_dim, heads, dim_head)
-        self.norm3 = nn.LayerNorm(dim)
-        self.ff = FeedForward(dim)
-        self.chunk_size: int | None = None
-        self.chunk_dim = 0
-
-    def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
-        """Run the feed-forward on pieces of `chunk_size` along axis `dim`; None for all at once."""
-        self.chunk_size, self.chunk_dim = chunk_size, dim
-
-    def __call__(
-        self,
-        x: mx.array,
-        context: mx.array | TextContext | None = None,
-        context_mask: mx.array | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        blockwise: bool = False,
-    ) -> mx.array:
-        """(N, S, C) and a context (B, L, D) with B dividing N -> (N, S, C).
-
-        `context_mask` (B, 1, L) is added to the scores of the second attention; `blockwise` evaluates after
-        each attention.
-        """
-        keywords = cross_attention_kwargs or {}
-        x = x + self.attn1(self.norm1(x), **keywords)
-        if blockwise:
-            evaluate(x)
-        if "attn2" in self:
-            x = x + self._second_attention(self.norm2(x), context, context_mask, keywords)
-        if blockwise:
-            evaluate(x)
-        return x + self._feed_forward(self.norm3(x))
-
-    def _second_attention(
-        self,
-        x: mx.array,
-        context: mx.array | TextContext | None,
-        context_mask: mx.array | None,
-        keywords: dict[str, Any],
-    ) -> mx.array:
-        if context is None or not self.attn2.is_cross_attention:
-            return self.attn2(x, **keywords)
-        states = context.states if isinstance(context, TextContext) else context
-        # (N, S, C) -> (B, F*S, C): all frames of a sample ask the same keys
-        query = x.reshape(states.shape[0], -1, x.shape[-1])
-        return self.attn2(query, context, context_mask, **keywords).reshape(x.shape)
-
-    def _feed_forward(self, x: mx.array) -> mx.array:
-        if self.chunk_size is None:
-            return self.ff(x)
-        length = x.shape[self.chunk_dim]
-        if length % self.chunk_size:
-            raise ValueError(
-                f"forward chunking: axis {self.chunk_dim} has {length} entries here, not a multiple of "
-                f"chunk_size={self.chunk_size}; call enable_forward_chunking with a divisor of it"
-            )
-        pieces = mx.split(x, length // self.chunk_size, axis=self.chunk_dim)
-        return mx.concatenate(in_sequence(self.ff, ([p] for p in pieces)), axis=self.chunk_dim)

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import Attention, TextContext
+from .attention import Attention
 from .attention_processors import (
     AttnAddedKVProcessor,
     AttnProcessor,
@@ -19,6 +19,7 @@ from .attention_processors import (
     fused_attention,
     refuse_attention_op,
 )
+from .text_context import TextContext
 
 
 class LoRALinearLayer(nn.Module):

@@ -2,7 +2,8 @@
 
 A processor is called as `processor(attn, hidden_states, encoder_hidden_states=None, attention_mask=None,
 scale=1.0)` with (B, S, C) or (B, H, W, C) states and returns their shape. Names and meanings are those of
-diffusers' `models/attention_processor.py`; the xformers names run MLX's fused attention.
+diffusers' `models/attention_processor.py`; the xformers names run MLX's fused attention. `attn` is an
+`Attention`, which imports this module.
 """
 
 from collections.abc import Callable
@@ -11,15 +12,15 @@ from typing import Any
 import mlx.core as mx
 
 from .. import cpu
-from .attention import Attention, TextContext
 from .slicing import in_sequence, ranges
+from .text_context import TextContext
 
 # Scores that slices may make before they are evaluated, or hold on the CPU: 16 MB in fp32.
 _SCORES_AT_ONCE = 2**22
 
 
 def explicit_attention(
-    attn: Attention, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None
+    attn: Any, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None
 ) -> mx.array:
     """Softmax attention of (B, heads, S, D) with all scores in memory; `mask` (B, 1 or S, L)."""
     if mask is not None:
@@ -28,7 +29,7 @@ def explicit_attention(
 
 
 def fused_attention(
-    attn: Attention, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None
+    attn: Any, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None
 ) -> mx.array:
     """The same by `mx.fast.scaled_dot_product_attention`.
 
@@ -60,7 +61,7 @@ class SlicedAttention:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         query: mx.array,
         key: mx.array,
         value: mx.array,
@@ -94,7 +95,7 @@ class AttnProcessor:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: mx.array,
         encoder_hidden_states: mx.array | TextContext | None = None,
         attention_mask: mx.array | None = None,
@@ -147,7 +148,7 @@ class AttnAddedKVProcessor:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: mx.array,
         encoder_hidden_states: mx.array | None = None,
         attention_mask: mx.array | None = None,

@@ -9,9 +9,100 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import BasicTransformerBlock, TextContext
+from .attention import Attention
+from .feed_forward import FeedForward
 from .normalization import group_norm
-from .slicing import WHOLE, Slicing, by_frames_of_samples, by_pixels, group_norm_of_parts
+from .slicing import (
+    WHOLE,
+    Slicing,
+    by_frames_of_samples,
+    by_pixels,
+    evaluate,
+    group_norm_of_parts,
+    in_sequence,
+)
+from .text_context import TextContext
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each after a LayerNorm and around a skip.
+
+    `cross_attention_dim` None with `double_self_attention`: the second attention looks at the input as
+    well; without: there is no second attention. diffusers' class of that name.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        cross_attention_dim: int | None = None,
+        double_self_attention: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, None, heads, dim_head)
+        if cross_attention_dim is not None or double_self_attention:
+            self.norm2 = nn.LayerNorm(dim)
+            context_dim = None if double_self_attention else cross_attention_dim
+            self.attn2 = Attention(dim, context_dim, heads, dim_head)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+        self.chunk_size: int | None = None
+        self.chunk_dim = 0
+
+    def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
+        """Run the feed-forward on pieces of `chunk_size` along axis `dim`; None for all at once."""
+        self.chunk_size, self.chunk_dim = chunk_size, dim
+
+    def __call__(
+        self,
+        x: mx.array,
+        context: mx.array | TextContext | None = None,
+        context_mask: mx.array | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        blockwise: bool = False,
+    ) -> mx.array:
+        """(N, S, C) and a context (B, L, D) with B dividing N -> (N, S, C).
+
+        `context_mask` (B, 1, L) is added to the scores of the second attention; `blockwise` evaluates after
+        each attention.
+        """
+        keywords = cross_attention_kwargs or {}
+        x = x + self.attn1(self.norm1(x), **keywords)
+        if blockwise:
+            evaluate(x)
+        if "attn2" in self:
+            x = x + self._second_attention(self.norm2(x), context, context_mask, keywords)
+        if blockwise:
+            evaluate(x)
+        return x + self._feed_forward(self.norm3(x))
+
+    def _second_attention(
+        self,
+        x: mx.array,
+        context: mx.array | TextContext | None,
+        context_mask: mx.array | None,
+        keywords: dict[str, Any],
+    ) -> mx.array:
+        if context is None or not self.attn2.is_cross_attention:
+            return self.attn2(x, **keywords)
+        states = context.states if isinstance(context, TextContext) else context
+        # (N, S, C) -> (B, F*S, C): all frames of a sample ask the same keys
+        query = x.reshape(states.shape[0], -1, x.shape[-1])
+        return self.attn2(query, context, context_mask, **keywords).reshape(x.shape)
+
+    def _feed_forward(self, x: mx.array) -> mx.array:
+        if self.chunk_size is None:
+            return self.ff(x)
+        length = x.shape[self.chunk_dim]
+        if length % self.chunk_size:
+            raise ValueError(
+                f"forward chunking: axis {self.chunk_dim} has {length} entries here, not a multiple of "
+                f"chunk_size={self.chunk_size}; call enable_forward_chunking with a divisor of it"
+            )
+        pieces = mx.split(x, length // self.chunk_size, axis=self.chunk_dim)
+        return mx.concatenate(in_sequence(self.ff, ([p] for p in pieces)), axis=self.chunk_dim)
 
 
 class Transformer2DModel(nn.Module):

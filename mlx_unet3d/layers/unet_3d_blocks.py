@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import TextContext
 from .freeu import FreeU, apply_freeu
 from .resnet import Downsample2D, ResnetBlock2D, TemporalConvLayer, Upsample2D
 from .slicing import WHOLE, Slicing, by_frames, by_frames_of_samples, evaluate
+from .text_context import TextContext
 from .transformers import Transformer2DModel, TransformerTemporalModel
 
 

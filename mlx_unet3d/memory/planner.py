@@ -8,8 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..chips import Chip
-from ..layers.attention import Attention, TextContext
+from ..layers.attention import Attention
 from ..layers.slicing import Slicing
+from ..layers.text_context import TextContext
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.feature_cache import FeatureCache
 from .costs import BACKENDS, Backend

@@ -22,7 +22,7 @@ from ..checkpoints.adapters import is_custom_diffusion, read_adapter
 from ..compilation import CompiledForward
 from ..layers.activations import silu
 from ..layers.adapted import walk
-from ..layers.attention import Attention, BasicTransformerBlock, TextContext
+from ..layers.attention import Attention
 from ..layers.attention_adapters import (
     LoRAAttnProcessor,
     LoRAAttnProcessor2_0,
@@ -42,7 +42,8 @@ from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
 from ..layers.freeu import FreeU
 from ..layers.normalization import group_norm
 from ..layers.slicing import Slicing, by_frames
-from ..layers.transformers import TransformerTemporalModel
+from ..layers.text_context import TextContext
+from ..layers.transformers import BasicTransformerBlock, TransformerTemporalModel
 from ..layers.unet_3d_blocks import (
     DOWN_BLOCKS,
     UP_BLOCKS,

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import NonFiniteError
-from ..layers.attention import TextContext
+from ..layers.text_context import TextContext
 from ..models.feature_cache import FeatureCache
 from ..models.unet_3d_condition import UNet3DConditionModel
 from ..noise import NoiseSource
