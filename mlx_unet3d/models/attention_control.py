@@ -1,0 +1,205 @@
+"""Control of the attention layers of a network: processors, slices, fused projections, their files.
+
+Names and meanings are those of diffusers' UNets.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..checkpoints.adapters import is_custom_diffusion, read_adapter
+from ..layers.adapted import walk
+from ..layers.attention import Attention
+from ..layers.attention_adapters import (
+    LoRAAttnProcessor,
+    LoRAAttnProcessor2_0,
+    LoRAXFormersAttnProcessor,
+)
+from ..layers.attention_processors import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    Processor,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+    processor_path,
+)
+from .adapters import LoRAMixin, custom_diffusion_processors, write_adapter
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """Keeps processors out of the tree of parameters, which takes in plain dicts."""
+
+    processors: dict[str, Processor]
+
+
+class AttentionControl(LoRAMixin):
+    """A mixin for networks whose modules include `Attention`; put it before `PretrainedModel`."""
+
+    processors_before_fusion: _Frozen | None = None
+
+    def set_attention_slice(self, slice_size: str | int | list[int] | None = "auto") -> None:
+        """Compute attention in slices of batch * heads, to save memory; the result stays the same.
+
+        Replaces the processors. "auto" takes half the heads of each layer, "max" one at a time, an
+        integer or a list (one a layer, in the order of `attn_processors`) so many; None goes back to the
+        fused attention. ValueError for sizes below 1 or above the number of heads, or a wrong length.
+        """
+        layers = list(self._attentions().values())
+        if slice_size is None:
+            self.set_attn_processor(AttnProcessor2_0())
+            return
+        if slice_size == "auto":
+            sizes = [max(layer.heads // 2, 1) for layer in layers]
+        elif slice_size == "max":
+            sizes = [1] * len(layers)
+        elif isinstance(slice_size, int) and not isinstance(slice_size, bool):
+            sizes = [slice_size] * len(layers)
+        elif isinstance(slice_size, list | tuple):
+            sizes = list(slice_size)
+        else:
+            raise TypeError(
+                f"slice_size={slice_size!r} must be 'auto', 'max', an integer, a list of integers or None"
+            )
+        if len(sizes) != len(layers):
+            raise ValueError(
+                f"You have provided {len(sizes)}, but this network has {len(layers)} different attention "
+                f"layers. Make sure to match `len(slice_size)` to be {len(layers)}."
+            )
+        processors = []
+        for layer, size in zip(layers, sizes, strict=True):
+            if isinstance(size, int) and size > layer.heads:
+                raise ValueError(f"size {size} has to be smaller or equal to {layer.heads}.")
+            processors.append(SlicedAttnProcessor(size))
+        for layer, processor in zip(layers, processors, strict=True):
+            layer.set_processor(processor)
+
+    def _attentions(self) -> dict[str, Attention]:
+        """Path -> attention layer, in the order of diffusers' registration."""
+        return {path: module for path, module in walk(self) if isinstance(module, Attention)}
+
+    @property
+    def attn_processors(self) -> dict[str, Processor]:
+        """Path of each attention layer, with ".processor" -> its processor."""
+        return {processor_path(p): a.get_processor() for p, a in self._attentions().items()}
+
+    def set_attn_processor(
+        self, processor: Processor | Mapping[str, Processor], _remove_lora: bool = False
+    ) -> None:
+        """Use one processor everywhere, or one a layer from a dict keyed like `attn_processors`.
+
+        `_remove_lora=True` drops LoRA layers that were set before. The dict is left as it is. ValueError
+        for a dict of another length, KeyError for one with another key; nothing is changed then.
+        """
+        layers = {processor_path(p): a for p, a in self._attentions().items()}
+        if isinstance(processor, Mapping) and not isinstance(processor, nn.Module):
+            if len(processor) != len(layers):
+                raise ValueError(
+                    f"A dict of processors was passed, but the number of processors {len(processor)} does "
+                    f"not match the number of attention layers: {len(layers)}. Please make sure to pass "
+                    f"{len(layers)} processor classes."
+                )
+            missing = [key for key in layers if key not in processor]
+            if missing:
+                raise KeyError(f"the dict of processors has none for {missing[0]!r}")
+            chosen = {key: processor[key] for key in layers}
+        else:
+            chosen = dict.fromkeys(layers, processor)
+        for key, layer in layers.items():
+            layer.set_processor(chosen[key], _remove_lora=_remove_lora)
+
+    def set_default_attn_processor(self) -> None:
+        """The explicit `AttnProcessor` everywhere, without LoRA. ValueError where a processor is set that
+        the attention layers cannot do without, such as Custom Diffusion's."""
+        standard = {
+            AttnProcessor,
+            AttnProcessor2_0,
+            FusedAttnProcessor2_0,
+            LoRAAttnProcessor,
+            LoRAAttnProcessor2_0,
+            LoRAXFormersAttnProcessor,
+            SlicedAttnProcessor,
+            XFormersAttnProcessor,
+        }
+        for processor in self.attn_processors.values():
+            if type(processor) not in standard:
+                raise ValueError(
+                    "Cannot call `set_default_attn_processor` when attention processors are of type "
+                    f"{type(processor).__name__}; call `set_attn_processor` instead"
+                )
+        self.set_attn_processor(AttnProcessor(), _remove_lora=True)
+
+    def load_attn_procs(
+        self,
+        source: str | Path | Mapping[str, mx.array],
+        *,
+        weight_name: str | None = None,
+        adapter_name: str = "default",
+        **hub: Any,
+    ) -> None:
+        """Load a LoRA (see `load_lora_adapter`), or the processors of Custom Diffusion.
+
+        Raises as `load_lora_adapter`.
+        """
+        file = read_adapter(source, weight_name=weight_name, **hub)
+        if not is_custom_diffusion(file):
+            self.load_lora_adapter(file, adapter_name)
+            return
+        processors = custom_diffusion_processors(file, self._attentions())
+        self.set_attn_processor(processors)
+
+    def save_attn_procs(self, folder: str | Path, *, weight_name: str | None = None) -> Path:
+        """Write the weights of the attention processors, LoRA or Custom Diffusion, under diffusers' names;
+        returns the file.
+
+        Adapters of `load_lora_adapter` are written by `save_lora_adapter`. ValueError where no processor has
+        weights, or processors of both kinds are set.
+        """
+        found = {k: p for k, p in self.attn_processors.items() if isinstance(p, nn.Module)}
+        tensors = {
+            f"{key}.{name}": array for key, p in found.items() for name, array in tree_flatten(p.parameters())
+        }
+        custom = {"custom_diffusion" in name for name in tensors}
+        if len(custom) != 1:
+            state = "of two kinds" if tensors else "without weights"
+            raise ValueError(f"the attention processors are {state}; set LoRA or Custom Diffusion processors")
+        kind = "custom_diffusion" if custom.pop() else "lora"
+        name = weight_name or f"pytorch_{kind}_weights.safetensors"
+        return write_adapter(Path(folder), name, tensors, {"format": "pt"})
+
+    def fuse_qkv_projections(self) -> None:
+        """One matrix product for query, key and value (for key and value in cross-attention)."""
+        if self.processors_before_fusion is not None:
+            return
+        self.processors_before_fusion = _Frozen(self.attn_processors)
+        for layer in self._attentions().values():
+            layer.fuse_projections()
+        self.set_attn_processor(FusedAttnProcessor2_0())
+
+    def unfuse_qkv_projections(self) -> None:
+        """Undo `fuse_qkv_projections`; ValueError where it was not called."""
+        if self.processors_before_fusion is None:
+            raise ValueError("unfuse_qkv_projections: call fuse_qkv_projections first")
+        for layer in self._attentions().values():
+            layer.unfuse_projections()
+        self.set_attn_processor(self.processors_before_fusion.processors)
+        self.processors_before_fusion = None
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> list[Path]:
+        """See `PretrainedModel.save_pretrained`. ValueError while projections are fused or adapters are set:
+        their weights are not part of this network's checkpoint."""
+        if self.processors_before_fusion is not None:
+            raise ValueError("the projections are fused; call unfuse_qkv_projections before saving")
+        adapters = {type(p).__name__ for p in self.attn_processors.values() if isinstance(p, nn.Module)}
+        if adapters:
+            raise ValueError(
+                f"adapters are set ({', '.join(sorted(adapters))}) and would be lost; remove them before "
+                "saving: set_attn_processor(AttnProcessor2_0(), _remove_lora=True)"
+            )
+        return super().save_pretrained(folder, **options)
