@@ -9,9 +9,10 @@ from typing import Any
 import mlx_unet3d
 import mlx.core as mx
 import numpy as np
-from mlx_unet3d.checkpoints import PretrainedModel, to_mlx
+from mlx_unet3d.checkpoints import to_mlx
 from mlx_unet3d.checkpoints.source import variant_of
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.models.pretrained import PretrainedModel
 
 from .plan import ComponentPlan
 

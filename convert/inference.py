@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx_unet3d
-from mlx_unet3d.checkpoints import PretrainedModel
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.models.pretrained import PretrainedModel
 
 _TRANSFORMER_IN_HEADS = 8  # of any UNet3DConditionModel
 _CLIP_HEAD_DIM = 64  # of all published CLIP text towers

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import mlx_unet3d
 from mlx_unet3d.checkpoints import find_folder
 from mlx_unet3d.checkpoints.config import naming
-from mlx_unet3d.checkpoints.pretrained import DIFFUSERS_VERSION
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.models.pretrained import DIFFUSERS_VERSION
 from mlx_unet3d.tokenizer_files import FILES, read_tokenizer
 
 PUBLISHED_FILES = (

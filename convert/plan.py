@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx_unet3d
 import mlx.core as mx
-from mlx_unet3d.checkpoints import Deferred, PretrainedModel, TensorInfo, read_tensor, to_diffusers, to_mlx
+from mlx_unet3d.checkpoints import Deferred, TensorInfo, read_tensor, to_diffusers, to_mlx
 from mlx_unet3d.checkpoints.headers import AHEAD
 from mlx_unet3d.layers.quantized import Quantization
+from mlx_unet3d.models.pretrained import PretrainedModel
 
 
 @dataclass(frozen=True)

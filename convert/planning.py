@@ -10,7 +10,6 @@ import mlx_unet3d
 import mlx.core as mx
 from mlx_unet3d.checkpoints import (
     Header,
-    PretrainedModel,
     TensorInfo,
     file_shapes,
     find_folder,
@@ -27,6 +26,7 @@ from mlx_unet3d.checkpoints.quantization import choose, to_config
 from mlx_unet3d.checkpoints.source import pinned_revision
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
+from mlx_unet3d.models.pretrained import PretrainedModel
 from mlx_unet3d.schedulers import scheduler_from_config
 
 from .inference import Shapes, infer_config

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx_unet3d
-from mlx_unet3d.checkpoints import Header, PretrainedModel, read_header, read_pickle
+from mlx_unet3d.checkpoints import Header, read_header, read_pickle
 from mlx_unet3d.checkpoints.pickles import is_pickle
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.models.pretrained import PretrainedModel
 
 from .originals import Naming, Part, text_naming, unet_naming, vae_naming
 

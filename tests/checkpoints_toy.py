@@ -9,11 +9,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_unet3d.checkpoints import (
     ModelConfig,
-    PretrainedModel,
     parameter_layouts,
     to_diffusers,
     write_safetensors,
 )
+from mlx_unet3d.models.pretrained import PretrainedModel
 
 STEM = "diffusion_pytorch_model"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_unet3d.checkpoints import PretrainedModel, headers, parameter_layouts, to_diffusers
+from mlx_unet3d.checkpoints import headers, parameter_layouts, to_diffusers
+from mlx_unet3d.models.pretrained import PretrainedModel
 from test_pickles import dictionary, tensor, write_legacy, write_zip
 
 Tensors = dict[str, np.ndarray]

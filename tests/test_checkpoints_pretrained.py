@@ -7,7 +7,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_unet3d.checkpoints import (
-    PretrainedModel,
     checksum,
     load_tensors,
     read_header,
@@ -15,6 +14,7 @@ from mlx_unet3d.checkpoints import (
     write_safetensors,
 )
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.models.pretrained import PretrainedModel
 
 from .checkpoints_toy import COUNT, STEM, Toy, ToyConfig, diffusers_tensors, make_toy, parameters, same, write
 

@@ -7,7 +7,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_unet3d.checkpoints import (
-    PretrainedModel,
     checksum,
     read_header,
     read_json,
@@ -16,6 +15,7 @@ from mlx_unet3d.checkpoints import (
     write_safetensors,
 )
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.models.pretrained import PretrainedModel
 
 from .checkpoints_toy import COUNT, STEM, Pointwise, Toy, ToyConfig, make_toy, parameters, same
 

@@ -8,7 +8,7 @@ import pytest
 from mlx_unet3d import AutoencoderKL, UNet3DConditionModel, memory
 from mlx.utils import tree_flatten
 from mlx_unet3d.chips import GIB, working_set
-from mlx_unet3d.layers.slicing import Slicing
+from mlx_unet3d.layers.chunking import Chunks
 from mlx_unet3d.memory.costs import BACKENDS
 from mlx_unet3d.memory.planner import Planner
 from mlx_unet3d.models.autoencoder_kl import AutoencoderKLConfig
@@ -78,7 +78,7 @@ class Prompt(type(BACKENDS["cpu"])):
 
 
 def settings_on(unet, settings):
-    unet.slicing = Slicing(settings.frames, settings.pixels)
+    unet.chunks = Chunks(settings.frames, settings.pixels)
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the measurement is of the CPU backend")
@@ -292,7 +292,7 @@ def test_settings_are_applied_and_told(folder):
     settings = S(True, 1, 64)
     settings.apply(pipe)
     assert pipe.sequential_guidance
-    assert pipe.unet.slicing == Slicing(1, 64)
+    assert pipe.unet.chunks == Chunks(1, 64)
     told = "guidance in two passes, spatial layers 1 frame at a time, temporal layers 64 pixels at a time"
     assert str(settings) == told
     assert str(S()) == "defaults"

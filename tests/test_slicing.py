@@ -7,7 +7,8 @@ import pytest
 from mlx_unet3d import AutoencoderKL, TextContext, UNet3DConditionModel
 from mlx_unet3d.layers import attention_processors
 from mlx_unet3d.layers.attention import Attention
-from mlx_unet3d.layers.slicing import Slicing, in_sequence
+from mlx_unet3d.layers.chunking import Chunks, in_sequence
+from mlx_unet3d.layers.conditions import Conditions
 from mlx_unet3d.layers.transformers import BasicTransformerBlock
 from peaks import UNET, VAE, peak_of, run_step
 from tiny import randomize, write_pipeline
@@ -21,7 +22,7 @@ def unet():
 @pytest.fixture
 def plain_unet(unet):
     yield unet
-    unet.slicing = Slicing()
+    unet.chunks = Chunks()
     unet.disable_forward_chunking()
     unet.set_attention_slice(None)
 
@@ -79,23 +80,12 @@ def test_pieces_within_compile(plain_unet, exact_peaks):
     assert peak < 0.5 * whole
 
 
-def test_block_evaluation_bounds_what_runs_ahead(plain_unet):
-    sample, states = inputs(frames=16)
-    expected, whole = peak_of(forward(plain_unet, sample, states))
-    plain_unet.enable_block_evaluation()
-    result, peak = peak_of(forward(plain_unet, sample, states))
-    assert_same(result, expected, 1e-6)
-    assert peak < 0.95 * whole
-    plain_unet.disable_block_evaluation()
-    assert plain_unet.slicing == Slicing()
-
-
 def test_options_can_be_turned_off(plain_unet):
     frames_and_pixels(plain_unet)
-    assert plain_unet.slicing == Slicing(frames=1, pixels=60)
+    assert plain_unet.chunks == Chunks(frames=1, pixels=60)
     plain_unet.disable_frame_chunking()
     plain_unet.disable_pixel_chunking()
-    assert plain_unet.slicing == Slicing()
+    assert plain_unet.chunks == Chunks()
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 1.5])
@@ -124,9 +114,9 @@ def test_forward_chunks_save(exact_peaks):
     mx.eval(block.parameters())
     x = mx.random.normal((256, 4, 16))
     mx.eval(x)
-    expected, whole = peak_of(lambda: block(x))
+    expected, whole = peak_of(lambda: block(x, Conditions()))
     block.set_chunk_feed_forward(16, 0)
-    result, peak = peak_of(lambda: block(x))
+    result, peak = peak_of(lambda: block(x, Conditions()))
     assert_same(result, expected)
     assert peak < 0.8 * whole
 

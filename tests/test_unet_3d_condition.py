@@ -9,7 +9,9 @@ from mlx_unet3d import TextContext, UNet3DConditionModel
 from mlx.utils import tree_flatten, tree_map
 from mlx_unet3d.layers import attention_adapters as adapters
 from mlx_unet3d.layers import attention_processors as processors
-from mlx_unet3d.layers.resnet import TemporalConv, upsample_nearest
+from mlx_unet3d.layers.conditions import Conditions
+from mlx_unet3d.layers.convolution import TemporalConv
+from mlx_unet3d.layers.resnet import upsample_nearest
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -90,7 +92,7 @@ def test_fresh_temporal_convolutions_are_the_identity():
     layer = unet.down_blocks[0].temp_convs[0]
     layer.eval()
     x = mx.random.normal((4, 3, 3, 8))
-    assert mx.array_equal(layer(x, 2), x)
+    assert mx.array_equal(layer(x, Conditions(2, 2)), x)
 
 
 def test_batch_of_two_is_two_singles(unet):

@@ -5,7 +5,6 @@ from .describe import describe
 from .headers import Deferred, Header, TensorInfo, load_tensors, read_header, read_tensor, write_safetensors
 from .layouts import file_shapes, parameter_layouts, to_diffusers, to_mlx
 from .pickles import read_pickle
-from .pretrained import PretrainedModel
 from .source import DEMO, find_folder, pickle_files, read_component_config, weight_files
 from .storage import checksum
 
@@ -14,7 +13,6 @@ __all__ = [
     "Deferred",
     "Header",
     "ModelConfig",
-    "PretrainedModel",
     "TensorInfo",
     "checksum",
     "describe",

@@ -6,10 +6,12 @@ import math
 import types
 import typing
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+
+import numpy as np
 
 from ..errors import CheckpointError
 
@@ -21,11 +23,25 @@ _LARGEST = 2**31 - 1  # MLX shapes are int32
 _MISFITS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
+def key(default: Any, doc: str, *, least: int | None = None, choices: Collection[str] | None = None) -> Any:
+    """A field of a config: its default, its line of documentation, and the checks of its value.
+
+    Args:
+        least: the smallest value of an integer, or of each in a tuple of integers, nested or not; None
+            passes.
+        choices: the values of a string, or of each in a tuple of strings.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "least": least, "choices": choices})
+
+
 class ModelConfig(Mapping[str, Any]):
     """Base of the config dataclasses, whose fields are the keys of `config.json`.
 
     A config is read by attribute (`config.sample_size`) or, as in diffusers, by item
-    (`config["sample_size"]`), and can be unpacked with `**`.
+    (`config["sample_size"]`), and can be unpacked with `**`. The constructor of the network, its signature
+    and its documentation are made of the fields, see `key`.
+
+    Making one raises ValueError for values that its fields refuse; lists become tuples.
     """
 
     ignored_keys: ClassVar[frozenset[str]] = frozenset()
@@ -71,6 +87,28 @@ class ModelConfig(Mapping[str, Any]):
                 raise ValueError(f"{key}={_shown(value)} must be {kind}, of finite numbers below 2**31")
         return cls(**values)
 
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = _tuples(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            least, choices = (field.metadata.get(name) for name in ("least", "choices"))
+            if field.metadata and not _is_a(value, hints[field.name]):
+                kind = hints[field.name].__name__ if hints[field.name] in _PLAIN else hints[field.name]
+                raise ValueError(f"{field.name}={_shown(value)} must be {kind}")
+            if least is not None:
+                _check_least(field.name, value, least)
+            for name in (value if isinstance(value, tuple) else (value,)) if choices is not None else ():
+                if name not in choices:
+                    raise ValueError(f"{field.name}: `{name}` does not exist; use one of {sorted(choices)}")
+
+    @classmethod
+    def documentation(cls) -> str:
+        """The lines of the fields, as the section "Args" of a docstring."""
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        lines = [f"    {f.name}: {f.metadata['doc']}" for f in fields if f.metadata.get("doc")]
+        return "\n".join(["Args:", *lines])
+
     def to_dict(self) -> dict[str, Any]:
         """The fields and their values as a new dict."""
         return dict(self)
@@ -85,6 +123,17 @@ class ModelConfig(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(dataclasses.fields(self))  # type: ignore[arg-type]
+
+
+def _check_least(name: str, value: Any, least: int) -> None:
+    """ValueError unless `value` is None or an integer of at least `least`, or a tuple of such."""
+    if value is None:
+        return
+    if isinstance(value, tuple):
+        for item in value:
+            _check_least(name, item, least)
+    elif isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
 
 
 _PLAIN = (bool, int, float, str)
@@ -188,4 +237,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
+    """The value with tuples for lists, and Python's numbers for NumPy's."""
+    if isinstance(value, np.generic):
+        return value.item()
     return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value

@@ -18,11 +18,12 @@ _COMPARED, _LONGEST, _NEAREST = 5000, 200, 100
 
 @dataclass(frozen=True)
 class Expected:
-    """A parameter of the model: shape, dtype and layout (see `layouts`)."""
+    """A parameter of the model: shape, dtype, layout (see `layouts`), and whether files may lack it."""
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
     layout: str
+    optional: bool = False
 
 
 def file_format(headers: Mapping[Path, Header]) -> str:
@@ -124,7 +125,7 @@ def match(
             )
         names[key], sources[name] = name, key
 
-    missing = sorted(expected.keys() - sources.keys())
+    missing = sorted(name for name in expected.keys() - sources.keys() if not expected[name].optional)
     unexpected = sorted(key for key, name in names.items() if name not in expected)
     wrong, other_layout = [], 0
     for name in sorted(expected.keys() & sources.keys()):

@@ -159,6 +159,20 @@ class Attention(nn.Module):
             return tuple(mx.split(self.to_kv(context), 2, axis=-1))
         return self.project("to_k", context, scale), self.project("to_v", context, scale)
 
+    @property
+    def one_token_is_linear(self) -> bool:
+        """Whether attention to a single token is `of_one_token`: true for softmax attention without
+        extras."""
+        return (
+            getattr(self.processor, "takes_text_context", False)
+            and not self.residual_connection
+            and self.rescale_output_factor == 1
+        )
+
+    def of_one_token(self, context: mx.array | TextContext, scale: float = 1.0) -> mx.array:
+        """Attention to a context (B, 1, C), the same for every query: (B, 1, query_dim)."""
+        return self.project_out(self.project_keys_values(context, scale)[1], scale)
+
     def norm_context(self, context: mx.array) -> mx.array:
         return self.norm_cross(context) if "norm_cross" in self else context
 

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import cpu
-from .slicing import in_sequence, ranges
+from .chunking import in_sequence, ranges
 from .text_context import TextContext
 
 # Scores that slices may make before they are evaluated, or hold on the CPU: 16 MB in fp32.

@@ -27,8 +27,9 @@ def timestep_sinusoid(timesteps: mx.array, dim: int, max_period: float = 10_000.
 
 
 class TimestepEmbedding(nn.Module):
-    """MLP over the sinusoid, (B, in_channels) -> (B, time_embed_dim); diffusers' class of that name.
+    """MLP over the sinusoid, (B, in_channels) -> (B, out_dim); diffusers' class of that name.
 
+    `out_dim` None stands for `time_embed_dim`.
     `cond_proj_dim` adds a projection of a second condition (B, cond_proj_dim), such as the guidance
     embedding of consistency models, to the input.
     """
@@ -39,10 +40,11 @@ class TimestepEmbedding(nn.Module):
         time_embed_dim: int,
         act_fn: str = "silu",
         cond_proj_dim: int | None = None,
+        out_dim: int | None = None,
     ):
         super().__init__()
         self.linear_1 = nn.Linear(in_channels, time_embed_dim)
-        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
+        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim if out_dim is None else out_dim)
         if cond_proj_dim is not None:
             self.cond_proj = nn.Linear(cond_proj_dim, in_channels, bias=False)
         self.act = get_activation(act_fn)

@@ -29,3 +29,9 @@ def add(x: mx.array, y: mx.array, bias: mx.array) -> mx.array:
 def geglu(value: mx.array, gate: mx.array) -> mx.array:
     """value * gelu(gate)."""
     return value * nn.gelu(gate)
+
+
+@mx.compile
+def blend(x: mx.array, y: mx.array, alpha: mx.array) -> mx.array:
+    """alpha * x + (1 - alpha) * y."""
+    return alpha * x + (1 - alpha) * y

@@ -1,21 +1,20 @@
-"""Residual, resampling and temporal convolution blocks, channels-last.
+"""Residual and resampling layers, channels-last.
 
 Shapes: B batch, F frames, N = B*F, H W pixels, C channels. Sources: diffusers' `models/resnet.py`,
 `downsampling.py` and `upsampling.py`.
 """
 
-from collections.abc import Callable
-from functools import reduce
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .activations import SiLU, get_activation, silu
-from .convolution import Conv2d, TemporalConv, without_bias
+from .activations import get_activation
+from .conditions import Conditions, by_frames
+from .convolution import Conv2d, without_bias
 from .fused import add
 from .normalization import group_norm
-from .slicing import WHOLE, Slicing, by_pixels, evaluate, group_norm_of_parts
 
 
 class PointwiseConv2d(nn.Linear):
@@ -27,60 +26,6 @@ class PointwiseConv2d(nn.Linear):
 def add_skip(skip: mx.array, h: mx.array, bias: mx.array | None) -> mx.array:
     """skip + h + bias."""
     return skip + h if bias is None else add(skip, h, bias)
-
-
-class TemporalConvLayer(nn.Module):
-    """Four norm-SiLU-convolution stages over frames around a skip; diffusers' class of that name.
-
-    The last convolution starts at zero, so an untrained layer is the identity. The statistics of each
-    norm run over all frames and pixels of a sample.
-    """
-
-    def __init__(self, channels: int, norm_num_groups: int = 32, dropout: float = 0.1):
-        super().__init__()
-
-        def stage(*middle: nn.Module) -> list[nn.Module]:
-            norm = group_norm(norm_num_groups, channels)
-            return [norm, SiLU(), *middle, TemporalConv(channels, channels)]
-
-        self.conv1 = stage()
-        self.conv2 = stage(nn.Dropout(dropout))
-        self.conv3 = stage(nn.Dropout(dropout))
-        self.conv4 = stage(nn.Dropout(dropout))
-        last = self.conv4[-1]
-        last.weight = mx.zeros_like(last.weight)
-        last.bias = mx.zeros_like(last.bias)
-
-    def __call__(self, x: mx.array, num_frames: int, slicing: Slicing = WHOLE) -> mx.array:
-        """(N, H, W, C) -> (N, H, W, C). `slicing` says how many pixels are taken at a time."""
-        if slicing.pixels is not None:
-            return self._by_pixels(x, num_frames, slicing.pixels)
-        n, height, width, channels = x.shape
-        # (N, H, W, C) -> (B, F, H*W, C)
-        h = x.reshape(n // num_frames, num_frames, height * width, channels)
-        bias = None
-        for norm, _silu, *dropout, conv in (self.conv1, self.conv2, self.conv3, self.conv4):
-            h = norm(h, shift=bias, act=silu)
-            for layer in dropout:
-                h = layer(h)
-            h, bias = without_bias(conv, h)
-            if slicing.blockwise:
-                evaluate(h)
-        return add_skip(x, h.reshape(x.shape), bias)
-
-    def _by_pixels(self, x: mx.array, num_frames: int, pixels: int) -> mx.array:
-        # (N, H, W, C) -> (B, F, H*W, C)
-        video = x.reshape(-1, num_frames, x.shape[1] * x.shape[2], x.shape[3])
-        h = video
-        for norm, *rest in (self.conv1, self.conv2, self.conv3):
-            h = by_pixels(_chain(group_norm_of_parts(norm, h), *rest), [h], pixels)
-        norm, *rest = self.conv4
-        last = _chain(group_norm_of_parts(norm, h), *rest)
-        return by_pixels(lambda skip, piece: skip + last(piece), [video, h], pixels).reshape(x.shape)
-
-
-def _chain(*layers: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    return lambda x: reduce(lambda h, layer: layer(h), layers, x)
 
 
 class ResnetBlock2D(nn.Module):
@@ -111,11 +56,16 @@ class ResnetBlock2D(nn.Module):
         self.act = get_activation(act_fn)
         self.output_scale_factor = output_scale_factor
 
-    def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
-        """(N, H, W, I) and the embedding (B, T) of each sample, B dividing N -> (N, H, W, O)."""
+    def __call__(self, x: mx.array, cond: Conditions, skip: mx.array | None = None) -> mx.array:
+        """(N, H, W, I) -> (N, H, W, O); `skip` (N, H, W, J) is put beside x, whose I then counts both."""
+        return by_frames(self._of_frames, [x] if skip is None else [x, skip], cond)
+
+    def _of_frames(self, *states_and_cond: Any) -> mx.array:
+        *states, cond = states_and_cond
+        x = states[0] if len(states) == 1 else mx.concatenate(states, axis=-1)
         h, shift = without_bias(self.conv1, self.norm1(x, act=self.act))
-        if temb is not None:
-            projected = self.time_emb_proj(self.act(temb))
+        if "time_emb_proj" in self:
+            projected = self.time_emb_proj(self.act(cond.temb))
             shift = projected if shift is None else projected + shift
         h, bias = without_bias(self.conv2, self.norm2(h, shift=shift, act=self.act))
         skip = self.conv_shortcut(x) if "conv_shortcut" in self else x
@@ -134,7 +84,11 @@ class Downsample2D(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
         self.padding = padding
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
+        """(N, H, W, C) -> half of that height and width."""
+        return by_frames(self._of_frames, [x], cond)
+
+    def _of_frames(self, x: mx.array, cond: Conditions) -> mx.array:
         if self.padding == 0:
             x = mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
         return self.conv(x)
@@ -159,7 +113,7 @@ class Upsample2D(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def __call__(self, x: mx.array, size: tuple[int, int] | None = None) -> mx.array:
+    def __call__(self, x: mx.array, cond: Conditions, size: tuple[int, int] | None = None) -> mx.array:
         """(N, H, W, C) -> (N, 2H, 2W, C), or to `size` (height, width)."""
         height, width = size if size is not None else (2 * x.shape[1], 2 * x.shape[2])
-        return self.conv(upsample_nearest(x, height, width))
+        return by_frames(lambda x, _: self.conv(upsample_nearest(x, height, width)), [x], cond)

@@ -1,4 +1,4 @@
-"""The text that cross-attention looks at, with the keys and values that layers made of it."""
+"""Text and image states that cross-attention looks at, with the keys and values that layers made of them."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ import mlx.core as mx
 
 
 class TextContext:
-    """Text states (B, L, D) together with the keys and values that attention layers made of them.
+    """States (B, L, D) of texts or images together with the keys and values that attention layers made of
+    them.
 
-    They depend on the prompt and the weights alone, so one context serves all denoising steps. Make a
+    These depend on the prompt and the weights alone, so one context serves all denoising steps. Make a
     new one when weights change. Pass it wherever `encoder_hidden_states` is taken.
     """
 
@@ -17,6 +18,7 @@ class TextContext:
         self._projected: dict[tuple[int, float], tuple[Any, mx.array, mx.array]] = {}
 
     def keys_values(self, attn: Any, scale: float) -> tuple[mx.array, mx.array]:
+        """Keys and values (B, L, E) of the layer `attn`, projected at its first call."""
         cache_key = (id(attn), scale)
         if cache_key not in self._projected:
             key, value = attn.project_keys_values(self.states, scale)
@@ -24,27 +26,28 @@ class TextContext:
         return self._projected[cache_key][1:]
 
     def take_apart(self) -> tuple[mx.array, tuple[tuple[int, float], ...], list[list[mx.array]]]:
-        """What `put_together` makes it of again, in constants and arrays as `mx.compile` takes them."""
+        """The arguments of `put_together`: constants and arrays as `mx.compile` takes them."""
         return self.states, tuple(self._projected), [list(made[1:]) for made in self._projected.values()]
 
     @classmethod
     def put_together(
         cls, states: mx.array, names: tuple[tuple[int, float], ...], projected: list[list[mx.array]]
     ) -> "TextContext":
+        """The context that `take_apart` was called on."""
         context = cls(states)
         context._projected = {name: (None, *made) for name, made in zip(names, projected, strict=True)}
         return context
 
-    def of_sample(self, i: int) -> "TextContext":
-        """The context of one sample, (1, L, D), which shares the keys and values of all."""
-        return _SampleContext(self, i)
+    def rows(self, rows: slice) -> "TextContext":
+        """The context of some rows, which shares the keys and values of all."""
+        return _Rows(self, rows)
 
 
-class _SampleContext(TextContext):
-    def __init__(self, whole: TextContext, i: int):
-        self.states = whole.states[i : i + 1]
-        self._whole, self._row = whole, slice(i, i + 1)
+class _Rows(TextContext):
+    def __init__(self, parent: TextContext, rows: slice):
+        self.states = parent.states[rows]
+        self._parent, self._rows = parent, rows
 
     def keys_values(self, attn: Any, scale: float) -> tuple[mx.array, mx.array]:
-        key, value = self._whole.keys_values(attn, scale)
-        return key[self._row], value[self._row]
+        key, value = self._parent.keys_values(attn, scale)
+        return key[self._rows], value[self._rows]

@@ -1,34 +1,62 @@
 """Transformers over the pixels of a frame and over the frames of a pixel.
 
-Sources: diffusers' `Transformer2DModel` and `TransformerTemporalModel` with linear projections, as
-UNet3DConditionModel uses them. Letters as in `resnet`.
+Letters as in `resnet`: N = B*F, L = H*W; S tokens of a row, K channels inside. Sources: diffusers'
+`attention.py`, `transformers/transformer_2d.py`, `transformer_temporal.py`, and `unets/unet_motion_model.py`.
 """
 
-from typing import Any
+import math
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .attention import Attention
+from .chunking import by_pixels, group_norm_of_parts, in_sequence
+from .conditions import Conditions, by_frames
+from .embeddings import TimestepEmbedding, timestep_sinusoid
 from .feed_forward import FeedForward
 from .normalization import group_norm
-from .slicing import (
-    WHOLE,
-    Slicing,
-    by_frames_of_samples,
-    by_pixels,
-    evaluate,
-    group_norm_of_parts,
-    in_sequence,
-)
-from .text_context import TextContext
+from .resnet import PointwiseConv2d
+from .temporal import AlphaBlender
+
+
+class SinusoidalPositionalEmbedding(nn.Module):
+    """Sines and cosines of positions, interleaved, added to a sequence; diffusers' class of that name.
+
+    The table `pe` (1, positions, K) is a constant that checkpoints hold.
+    """
+
+    def __init__(self, embed_dim: int, max_seq_length: int = 32):
+        super().__init__()
+        frequencies = np.exp(np.arange(0, embed_dim, 2) * (-math.log(10_000.0) / embed_dim))
+        angles = np.arange(max_seq_length)[:, None] * frequencies
+        table = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(max_seq_length, -1)
+        self.pe = mx.array(table[None, :, :embed_dim].astype(np.float32))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(N, S, K) -> (N, S, K). Raise ValueError for more tokens than positions."""
+        length, most = x.shape[1], self.pe.shape[1]
+        if length > most:
+            raise ValueError(
+                f"num_frames={length} exceeds the motion module's {most} positions; use num_frames <= "
+                f"{most}, or run longer videos in windows of so many frames"
+            )
+        return x + mx.stop_gradient(self.pe[:, :length]).astype(x.dtype)
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each after a LayerNorm and around a skip.
+    """Self-attention, a second attention and a feed-forward, each after a LayerNorm and around a skip.
 
-    `cross_attention_dim` None with `double_self_attention`: the second attention looks at the input as
-    well; without: there is no second attention. diffusers' class of that name.
+    diffusers' class of that name.
+
+    Args:
+        dim: K, channels.
+        heads, dim_head: of both attentions.
+        cross_attention_dim: channels of the context of the second attention; None for none.
+        double_self_attention: the second attention looks at the input as well. Without it and without
+            `cross_attention_dim` there is no second attention.
+        num_positions: length of a table of positions, added to the input of both attentions; None for none.
     """
 
     def __init__(
@@ -38,8 +66,11 @@ class BasicTransformerBlock(nn.Module):
         dim_head: int,
         cross_attention_dim: int | None = None,
         double_self_attention: bool = False,
+        num_positions: int | None = None,
     ):
         super().__init__()
+        if num_positions is not None:
+            self.pos_embed = SinusoidalPositionalEmbedding(dim, num_positions)
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, None, heads, dim_head)
         if cross_attention_dim is not None or double_self_attention:
@@ -52,67 +83,81 @@ class BasicTransformerBlock(nn.Module):
         self.chunk_dim = 0
 
     def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 0) -> None:
-        """Run the feed-forward on pieces of `chunk_size` along axis `dim`; None for all at once."""
+        """Run the feed-forward on chunks of `chunk_size` along axis `dim`; None for all at once."""
         self.chunk_size, self.chunk_dim = chunk_size, dim
 
-    def __call__(
-        self,
-        x: mx.array,
-        context: mx.array | TextContext | None = None,
-        context_mask: mx.array | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        blockwise: bool = False,
-    ) -> mx.array:
-        """(N, S, C) and a context (B, L, D) with B dividing N -> (N, S, C).
-
-        `context_mask` (B, 1, L) is added to the scores of the second attention; `blockwise` evaluates after
-        each attention.
-        """
-        keywords = cross_attention_kwargs or {}
-        x = x + self.attn1(self.norm1(x), **keywords)
-        if blockwise:
-            evaluate(x)
+    def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
+        """(N, S, K) -> (N, S, K); the rows of `cond.context` divide those of x."""
+        keywords = cond.cross_attention_kwargs or {}
+        x = x + self.attn1(self._placed(self.norm1(x)), attention_mask=self._pixel_mask(x, cond), **keywords)
         if "attn2" in self:
-            x = x + self._second_attention(self.norm2(x), context, context_mask, keywords)
-        if blockwise:
-            evaluate(x)
-        return x + self._feed_forward(self.norm3(x))
+            x = x + self._second_attention(x, cond)
+        return x + self._in_chunks(self.ff, self.norm3(x))
 
-    def _second_attention(
-        self,
-        x: mx.array,
-        context: mx.array | TextContext | None,
-        context_mask: mx.array | None,
-        keywords: dict[str, Any],
-    ) -> mx.array:
-        if context is None or not self.attn2.is_cross_attention:
-            return self.attn2(x, **keywords)
-        states = context.states if isinstance(context, TextContext) else context
-        # (N, S, C) -> (B, F*S, C): all frames of a sample ask the same keys
-        query = x.reshape(states.shape[0], -1, x.shape[-1])
-        return self.attn2(query, context, context_mask, **keywords).reshape(x.shape)
+    def _placed(self, x: mx.array) -> mx.array:
+        return self.pos_embed(x) if "pos_embed" in self else x
 
-    def _feed_forward(self, x: mx.array) -> mx.array:
+    def _pixel_mask(self, x: mx.array, cond: Conditions) -> mx.array | None:
+        mask = cond.pixel_mask
+        spatial = "attn2" in self and self.attn2.is_cross_attention
+        return mask if spatial and mask is not None and mask.shape[0] == x.shape[0] else None
+
+    def _second_attention(self, x: mx.array, cond: Conditions) -> mx.array:
+        attn, keywords = self.attn2, cond.cross_attention_kwargs or {}
+        if cond.context is None or not attn.is_cross_attention:
+            return attn(self._placed(self.norm2(x)), **keywords)
+        states = cond.context_states
+        if states.shape[1] == 1 and cond.context_mask is None and attn.one_token_is_linear:
+            # The softmax over one key is 1: one row for all queries of a context, (B, 1, K) -> (N, 1, K).
+            y = attn.of_one_token(cond.context, **keywords)
+            return mx.repeat(y, x.shape[0] // y.shape[0], axis=0)
+        # (N, S, K) -> (B, F*S, K): all rows of a sample ask the same keys
+        query = self._placed(self.norm2(x)).reshape(states.shape[0], -1, x.shape[-1])
+        return attn(query, cond.context, cond.context_mask, **keywords).reshape(x.shape)
+
+    def _in_chunks(self, ff: FeedForward, x: mx.array) -> mx.array:
         if self.chunk_size is None:
-            return self.ff(x)
+            return ff(x)
         length = x.shape[self.chunk_dim]
         if length % self.chunk_size:
             raise ValueError(
                 f"forward chunking: axis {self.chunk_dim} has {length} entries here, not a multiple of "
                 f"chunk_size={self.chunk_size}; call enable_forward_chunking with a divisor of it"
             )
-        pieces = mx.split(x, length // self.chunk_size, axis=self.chunk_dim)
-        return mx.concatenate(in_sequence(self.ff, ([p] for p in pieces)), axis=self.chunk_dim)
+        chunks = mx.split(x, length // self.chunk_size, axis=self.chunk_dim)
+        return mx.concatenate(in_sequence(ff, ([c] for c in chunks)), axis=self.chunk_dim)
+
+
+class TemporalBasicTransformerBlock(BasicTransformerBlock):
+    """`BasicTransformerBlock` with one more feed-forward in front; diffusers' class of that name.
+
+    Forward chunking always cuts the frames, axis 1, as there.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int, cross_attention_dim: int | None = None):
+        super().__init__(dim, heads, dim_head, cross_attention_dim)
+        self.norm_in = nn.LayerNorm(dim)
+        self.ff_in = FeedForward(dim)
+
+    def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 1) -> None:
+        """Run the feed-forwards on chunks of `chunk_size` frames; None for all at once."""
+        super().set_chunk_feed_forward(chunk_size, 1)
+
+    def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
+        """(B*L, F, K) -> (B*L, F, K)."""
+        return super().__call__(x + self._in_chunks(self.ff_in, self.norm_in(x)), cond)
 
 
 class Transformer2DModel(nn.Module):
-    """Attention among the pixels of each frame and from them to the text.
+    """Attention among the pixels of each frame and from them to the text; diffusers' class of that name.
 
     Args:
-        heads, dim_head: the inner width is their product; it may differ from `channels`.
+        heads, dim_head: the inner width K is their product; it may differ from `channels`.
         channels: of the input and output.
         cross_attention_dim: channels of the text; None for self-attention only.
         norm_num_groups: groups of the norm in front (eps 1e-6).
+        num_layers: number of transformer blocks.
+        use_linear_projection: how files store the projections around the blocks; else as 1x1 convolutions.
     """
 
     def __init__(
@@ -122,111 +167,176 @@ class Transformer2DModel(nn.Module):
         channels: int,
         cross_attention_dim: int | None = None,
         norm_num_groups: int = 32,
+        num_layers: int = 1,
+        use_linear_projection: bool = True,
+    ):
+        super().__init__()
+        inner = heads * dim_head
+        projection = nn.Linear if use_linear_projection else PointwiseConv2d
+        self.norm = group_norm(norm_num_groups, channels, 1e-6)
+        self.proj_in = projection(channels, inner)
+        self.transformer_blocks = [
+            BasicTransformerBlock(inner, heads, dim_head, cross_attention_dim) for _ in range(num_layers)
+        ]
+        self.proj_out = projection(inner, channels)
+
+    def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        return by_frames(self._of_frames, [x], cond)
+
+    def _of_frames(self, x: mx.array, cond: Conditions) -> mx.array:
+        n, height, width, channels = x.shape
+        # (N, H, W, C) -> (N, L, K)
+        h = self.proj_in(self.norm(x).reshape(n, height * width, channels))
+        for block in self.transformer_blocks:
+            h = block(h, cond)
+        return x + self.proj_out(h).reshape(x.shape)
+
+
+class TransformerTemporalModel(nn.Module):
+    """Attention among the frames of each pixel, twice; diffusers' class of that name.
+
+    The statistics of the norm in front (eps 1e-6) run over all frames and pixels of a sample. Without
+    positions it does not know the order of frames.
+
+    Args:
+        heads, dim_head: the inner width K is their product; it may differ from `channels`.
+        channels: of the input and output.
+        norm_num_groups: groups of the norm in front.
+        num_layers: number of transformer blocks.
+        num_positions: the most frames, where the blocks know the positions of frames; None where they do not.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        dim_head: int,
+        channels: int,
+        norm_num_groups: int = 32,
+        num_layers: int = 1,
+        num_positions: int | None = None,
     ):
         super().__init__()
         inner = heads * dim_head
         self.norm = group_norm(norm_num_groups, channels, 1e-6)
         self.proj_in = nn.Linear(channels, inner)
-        self.transformer_blocks = [BasicTransformerBlock(inner, heads, dim_head, cross_attention_dim)]
+        self.transformer_blocks = [
+            BasicTransformerBlock(
+                inner, heads, dim_head, double_self_attention=True, num_positions=num_positions
+            )
+            for _ in range(num_layers)
+        ]
         self.proj_out = nn.Linear(inner, channels)
 
-    def __call__(
-        self,
-        x: mx.array,
-        context: mx.array | TextContext | None = None,
-        context_mask: mx.array | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        slicing: Slicing = WHOLE,
-    ) -> mx.array:
-        """(N, H, W, C), a context (B, L, D) with B dividing N, its mask (B, 1, L) -> (N, H, W, C).
-
-        `slicing` says how many frames are taken at a time.
-        """
-        if slicing.frames is not None:
-            return self._by_frames(x, context, context_mask, cross_attention_kwargs, slicing.frames)
-        n, height, width, channels = x.shape
-        # (N, H, W, C) -> (N, H*W, C)
-        h = self.proj_in(self.norm(x).reshape(n, height * width, channels))
-        for block in self.transformer_blocks:
-            h = block(h, context, context_mask, cross_attention_kwargs, slicing.blockwise)
-        return x + self.proj_out(h).reshape(x.shape)
-
-    def _by_frames(
-        self,
-        x: mx.array,
-        context: mx.array | TextContext | None,
-        context_mask: mx.array | None,
-        cross_attention_kwargs: dict[str, Any] | None,
-        frames: int,
-    ) -> mx.array:
-        if isinstance(context, mx.array):
-            context = TextContext(context)
-
-        def of_sample(i: int, piece: mx.array) -> mx.array:
-            own = None if context is None else context.of_sample(i)
-            mask = None if context_mask is None else context_mask[i : i + 1]
-            return self(piece, own, mask, cross_attention_kwargs)
-
-        batch = 1 if context is None else context.states.shape[0]
-        return by_frames_of_samples(of_sample, [x], batch, frames)
-
-
-class TransformerTemporalModel(nn.Module):
-    """Attention among the frames of each pixel, twice; it knows no frame order.
-
-    The statistics of the norm in front (eps 1e-6) run over all frames and pixels of a sample.
-    """
-
-    def __init__(self, heads: int, dim_head: int, channels: int, norm_num_groups: int = 32):
-        super().__init__()
-        inner = heads * dim_head
-        self.norm = group_norm(norm_num_groups, channels, 1e-6)
-        self.proj_in = nn.Linear(channels, inner)
-        self.transformer_blocks = [BasicTransformerBlock(inner, heads, dim_head, double_self_attention=True)]
-        self.proj_out = nn.Linear(inner, channels)
-
-    def __call__(
-        self,
-        x: mx.array,
-        num_frames: int,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        slicing: Slicing = WHOLE,
-    ) -> mx.array:
-        """(N, H, W, C) -> (N, H, W, C). `slicing` says how many pixels are taken at a time."""
-        if slicing.pixels is not None:
-            return self._by_pixels(x, num_frames, cross_attention_kwargs, slicing.pixels)
-        n, height, width, channels = x.shape
-        batch, pixels = n // num_frames, height * width
-        # (N, H, W, C) -> (B, F, L, C) -> (B, L, F, C) -> (B*L, F, C)
-        h = self.norm(x.reshape(batch, num_frames, pixels, channels), swap=True)
-        h = self.proj_in(h.reshape(batch * pixels, num_frames, channels))
-        for block in self.transformer_blocks:
-            h = block(h, None, None, cross_attention_kwargs, slicing.blockwise)
-        # (B*L, F, C) -> (B, L, F, C) -> (N, H, W, C)
-        h = self.proj_out(h).reshape(batch, pixels, num_frames, channels)
-        # Added in the order of x: the sum is the copy that turning h round would take.
-        return (x.reshape(batch, num_frames, pixels, channels) + h.transpose(0, 2, 1, 3)).reshape(x.shape)
-
-    def _by_pixels(
-        self,
-        x: mx.array,
-        num_frames: int,
-        cross_attention_kwargs: dict[str, Any] | None,
-        pixels: int,
-    ) -> mx.array:
+    def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        frames = cond.num_frames
         # (N, H, W, C) -> (B, F, L, C)
-        video = x.reshape(-1, num_frames, x.shape[1] * x.shape[2], x.shape[3])
+        video = x.reshape(-1, frames, x.shape[1] * x.shape[2], x.shape[3])
+        if cond.chunks.pixels is None:
+            return self._attend(video, self.norm(video, swap=True), cond).reshape(x.shape)
         norm = group_norm_of_parts(self.norm, video)
 
-        def of_pixels(piece: mx.array) -> mx.array:
-            batch, _, length, channels = piece.shape
-            # (B, F, L, C) -> (B*L, F, C)
-            h = norm(piece).transpose(0, 2, 1, 3).reshape(batch * length, num_frames, channels)
-            h = self.proj_in(h)
-            for block in self.transformer_blocks:
-                h = block(h, cross_attention_kwargs=cross_attention_kwargs)
-            # (B*L, F, C) -> (B, F, L, C)
-            h = self.proj_out(h).reshape(batch, length, num_frames, channels)
-            return piece + h.transpose(0, 2, 1, 3)
+        def of_pixels(chunk: mx.array) -> mx.array:
+            return self._attend(chunk, norm(chunk).transpose(0, 2, 1, 3), cond)
 
-        return by_pixels(of_pixels, [video], pixels).reshape(x.shape)
+        return by_pixels(of_pixels, [video], cond.chunks.pixels).reshape(x.shape)
+
+    def _attend(self, video: mx.array, h: mx.array, cond: Conditions) -> mx.array:
+        """video (B, F, L, C) and its norm (B, L, F, C) -> (B, F, L, C)."""
+        batch, frames, pixels, channels = video.shape
+        # (B, L, F, C) -> (B*L, F, K)
+        h = self.proj_in(h.reshape(batch * pixels, frames, channels))
+        for block in self.transformer_blocks:
+            h = block(h, cond)
+        h = self.proj_out(h).reshape(batch, pixels, frames, channels)
+        # Added in the order of video: the sum is the copy that a transpose would take.
+        return video + h.transpose(0, 2, 1, 3)
+
+
+class AnimateDiffTransformer3D(TransformerTemporalModel):
+    """A motion module of AnimateDiff (arXiv:2307.04725): `TransformerTemporalModel` that knows the order of
+    frames.
+
+    It starts as the identity: `proj_out` is zero. diffusers' class of that name.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        dim_head: int,
+        channels: int,
+        norm_num_groups: int = 32,
+        num_layers: int = 1,
+        num_positions: int = 32,
+    ):
+        super().__init__(heads, dim_head, channels, norm_num_groups, num_layers, num_positions)
+        self.proj_out.weight = mx.zeros_like(self.proj_out.weight)
+        self.proj_out.bias = mx.zeros_like(self.proj_out.bias)
+
+
+class TransformerSpatioTemporalModel(nn.Module):
+    """Spatial and temporal transformer blocks in turn, blended; diffusers' class of that name.
+
+    Args:
+        heads, dim_head: the inner width is their product and must equal `channels`.
+        channels: C, of the input and output; a multiple of 32.
+        cross_attention_dim: channels of the context.
+        num_layers: number of pairs of blocks.
+
+    Raises ValueError where the inner width is another.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        dim_head: int,
+        channels: int,
+        cross_attention_dim: int | None = None,
+        num_layers: int = 1,
+    ):
+        super().__init__()
+        inner = heads * dim_head
+        if inner != channels:
+            raise ValueError(
+                f"num_attention_heads={heads} does not divide {channels} channels; use a divisor of every "
+                "entry of block_out_channels"
+            )
+        self.norm = group_norm(32, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, inner)
+        self.transformer_blocks = [
+            BasicTransformerBlock(inner, heads, dim_head, cross_attention_dim) for _ in range(num_layers)
+        ]
+        self.temporal_transformer_blocks = [
+            TemporalBasicTransformerBlock(inner, heads, dim_head, cross_attention_dim)
+            for _ in range(num_layers)
+        ]
+        self.time_pos_embed = TimestepEmbedding(channels, 4 * channels, out_dim=channels)
+        self.time_mixer = AlphaBlender(0.5, "learned_with_images")
+        self.proj_out = nn.Linear(inner, channels)
+        self.channels = channels
+
+    def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        n, height, width, channels = x.shape
+        frames, pixels = cond.num_frames, height * width
+        emb = self.time_pos_embed(
+            timestep_sinusoid(mx.arange(frames), self.channels).astype(x.dtype)
+        )  # (F, C)
+        h = by_frames(lambda x, _: self.proj_in(self.norm(x).reshape(-1, pixels, channels)), [x], cond)
+        for block, temporal in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
+            h = by_frames(block, [h], cond)  # (N, L, C)
+            video = h.reshape(-1, frames, pixels, channels)
+            video = by_pixels(partial(self._mix, temporal, emb, cond), [video], cond.chunks.pixels)
+            h = video.reshape(n, pixels, channels)
+        return by_frames(lambda x, h, _: x + self.proj_out(h).reshape(x.shape), [x, h], cond)
+
+    def _mix(
+        self, block: TemporalBasicTransformerBlock, emb: mx.array, cond: Conditions, video: mx.array
+    ) -> mx.array:
+        """(B, F, L, C), or some of its pixels -> the same."""
+        batch, frames, pixels, channels = video.shape
+        # (B, F, L, C) -> (B*L, F, C)
+        h = (video + emb[:, None]).transpose(0, 2, 1, 3).reshape(batch * pixels, frames, channels)
+        h = block(h, cond).reshape(batch, pixels, frames, channels).transpose(0, 2, 1, 3)
+        return self.time_mixer(video, h, cond)

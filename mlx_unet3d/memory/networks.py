@@ -8,13 +8,14 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoints import PretrainedModel, find_folder, read_component_config
+from ..checkpoints import find_folder, read_component_config
 from ..checkpoints.config import ModelConfig, naming
 from ..checkpoints.quantization import from_config, quantizations, quantize_layers
 from ..checkpoints.source import pinned_revision
 from ..layers.quantized import Quantization, can_quantize
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
+from ..models.pretrained import PretrainedModel
 from ..models.unet_3d_condition import UNet3DConditionModel
 from .tracing import Graph, trace
 

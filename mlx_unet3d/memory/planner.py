@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..chips import Chip
 from ..layers.attention import Attention
-from ..layers.slicing import Slicing
+from ..layers.chunking import Chunks
 from ..layers.text_context import TextContext
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.feature_cache import FeatureCache
@@ -364,7 +364,7 @@ class Planner:
 
         def run(unet: Any, sample: mx.array, timestep: mx.array, states: mx.array) -> list[mx.array]:
             cache = None if self.cache_depth is None else FeatureCache(2, self.cache_depth)
-            unet.slicing = Slicing(settings.frames, settings.pixels)
+            unet.chunks = Chunks(settings.frames, settings.pixels)
             output = unet(sample, timestep, TextContext(states), feature_cache=cache).sample
             return [output] if cache is None else [output, cache.next()]
 

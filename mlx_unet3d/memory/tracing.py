@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import cpu
-from ..layers.slicing import sketched
+from ..layers.chunking import sketched
 
 _MAGIC = 0x3D0E7
 COMPILED = type(mx.compile(lambda x: x))

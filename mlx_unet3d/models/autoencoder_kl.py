@@ -4,17 +4,19 @@ Source: diffusers' class of that name; Rombach et al., arXiv:2112.10752. Letters
 pixels, h w latent pixels, C channels, c latent channels.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints import ModelConfig, PretrainedModel
+from ..checkpoints.config import ModelConfig, key
 from ..layers.activations import get_activation
 from ..layers.convolution import set_convolution
 from ..layers.resnet import PointwiseConv2d
 from ..layers.vae_blocks import Decoder, Encoder, in_chunks, tiled
 from ..noise import NoiseSource
+from .pretrained import PretrainedModel
 
 # MLX indexes arrays on the GPU by 32-bit integers in places.
 _MAX_ELEMENTS = 2**31 - 1
@@ -34,65 +36,63 @@ _LEGACY_SEGMENTS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn"
 class AutoencoderKLConfig(ModelConfig):
     """The keys of `config.json`; defaults are those of diffusers."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    act_fn: str = "silu"
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int | tuple[int, int] = 32
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
-    force_upcast: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
+    in_channels: int = key(3, "of the images that are encoded", least=1)
+    out_channels: int = key(3, "of the images that are decoded", least=1)
+    down_block_types: tuple[str, ...] = key(("DownEncoderBlock2D",), '"DownEncoderBlock2D", one a level')
+    up_block_types: tuple[str, ...] = key(("UpDecoderBlock2D",), '"UpDecoderBlock2D", one a level')
+    block_out_channels: tuple[int, ...] = key(
+        (64,),
+        "channels a level, finest first, multiples of `norm_num_groups`; latents are 2^(levels - 1) times "
+        "smaller than images each way",
+        least=1,
+    )
+    layers_per_block: int = key(1, "resnets of an encoder block; decoder blocks have one more", least=1)
+    act_fn: str = key("silu", "activation of the resnets")
+    latent_channels: int = key(4, "c, channels of the latents", least=1)
+    norm_num_groups: int = key(32, "groups of the group norms", least=1)
+    sample_size: int | tuple[int, int] = key(32, "pixels of the training images, and of a tile")
+    scaling_factor: float = key(0.18215, "between latents and the input of a UNet, see `scale_latents`")
+    shift_factor: float | None = key(None, "the same, taken away before scaling; None for 0")
+    latents_mean: tuple[float, ...] | None = key(None, "must be None")
+    latents_std: tuple[float, ...] | None = key(None, "must be None")
+    force_upcast: bool = key(
+        True, "asks pipelines for single precision; the model computes in the dtype of its weights"
+    )
+    use_quant_conv: bool = key(True, "a 1x1 convolution behind the encoder")
+    use_post_quant_conv: bool = key(True, "a 1x1 convolution before the decoder")
+    mid_block_add_attention: bool = key(True, "attention between the two resnets of the mid blocks")
 
     def __post_init__(self) -> None:
-        for key, known in (
-            ("down_block_types", "DownEncoderBlock2D"),
-            ("up_block_types", "UpDecoderBlock2D"),
-        ):
-            names = getattr(self, key)
-            if len(names) != len(self.block_out_channels):
+        super().__post_init__()
+        check_autoencoder(self)
+        for name in ("latents_mean", "latents_std"):
+            if getattr(self, name) is not None:
                 raise ValueError(
-                    f"{key}={names} must have one entry for each of "
-                    f"block_out_channels={self.block_out_channels}"
-                )
-            for name in names:
-                if name != known:
-                    raise ValueError(f"{key} has {name!r}; AutoencoderKL supports {known!r} only")
-        for key in ("latents_mean", "latents_std"):
-            if getattr(self, key) is not None:
-                raise ValueError(
-                    f"{key}={getattr(self, key)}: latents normalized channel by channel are not "
+                    f"{name}={getattr(self, name)}: latents normalized channel by channel are not "
                     "supported; only scaling_factor and shift_factor are"
                 )
-        for key in (
-            "in_channels",
-            "out_channels",
-            "layers_per_block",
-            "latent_channels",
-            "norm_num_groups",
-        ):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key}={value!r} must be an integer of at least 1")
-        if len(self.block_out_channels) > _MOST_LEVELS or self.layers_per_block > _MOST_LAYERS:
-            raise ValueError(
-                f"layers_per_block={self.layers_per_block} in {len(self.block_out_channels)} levels: "
-                f"{_MOST_LAYERS} in {_MOST_LEVELS} are the most"
-            )
-        if min(self.block_out_channels, default=0) < 1:
-            raise ValueError(f"block_out_channels={self.block_out_channels} must be at least 1 each")
-        if not self.scaling_factor > 0:
-            raise ValueError(f"scaling_factor={self.scaling_factor!r} must be greater than 0")
         get_activation(self.act_fn)
+
+
+def check_autoencoder(config: Any) -> None:
+    """ValueError where the blocks and numbers of an autoencoder's config do not fit together."""
+    levels = config.block_out_channels
+    for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        blocks = config.get(name, (known,) * len(levels))
+        if len(blocks) != len(levels):
+            raise ValueError(f"{name}={blocks} must have one entry for each of block_out_channels={levels}")
+        for block in blocks:
+            if block != known:
+                raise ValueError(f"{name} has {block!r}; AutoencoderKL supports {known!r} only")
+    if len(levels) > _MOST_LEVELS or config.layers_per_block > _MOST_LAYERS:
+        raise ValueError(
+            f"layers_per_block={config.layers_per_block} in {len(levels)} levels: "
+            f"{_MOST_LAYERS} in {_MOST_LEVELS} are the most"
+        )
+    if not levels:
+        raise ValueError("block_out_channels=() must have a level at least")
+    if not config.scaling_factor > 0:
+        raise ValueError(f"scaling_factor={config.scaling_factor!r} must be greater than 0")
 
 
 @dataclass(frozen=True)
@@ -131,90 +131,38 @@ class DiagonalGaussian:
 class AutoencoderKL(PretrainedModel):
     """The image autoencoder of Stable Diffusion and ModelScope; diffusers' class of that name.
 
-    Args:
-        in_channels, out_channels: of images, usually 3.
-        down_block_types, up_block_types: "DownEncoderBlock2D" and "UpDecoderBlock2D", one a level.
-        block_out_channels: channels a level, finest first; multiples of `norm_num_groups`. The
-            latents are 2^(levels - 1) times smaller than the images each way.
-        layers_per_block: resnets of an encoder block; decoder blocks have one more.
-        act_fn: activation of the resnets.
-        latent_channels: c.
-        norm_num_groups: groups of the group norms.
-        sample_size: pixels of the training images, and of a tile.
-        scaling_factor, shift_factor: between latents and what a UNet works on; see `scale_latents`.
-        latents_mean, latents_std: must be None.
-        force_upcast: what the checkpoint asks of pipelines in half precision; the model itself
-            computes in the dtype of its weights.
-        use_quant_conv, use_post_quant_conv: the 1x1 convolutions around the latents.
-        mid_block_add_attention: attention between the two resnets of the mid blocks.
-
-    Raises ValueError where these do not fit together.
+    Raises ValueError where the numbers of its config do not fit together.
     """
 
     config_class = AutoencoderKLConfig
     weights_stem = "diffusion_pytorch_model"
     class_names = ("AutoencoderKL",)
 
-    def __init__(
-        self,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
-        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
-        block_out_channels: Sequence[int] = (64,),
-        layers_per_block: int = 1,
-        act_fn: str = "silu",
-        latent_channels: int = 4,
-        norm_num_groups: int = 32,
-        sample_size: int | tuple[int, int] = 32,
-        scaling_factor: float = 0.18215,
-        shift_factor: float | None = None,
-        latents_mean: Sequence[float] | None = None,
-        latents_std: Sequence[float] | None = None,
-        force_upcast: bool = True,
-        use_quant_conv: bool = True,
-        use_post_quant_conv: bool = True,
-        mid_block_add_attention: bool = True,
-    ) -> None:
-        super().__init__()
-        self.config = AutoencoderKLConfig(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            down_block_types=tuple(down_block_types),
-            up_block_types=tuple(up_block_types),
-            block_out_channels=tuple(block_out_channels),
-            layers_per_block=layers_per_block,
-            act_fn=act_fn,
-            latent_channels=latent_channels,
-            norm_num_groups=norm_num_groups,
-            sample_size=sample_size,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            latents_mean=None if latents_mean is None else tuple(latents_mean),
-            latents_std=None if latents_std is None else tuple(latents_std),
-            force_upcast=force_upcast,
-            use_quant_conv=use_quant_conv,
-            use_post_quant_conv=use_post_quant_conv,
-            mid_block_add_attention=mid_block_add_attention,
-        )
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        c = config.latent_channels
         common = (
-            self.config.block_out_channels,
-            layers_per_block,
-            norm_num_groups,
-            act_fn,
-            mid_block_add_attention,
+            config.block_out_channels,
+            config.layers_per_block,
+            config.norm_num_groups,
+            config.act_fn,
+            config.mid_block_add_attention,
         )
-        self.encoder = Encoder(in_channels, latent_channels, *common)
-        self.decoder = Decoder(latent_channels, out_channels, *common)
-        if use_quant_conv:
-            self.quant_conv = PointwiseConv2d(2 * latent_channels, 2 * latent_channels)
-        if use_post_quant_conv:
-            self.post_quant_conv = PointwiseConv2d(latent_channels, latent_channels)
+        self.encoder = Encoder(config.in_channels, c, *common)
+        self.decoder = Decoder(c, config.out_channels, *common)
+        if config.use_quant_conv:
+            self.quant_conv = PointwiseConv2d(2 * c, 2 * c)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = PointwiseConv2d(c, c)
+        self._set_defaults()
 
+    def _set_defaults(self) -> None:
+        size = self.config.sample_size
         self.spatial_factor = 2 ** (len(self.config.block_out_channels) - 1)
         self.use_slicing = False
         self.use_tiling = False
-        self.tile_sample_min_size = sample_size if isinstance(sample_size, int) else sample_size[0]
+        self.tile_sample_min_size = size if isinstance(size, int) else size[0]
         self.tile_latent_min_size = self.tile_sample_min_size // self.spatial_factor
 
     # Encoding and decoding.
@@ -264,15 +212,15 @@ class AutoencoderKL(PretrainedModel):
     def scale_latents(self, latents: mx.array) -> mx.array:
         """Latents of this autoencoder as a UNet wants them: (latents - shift_factor) *
         scaling_factor."""
-        if self.config.shift_factor is not None:
-            latents = latents - self.config.shift_factor
+        if self.config.get("shift_factor") is not None:
+            latents = latents - self.config.get("shift_factor")
         return latents * self.config.scaling_factor
 
     def unscale_latents(self, latents: mx.array) -> mx.array:
         """The inverse of `scale_latents`."""
         latents = latents * (1 / self.config.scaling_factor)
-        if self.config.shift_factor is not None:
-            latents = latents + self.config.shift_factor
+        if self.config.get("shift_factor") is not None:
+            latents = latents + self.config.get("shift_factor")
         return latents
 
     def _encode_chunk(self, x: mx.array) -> mx.array:
@@ -363,7 +311,7 @@ class AutoencoderKL(PretrainedModel):
             channels = max(widths[level : level + 2])
             pixels = -(-height // 2**level) * -(-width // 2**level)
             elements = max(elements, channels * pixels)
-        if self.config.mid_block_add_attention:
+        if self.config.get("mid_block_add_attention", True):
             elements = max(elements, pixels**2)  # scores, where attention is not fused
         return elements
 

@@ -13,8 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..checkpoints import ModelConfig, PretrainedModel
+from ..checkpoints import ModelConfig
 from .adapters import LoRAMixin
+from .pretrained import PretrainedModel
 
 # Far above any network, and few enough to be built before the weights are held against it.
 _MOST_LAYERS = 1000

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..atomic import write_text
-from ..checkpoints import PretrainedModel, find_folder, read_component_config, read_json
+from ..checkpoints import find_folder, read_component_config, read_json
 from ..checkpoints.adapters import (
     TEXTUAL_INVERSION_NAMES,
     AdapterFile,
@@ -31,6 +31,7 @@ from ..models.adapters import chosen_weights
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
 from ..models.outputs import ModelOutput
+from ..models.pretrained import PretrainedModel
 from ..models.unet_3d_condition import UNet3DConditionModel
 from ..noise import NoiseSource, noise_source
 from ..schedulers import Scheduler, scheduler_from_config

@@ -7,7 +7,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_unet3d.checkpoints import ModelConfig, PretrainedModel, read_header
+from mlx_unet3d.checkpoints import ModelConfig, read_header
+from mlx_unet3d.models.pretrained import PretrainedModel
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

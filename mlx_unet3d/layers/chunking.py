@@ -1,7 +1,7 @@
-"""Layers a piece at a time: what a forward holds in memory is then that of a piece, and the result the same.
+"""Run layers a chunk at a time: a forward then holds the memory of a chunk, and its result stays the same.
 
-A piece saves only if what it holds is freed before the next one begins. MLX evaluates a graph in order of
-breadth, which would take the pieces side by side. So each is evaluated, or within `mx.compile`, where nothing
+A chunk saves only if its memory is freed before the next one begins. MLX evaluates a graph in order of
+breadth, which would run the chunks side by side. So each is evaluated, or within `mx.compile`, where nothing
 can be, made to wait for the one before. Shapes as in `resnet`.
 """
 
@@ -9,24 +9,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 
 @dataclass(frozen=True)
-class Slicing:
-    """What a forward of a 3D UNet takes in pieces; None for all at once.
+class Chunks:
+    """The chunks in which a forward of a video UNet takes its layers; None for all at once.
 
     Attributes:
-        frames: frames that spatial layers (resnets, resampling, spatial transformers) take at a time.
+        frames: frames of a sample that spatial layers (resnets, resampling, spatial transformers) take at a
+            time.
         pixels: pixels of all frames that temporal layers take at a time.
-        blockwise: evaluate after each layer of a block, so that what is done is freed.
     """
 
     frames: int | None = None
     pixels: int | None = None
-    blockwise: bool = False
 
     def __post_init__(self) -> None:
         for name in ("frames", "pixels"):
@@ -35,7 +35,7 @@ class Slicing:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None")
 
 
-WHOLE = Slicing()
+WHOLE = Chunks()
 
 _sketching = ContextVar("sketching", default=False)
 
@@ -61,25 +61,30 @@ def sketched() -> Iterator[None]:
 
 
 def in_sequence(
-    fn: Callable[..., mx.array], pieces: Iterable[Sequence[mx.array]], every: int | None = 1
+    fn: Callable[..., mx.array],
+    chunks: Iterable[Sequence[mx.array]],
+    every: int | None = 1,
+    conditions: Sequence[Any] | None = None,
 ) -> list[mx.array]:
-    """`fn` of each of the pieces, one after the other; a piece is one array or several.
+    """`fn` of each of the chunks, one after the other; a chunk is one array or several.
 
-    They are evaluated `every` so many; None leaves that to the caller, and keeps their order.
+    Args:
+        every: evaluate after so many chunks; None leaves that to the caller, and keeps their order.
+        conditions: a further argument of `fn` for each chunk; None for none.
     """
     done: list[mx.array] = []
     if _sketching.get():
-        pieces = list(pieces)
-    like: dict[tuple[int, ...], mx.array] = {}  # the last result by the shape of its piece
-    for piece in pieces:
-        shape = tuple(piece[0].shape)
-        if _sketching.get() and shape in like and len(done) < len(pieces) - 2:
-            like[shape], _ = mx.depends([-like[shape], piece[0]], [done[-1]])
+        chunks = list(chunks)
+    like: dict[tuple[int, ...], mx.array] = {}  # the last result by the shape of its chunk
+    for k, chunk in enumerate(chunks):
+        shape = tuple(chunk[0].shape)
+        if _sketching.get() and shape in like and len(done) < len(chunks) - 2:
+            like[shape], _ = mx.depends([-like[shape], chunk[0]], [done[-1]])
             done.append(like[shape])
             continue
         if done:
-            piece = mx.depends(list(piece), [done[-1]])
-        done.append(fn(*piece))
+            chunk = mx.depends(list(chunk), [done[-1]])
+        done.append(fn(*chunk) if conditions is None else fn(*chunk, conditions[k]))
         like[shape] = done[-1]
         if every is not None and len(done) % every == 0:
             evaluate(done[-1])
@@ -91,32 +96,10 @@ def ranges(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def by_frames(fn: Callable[..., mx.array], states: Sequence[mx.array], frames: int | None) -> mx.array:
-    """`fn` of `frames` of the frames of `states`, each (N, H, W, C), at a time, joined; None for all."""
-    if frames is None:
+def by_pixels(fn: Callable[..., mx.array], states: Sequence[mx.array], pixels: int | None) -> mx.array:
+    """`fn` of `pixels` of the pixels of `states`, each (B, F, L, C), at a time, joined; None for all."""
+    if pixels is None:
         return fn(*states)
-    pieces = ([x[r] for x in states] for r in ranges(states[0].shape[0], frames))
-    return mx.concatenate(in_sequence(fn, pieces))
-
-
-def by_frames_of_samples(
-    fn: Callable[..., mx.array], states: Sequence[mx.array], batch: int, frames: int | None
-) -> mx.array:
-    """`by_frames` for what is not the same for all samples: calls `fn(sample, *pieces)`, with -1 for all."""
-    if frames is None:
-        return fn(-1, *states)
-    per_sample = states[0].shape[0] // batch
-    numbers = iter([i for i in range(batch) for _ in ranges(per_sample, frames)])
-    pieces = (
-        [x[i * per_sample : (i + 1) * per_sample][r] for x in states]
-        for i in range(batch)
-        for r in ranges(per_sample, frames)
-    )
-    return mx.concatenate(in_sequence(lambda *piece: fn(next(numbers), *piece), pieces))
-
-
-def by_pixels(fn: Callable[..., mx.array], states: Sequence[mx.array], pixels: int) -> mx.array:
-    """`fn` of `pixels` of the pixels of `states`, each (B, F, L, C), at a time, joined."""
     pieces = ([x[:, :, r] for x in states] for r in ranges(states[0].shape[2], pixels))
     return mx.concatenate(in_sequence(fn, pieces), axis=2)
 

@@ -1,7 +1,13 @@
-"""The base of all networks: made from a config, loaded from and saved to a checkpoint folder."""
+"""The base of all networks: made from a config, loaded from and saved to checkpoint folders.
 
+A network may be put together from several checkpoints. So loading is three functions: `find_checkpoint` reads
+the headers of one, `matched` holds them against the parameters that it is for, `read_parameters` reads these.
+"""
+
+import inspect
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -9,16 +15,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..checkpoints.config import ModelConfig, naming, read_json
+from ..checkpoints.headers import Header, check_dtypes, load_tensors, read_header
+from ..checkpoints.layouts import parameter_layouts, to_diffusers, to_mlx
+from ..checkpoints.matching import Expected, file_format, majority_dtype, match
+from ..checkpoints.quantization import choose, choose_as, quantizations, quantize_layers, to_config
+from ..checkpoints.source import find_folder, read_component_config, weight_files
+from ..checkpoints.storage import checksum, parse_size, write_component
 from ..errors import CheckpointError
 from ..layers.adapted import AdaptedLayer
 from ..layers.quantized import Quantization, QuantizedLayer
-from .config import ModelConfig, naming, read_json
-from .headers import Header, check_dtypes, load_tensors, read_header
-from .layouts import parameter_layouts, to_diffusers, to_mlx
-from .matching import Expected, file_format, majority_dtype, match
-from .quantization import choose, choose_as, quantizations, quantize_layers, to_config
-from .source import find_folder, read_component_config, weight_files
-from .storage import checksum, parse_size, write_component
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
@@ -26,15 +32,111 @@ FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 DIFFUSERS_VERSION = "0.42.1"
 """The version of the config format that is written."""
 
+CONSTANTS = frozenset({"pe"})
+"""Names of arrays that are made by a formula: files hold them, and need not; they are no parameters."""
+
 _QUANTIZED = (QuantizedLayer, nn.QuantizedLinear, nn.QuantizedEmbedding)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of one network.
+
+    Attributes:
+        where: its folder or file, for messages.
+        config: the content of its `config.json`; empty for a lone file.
+        headers: the checked headers of its weight files.
+        layout: "mlx" or "diffusers".
+    """
+
+    where: Path
+    config: dict[str, Any]
+    headers: dict[Path, Header]
+    layout: str
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The names of all tensors."""
+        return frozenset(key for header in self.headers.values() for key in header.tensors)
+
+
+def find_checkpoint(
+    path_or_id: str | Path, stem: str, *, variant: str | None = None, files: bool = False, **where: Any
+) -> Checkpoint:
+    """Find the weight files of a network and read their headers.
+
+    Args:
+        path_or_id: folder, or hub id `owner/name`.
+        stem: of the names of its weight files.
+        variant: weight files such as "fp16", see `weight_files`; None takes the plain ones.
+        files: take a lone safetensors file as well, which has no config.
+        where: `subfolder`, `revision`, `local_files_only`, `token`, `cache_dir`, see `find_folder`.
+
+    Raises FileNotFoundError, PermissionError, ConnectionError, see `find_folder` and `weight_files`;
+    CheckpointError where files are damaged.
+    """
+    file = Path(path_or_id).expanduser()
+    if files and file.is_file():
+        folder, config, paths = file, {}, [file]
+    else:
+        folder = find_folder(path_or_id, variant=variant, stem=stem, **where)
+        config = read_json(folder / "config.json")
+        paths = weight_files(folder, stem, variant)
+    headers = {path: read_header(path) for path in paths}
+    for path, header in headers.items():
+        check_dtypes(path, header)
+    return Checkpoint(folder, config, headers, file_format(headers))
+
+
+def matched(
+    model: "PretrainedModel", checkpoint: Checkpoint, expected: Mapping[str, Expected] | None = None
+) -> dict[str, str]:
+    """The parameter of each tensor of a checkpoint that is needed; CheckpointError where it does not fit.
+
+    `expected` are the parameters that the checkpoint is for; None for all of `model`.
+    """
+    return match(
+        f"{checkpoint.where} does not fit {type(model).__name__}",
+        model.expected_tensors() if expected is None else expected,
+        checkpoint.headers,
+        checkpoint.layout,
+        model.rename_key,
+    )
+
+
+def read_parameters(
+    model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], dtype: mx.Dtype | None
+) -> Iterator[tuple[str, mx.array]]:
+    """Names and arrays of parameters, a tensor at a time; floating ones in `dtype`, or as they are where
+    None."""
+    layouts = parameter_layouts(model) if checkpoint.layout == "diffusers" else {}
+    for path in checkpoint.headers:
+        tensors = load_tensors(path)
+        for key in list(tensors):
+            # Out of the dict, so that the array as read is freed once it is cast and transposed.
+            array = tensors.pop(key)
+            if key not in names:
+                continue
+            if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
+                array = array.astype(dtype)
+            array = to_mlx(layouts.get(names[key], "identity"), array)
+            mx.eval(array)
+            yield names[key], array
+
+
+def checked_dtype(dtype: mx.Dtype | None) -> mx.Dtype | None:
+    """`dtype`; ValueError for any but float32, float16, bfloat16 and None."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype={dtype} must be mx.float32, mx.float16 or mx.bfloat16")
+    return dtype
 
 
 class PretrainedModel(nn.Module):
     """A network with a config; diffusers' `ModelMixin` and `ConfigMixin`.
 
-    A subclass sets `config_class`, takes the fields of it as keyword arguments of `__init__`, and
-    sets `self.config` there. Its parameters are named as in diffusers' files, apart from what
-    `rename_key` undoes.
+    A subclass sets `config_class`, whose fields are its arguments, and builds its modules of `self.config`,
+    which this `__init__` makes and checks. Its parameters are named as in diffusers' files, apart from those
+    that `rename_key` renames.
     """
 
     config_class: ClassVar[type[ModelConfig]]
@@ -45,6 +147,17 @@ class PretrainedModel(nn.Module):
     config: ModelConfig
     weights_checksum: str | None = None
     """Fingerprint of the files that it was loaded from, see `checksum`; None if there are none."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "config_class" in vars(cls):
+            cls.__signature__ = inspect.signature(cls.config_class)
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{cls.config_class.documentation()}"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        if hasattr(type(self), "config_class"):
+            self.config = self.config_class(*args, **kwargs)
 
     @classmethod
     def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
@@ -130,42 +243,53 @@ class PretrainedModel(nn.Module):
                 `weight_files`.
             CheckpointError: the files are damaged, or not those of this class and config.
         """
-        if dtype is not None and dtype not in FLOAT_DTYPES:
-            raise ValueError(f"dtype={dtype} must be mx.float32, mx.float16 or mx.bfloat16")
-        folder = find_folder(
+        checked_dtype(dtype)
+        checkpoint = find_checkpoint(
             path_or_id,
+            cls.weights_stem,
+            variant=variant,
             subfolder=subfolder,
             revision=revision,
-            variant=variant,
             local_files_only=local_files_only,
             token=token,
             cache_dir=cache_dir,
-            stem=cls.weights_stem,
         )
-        config = read_json(folder / "config.json")
-        cls.check_class_name(config, str(folder / "config.json"))
-        headers = {path: read_header(path) for path in weight_files(folder, cls.weights_stem, variant)}
-        for path, header in headers.items():
-            check_dtypes(path, header)
-        layout = file_format(headers)
-
+        config_file = checkpoint.where / "config.json"
+        cls.check_class_name(checkpoint.config, str(config_file))
+        config = {key: value for key, value in checkpoint.config.items() if key != "quantization"}
         # MLX is lazy: the random start values are replaced before anything computes them.
-        quantization = config.pop("quantization", None)
-        with naming(folder / "config.json"):
+        with naming(config_file):
             model = cls.from_config(config)
-        if quantization is not None:
-            model._quantize_as(quantization, headers, layout, folder)
-        names = match(
-            f"{folder} does not fit {cls.__name__}",
-            model.expected_tensors(),
-            headers,
-            layout,
-            cls.rename_key,
-        )
-        target = dtype if dtype is not None else _common_dtype(folder, headers)
-        model._load(headers, names, layout, target)
-        model.weights_checksum = checksum(list(headers))
-        return model.eval()
+        if "quantization" in checkpoint.config:
+            model._quantize_as(checkpoint)
+        return model.load_checkpoints([(checkpoint, None)], dtype)
+
+    def load_checkpoints(
+        self: Model, sources: "list[tuple[Checkpoint, Mapping[str, Expected] | None]]", dtype: mx.Dtype | None
+    ) -> Model:
+        """Load the parameters from one checkpoint or several; returns the model, in evaluation mode.
+
+        Names and shapes are all checked before any tensor is read.
+
+        Args:
+            sources: each checkpoint with the parameters that it is for; None for all.
+            dtype: of all floating parameters; None keeps that of each checkpoint.
+
+        Raises CheckpointError where a checkpoint does not fit.
+        """
+        names = [matched(self, checkpoint, expected) for checkpoint, expected in sources]
+        loaded: list[tuple[str, mx.array]] = []
+        for (checkpoint, _), own in zip(sources, names, strict=True):
+            target = dtype if dtype is not None else _common_dtype(checkpoint.where, checkpoint.headers)
+            loaded += read_parameters(self, checkpoint, own, target)
+        have = {name for name, _ in loaded}
+        made = [(k, a) for k, a in tree_flatten(self.parameters()) if k not in have]
+        if made:  # constants that files need not hold
+            kind = loaded[0][1].dtype
+            loaded += [(k, a.astype(kind) if mx.issubdtype(a.dtype, mx.floating) else a) for k, a in made]
+        self.load_weights(loaded, strict=True)
+        self.weights_checksum = checksum([path for checkpoint, _ in sources for path in checkpoint.headers])
+        return self.eval()
 
     def save_pretrained(
         self,
@@ -274,7 +398,11 @@ class PretrainedModel(nn.Module):
             own = module.trainable_parameters() if only_trainable else module.parameters()
             packed = isinstance(module, _QUANTIZED)
             for name, array in own.items():
-                if not isinstance(array, mx.array) or (packed and name in ("scales", "biases")):
+                if (
+                    not isinstance(array, mx.array)
+                    or name in CONSTANTS
+                    or (packed and name in ("scales", "biases"))
+                ):
                     continue
                 if exclude_embeddings and isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
                     continue
@@ -296,7 +424,12 @@ class PretrainedModel(nn.Module):
         """What a checkpoint must hold, by parameter name."""
         layouts = parameter_layouts(self)
         return {
-            name: Expected(tuple(array.shape), array.dtype, layouts.get(name, "identity"))
+            name: Expected(
+                tuple(array.shape),
+                array.dtype,
+                layouts.get(name, "identity"),
+                optional=name.rpartition(".")[2] in CONSTANTS,
+            )
             for name, array in tree_flatten(self.parameters())
         }
 
@@ -308,38 +441,16 @@ class PretrainedModel(nn.Module):
                 "of the weights with fuse_lora and unload_lora"
             )
 
-    def _load(
-        self,
-        headers: Mapping[Path, Header],
-        names: Mapping[str, str],
-        layout: str,
-        dtype: mx.Dtype | None,
-    ) -> None:
-        layouts = parameter_layouts(self) if layout == "diffusers" else {}
-        loaded = []
-        for path in headers:
-            tensors = load_tensors(path)
-            for key in list(tensors):
-                # Out of the dict, so that the array as read is freed once it is cast and turned.
-                array = tensors.pop(key)
-                if key not in names:
-                    continue
-                if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
-                    array = array.astype(dtype)
-                array = to_mlx(layouts.get(names[key], "identity"), array)
-                mx.eval(array)
-                loaded.append((names[key], array))
-        self.load_weights(loaded, strict=True)
-
-    def _quantize_as(self, settings: Any, headers: Mapping[Path, Header], layout: str, folder: Path) -> None:
+    def _quantize_as(self, checkpoint: Checkpoint) -> None:
         """Give the layers that the files hold quantized their quantized form."""
-        if layout != "mlx":
+        if checkpoint.layout != "mlx":
             raise CheckpointError(
-                f"{folder} has a quantization in config.json and weights in the layout of diffusers, which "
-                "does not go together; convert the checkpoint again"
+                f"{checkpoint.where} has a quantization in config.json and weights in the layout of "
+                "diffusers, which does not go together; convert the checkpoint again"
             )
-        keys = frozenset(key for header in headers.values() for key in header.tensors)
-        quantize_layers(self, choose_as(self, settings, keys, str(folder / "config.json")))
+        where = str(checkpoint.where / "config.json")
+        chosen = choose_as(self, checkpoint.config["quantization"], checkpoint.keys, where)
+        quantize_layers(self, chosen)
 
 
 def _common_dtype(folder: Path, headers: Mapping[Path, Header]) -> mx.Dtype | None:

@@ -1,0 +1,133 @@
+"""AutoencoderKLTemporalDecoder: images to latents one at a time, and back as clips; of Stable Video
+Diffusion.
+
+Source: diffusers' class of that name; Blattmann et al., arXiv:2311.15127. Letters as in `autoencoder_kl`,
+with F frames of a clip.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoints.config import ModelConfig, key
+from ..layers.chunking import Chunks
+from ..layers.conditions import Conditions
+from ..layers.resnet import PointwiseConv2d
+from ..layers.vae_blocks import Encoder, TemporalDecoder
+from .autoencoder_kl import AutoencoderKL, check_autoencoder
+
+
+@dataclass
+class AutoencoderKLTemporalDecoderConfig(ModelConfig):
+    """The keys of `config.json`; defaults are those of diffusers."""
+
+    in_channels: int = key(3, "of the images that are encoded", least=1)
+    out_channels: int = key(3, "of the frames that are decoded", least=1)
+    down_block_types: tuple[str, ...] = key(("DownEncoderBlock2D",), '"DownEncoderBlock2D", one a level')
+    block_out_channels: tuple[int, ...] = key(
+        (64,), "channels a level, finest first; multiples of 32", least=1
+    )
+    layers_per_block: int = key(1, "resnets of an encoder block; decoder blocks have one more", least=1)
+    latent_channels: int = key(4, "c, channels of the latents", least=1)
+    sample_size: int | tuple[int, int] = key(32, "pixels of the training images")
+    scaling_factor: float = key(0.18215, "between latents and the input of a UNet, see `scale_latents`")
+    force_upcast: bool = key(True, "asks pipelines for single precision")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_autoencoder(self)
+
+
+class AutoencoderKLTemporalDecoder(AutoencoderKL):
+    """An image encoder and a decoder that looks along the frames of a clip; diffusers' class of that name.
+
+    Raises ValueError where the numbers of its config do not fit together.
+    """
+
+    config_class = AutoencoderKLTemporalDecoderConfig
+    class_names = ("AutoencoderKLTemporalDecoder",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super(AutoencoderKL, self).__init__(*args, **kwargs)
+        config = self.config
+        widths, layers, c = config.block_out_channels, config.layers_per_block, config.latent_channels
+        self.encoder = Encoder(config.in_channels, c, widths, layers, 32, "silu", True)
+        self.decoder = TemporalDecoder(c, config.out_channels, widths, layers)
+        self.quant_conv = PointwiseConv2d(2 * c, 2 * c)
+        self._set_defaults()
+        self.chunks = Chunks()
+
+    def decode(
+        self,
+        z: mx.array,
+        num_frames: int,
+        image_only_indicator: mx.array | None = None,
+        *,
+        chunk_size: int | None = None,
+    ) -> mx.array:
+        """Frames of latents, which must be `unscale_latents`ed where a UNet made them.
+
+        Args:
+            z: latents (N, c, h, w), the frames of a clip together.
+            num_frames: F, frames of a clip; divides N. Frames that are decoded together influence each other.
+            image_only_indicator: (N / F, F), as diffusers takes it; without effect on this decoder.
+            chunk_size: decode so many frames at a time, each chunk as a clip of its own, as pipelines with
+                `decode_chunk_size` do: less memory and another result. None for whole clips.
+
+        Returns frames (N, out_channels, h * spatial_factor, w * spatial_factor), about [-1, 1] and not
+        clipped, in the dtype of the network. Raises ValueError for shapes and numbers out of range.
+        """
+        self._check_input("z", z, self.config.latent_channels)
+        n = z.shape[0]
+        if (
+            isinstance(num_frames, bool)
+            or not isinstance(num_frames, int)
+            or num_frames < 1
+            or n % num_frames
+        ):
+            raise ValueError(f"num_frames={num_frames!r} must divide the {n} frames of z")
+        if chunk_size is not None:
+            if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+                raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1, or None")
+            parts = []
+            for start in range(0, n, chunk_size):
+                part = z[start : start + chunk_size]
+                parts.append(self.decode(part, part.shape[0]))
+                mx.eval(parts[-1])
+            return mx.concatenate(parts)
+        cond = Conditions(n // num_frames, num_frames, chunks=self.chunks)
+        # (N, c, h, w) -> (N, h, w, c), and (N, H, W, C) -> (N, C, H, W)
+        return self.decoder(z.astype(self.dtype).transpose(0, 2, 3, 1), cond).transpose(0, 3, 1, 2)
+
+    def enable_frame_chunking(self, frames: int = 1) -> None:
+        """Decode `frames` frames at a time in spatial layers, to save memory; the result stays the same.
+
+        ValueError for less than 1.
+        """
+        self.chunks = dataclasses.replace(self.chunks, frames=frames)
+
+    def disable_frame_chunking(self) -> None:
+        """Take all frames at once again."""
+        self.chunks = dataclasses.replace(self.chunks, frames=None)
+
+    def enable_pixel_chunking(self, pixels: int = 4096) -> None:
+        """Decode `pixels` pixels of all frames at a time in temporal layers, to save memory.
+
+        The result stays the same up to rounding. ValueError for less than 1.
+        """
+        self.chunks = dataclasses.replace(self.chunks, pixels=pixels)
+
+    def disable_pixel_chunking(self) -> None:
+        """Take all pixels at once again."""
+        self.chunks = dataclasses.replace(self.chunks, pixels=None)
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Raise NotImplementedError where tiles are asked for: diffusers has none for this class either."""
+        if use_tiling:
+            raise NotImplementedError(
+                "AutoencoderKLTemporalDecoder does not decode in tiles; use enable_frame_chunking() and "
+                "enable_pixel_chunking(), which save memory and leave the result as it is"
+            )
+        self.use_tiling = False
