@@ -7,9 +7,17 @@ blas.preload()  # before anything imports mlx.core
 from . import media, memory  # noqa: E402
 from .layers.text_context import TextContext  # noqa: E402
 from .models.autoencoder_kl import AutoencoderKL  # noqa: E402
+from .models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder  # noqa: E402
 from .models.clip_text import CLIPTextModel  # noqa: E402
 from .models.feature_cache import FeatureCache  # noqa: E402
+from .models.motion_adapter import MotionAdapter  # noqa: E402
 from .models.unet_3d_condition import UNet3DConditionModel, UNet3DConditionOutput  # noqa: E402
+from .models.unet_i2vgen_xl import I2VGenXLUNet, I2VGenXLUNetOutput  # noqa: E402
+from .models.unet_motion import UNetMotionModel, UNetMotionOutput  # noqa: E402
+from .models.unet_spatio_temporal import (  # noqa: E402
+    UNetSpatioTemporalConditionModel,
+    UNetSpatioTemporalConditionOutput,
+)
 from .pipelines import DenoisingStep, TextToVideoPipeline, VideoOutput, VideoToVideoPipeline  # noqa: E402
 from .schedulers import (  # noqa: E402
     DDIMScheduler,
@@ -26,6 +34,7 @@ from .version import __version__  # noqa: E402
 
 __all__ = [
     "AutoencoderKL",
+    "AutoencoderKLTemporalDecoder",
     "CLIPTextModel",
     "CLIPTokenizer",
     "DDIMScheduler",
@@ -35,12 +44,19 @@ __all__ = [
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FeatureCache",
+    "I2VGenXLUNet",
+    "I2VGenXLUNetOutput",
     "LCMScheduler",
+    "MotionAdapter",
     "PNDMScheduler",
     "TextContext",
     "TextToVideoPipeline",
     "UNet3DConditionModel",
     "UNet3DConditionOutput",
+    "UNetMotionModel",
+    "UNetMotionOutput",
+    "UNetSpatioTemporalConditionModel",
+    "UNetSpatioTemporalConditionOutput",
     "UniPCMultistepScheduler",
     "VideoOutput",
     "VideoToVideoPipeline",

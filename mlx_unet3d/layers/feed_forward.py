@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import cpu
-from .activations import geglu
+from .activations import geglu, gelu
 
 
 class GEGLU(nn.Module):
@@ -19,12 +19,26 @@ class GEGLU(nn.Module):
         return geglu(value, gate)
 
 
-class FeedForward(nn.Module):
-    """GEGLU to four times the width and back; diffusers' class with its default activation."""
+class GELU(nn.Module):
+    """Linear and the exact GELU; diffusers' class of that name."""
 
-    def __init__(self, dim: int, dropout: float = 0.0):
+    def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
-        self.net = [GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)]
+        self.proj = nn.Linear(dim_in, dim_out)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(self.proj(x))
+
+
+_ACTIVATIONS = {"geglu": GEGLU, "gelu": GELU}
+
+
+class FeedForward(nn.Module):
+    """An activation at four times the width, "geglu" or "gelu", and a linear back; diffusers' class."""
+
+    def __init__(self, dim: int, dropout: float = 0.0, activation: str = "geglu"):
+        super().__init__()
+        self.net = [_ACTIVATIONS[activation](dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)]
 
     def __call__(self, x: mx.array) -> mx.array:
         # Unlike a GPU, the CPU gains by keeping what lies between the products in its cache.

@@ -6,7 +6,7 @@ the headers of one, `matched` holds them against the parameters that it is for, 
 
 import inspect
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -88,19 +88,30 @@ def find_checkpoint(
     return Checkpoint(folder, config, headers, file_format(headers))
 
 
-def matched(
-    model: "PretrainedModel", checkpoint: Checkpoint, expected: Mapping[str, Expected] | None = None
-) -> dict[str, str]:
-    """The parameter of each tensor of a checkpoint that is needed; CheckpointError where it does not fit.
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and its part in a network.
 
-    `expected` are the parameters that the checkpoint is for; None for all of `model`.
+    Attributes:
+        checkpoint: the files.
+        expected: the parameters that it is for; None for all.
+        rename: the parameter of a key, see `PretrainedModel.rename_key`; None for that of the network.
     """
+
+    checkpoint: Checkpoint
+    expected: Mapping[str, Expected] | None = None
+    rename: Callable[[str, Collection[str]], str | None] | None = None
+
+
+def matched(model: "PretrainedModel", source: Source) -> dict[str, str]:
+    """The parameter of each tensor of a source that is needed; CheckpointError where it does not fit."""
+    checkpoint = source.checkpoint
     return match(
         f"{checkpoint.where} does not fit {type(model).__name__}",
-        model.expected_tensors() if expected is None else expected,
+        model.expected_tensors() if source.expected is None else source.expected,
         checkpoint.headers,
         checkpoint.layout,
-        model.rename_key,
+        source.rename or model.rename_key,
     )
 
 
@@ -262,33 +273,48 @@ class PretrainedModel(nn.Module):
             model = cls.from_config(config)
         if "quantization" in checkpoint.config:
             model._quantize_as(checkpoint)
-        return model.load_checkpoints([(checkpoint, None)], dtype)
+        return model.load_checkpoints([Source(checkpoint)], dtype)
 
     def load_checkpoints(
-        self: Model, sources: "list[tuple[Checkpoint, Mapping[str, Expected] | None]]", dtype: mx.Dtype | None
+        self: Model,
+        sources: Sequence[Source],
+        dtype: mx.Dtype | None = None,
+        own: Mapping[str, mx.array] | None = None,
     ) -> Model:
-        """Load the parameters from one checkpoint or several; returns the model, in evaluation mode.
+        """Load all parameters from one checkpoint or several; returns the model, in evaluation mode.
 
         Names and shapes are all checked before any tensor is read.
 
         Args:
-            sources: each checkpoint with the parameters that it is for; None for all.
-            dtype: of all floating parameters; None keeps that of each checkpoint.
+            sources: the checkpoints and their parts. A kernel that two of them have is made of both: its
+                input channels of the first, and those that are left of the second.
+            dtype: of all floating parameters; None takes that of the first checkpoint.
+            own: parameters that are there already, by name.
 
-        Raises CheckpointError where a checkpoint does not fit.
+        Raises CheckpointError where a checkpoint does not fit, or parameters are left over.
         """
-        names = [matched(self, checkpoint, expected) for checkpoint, expected in sources]
-        loaded: list[tuple[str, mx.array]] = []
-        for (checkpoint, _), own in zip(sources, names, strict=True):
-            target = dtype if dtype is not None else _common_dtype(checkpoint.where, checkpoint.headers)
-            loaded += read_parameters(self, checkpoint, own, target)
-        have = {name for name, _ in loaded}
-        made = [(k, a) for k, a in tree_flatten(self.parameters()) if k not in have]
-        if made:  # constants that files need not hold
-            kind = loaded[0][1].dtype
-            loaded += [(k, a.astype(kind) if mx.issubdtype(a.dtype, mx.floating) else a) for k, a in made]
-        self.load_weights(loaded, strict=True)
-        self.weights_checksum = checksum([path for checkpoint, _ in sources for path in checkpoint.headers])
+        names = [matched(self, source) for source in sources]
+        if checked_dtype(dtype) is None:
+            first = sources[0].checkpoint
+            dtype = _common_dtype(first.where, first.headers)
+        loaded = dict(own or {})
+        for source, its in zip(sources, names, strict=True):
+            for name, array in read_parameters(self, source.checkpoint, its, dtype):
+                if name in loaded:
+                    first = loaded[name]
+                    array = mx.concatenate([first, array[..., first.shape[-1] :]], axis=-1)
+                    mx.eval(array)
+                loaded[name] = array
+        for name, wanted in self.expected_tensors().items():  # constants that files need not hold
+            if wanted.optional and name not in loaded:
+                loaded[name] = dict(tree_flatten(self.parameters()))[name]
+        cast = [
+            (k, a.astype(dtype) if dtype is not None and mx.issubdtype(a.dtype, mx.floating) else a)
+            for k, a in loaded.items()
+        ]
+        self.load_weights(cast, strict=True)
+        files = [path for source in sources for path in source.checkpoint.headers]
+        self.weights_checksum = checksum(files)
         return self.eval()
 
     def save_pretrained(

@@ -115,7 +115,7 @@ class VideoUNet(AttentionControl, PretrainedModel):
         mid_layers: int = 1,
         mid_scale: float = 1.0,
         time_cond_proj_dim: int | None = None,
-        **before: nn.Module,
+        **before: nn.Module | list[nn.Module],
     ) -> None:
         """Make all modules, in the order of diffusers' registration; `before` stand behind the time
         embedding.

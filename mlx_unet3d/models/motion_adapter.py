@@ -1,0 +1,366 @@
+"""Motion adapters of AnimateDiff: modules that make a Stable Diffusion UNet move, and putting both together.
+
+Source: diffusers' `MotionAdapter` and `UNetMotionModel.from_unet2d`; Guo et al., arXiv:2307.04725.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..checkpoints.config import ModelConfig, key, naming
+from ..checkpoints.matching import Expected
+from ..errors import CheckpointError
+from ..layers.blocks import Level, motion_module
+from ..layers.convolution import Conv2d
+from .pretrained import Checkpoint, PretrainedModel, Source, find_checkpoint
+from .video_unet import per_level
+
+STEM = "diffusion_pytorch_model"
+_MOTION = ".motion_modules."
+
+# Names in the files of AnimateDiff's authors, piece by piece, and here.
+_ORIGINAL = {
+    "attention_blocks.0": "attn1",
+    "attention_blocks.1": "attn2",
+    "norms.0": "norm1",
+    "norms.1": "norm2",
+    "ff_norm": "norm3",
+}
+_ORIGINAL_NAME = re.compile(r"\.(attention_blocks\.[01]|norms\.[01]|ff_norm)(?=\.)")
+
+
+@dataclass
+class MotionAdapterConfig(ModelConfig):
+    """The keys of `config.json`; defaults are those of diffusers."""
+
+    block_out_channels: tuple[int, ...] = key((320, 640, 1280, 1280), "channels a level", least=1)
+    motion_layers_per_block: int | tuple[int, ...] = key(
+        2, "motion modules of a down block, one number or one a level; up blocks have one more", least=1
+    )
+    motion_transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = key(
+        1, "transformer blocks of a module, one number, one a level, or one a level and layer", least=1
+    )
+    motion_mid_block_layers_per_block: int = key(1, "motion modules of the mid block", least=1)
+    motion_transformer_layers_per_mid_block: int | tuple[int, ...] = key(
+        1, "transformer blocks of the mid block's modules, one number or one a module", least=1
+    )
+    motion_num_attention_heads: int | tuple[int, ...] = key(8, "heads, one number or one a level", least=1)
+    motion_norm_num_groups: int = key(32, "groups of the group norms of a lone adapter", least=1)
+    motion_max_seq_length: int = key(32, "positions, the most frames", least=1)
+    use_motion_mid_block: bool = key(True, "motion modules in the mid block")
+    conv_in_channels: int | None = key(None, "input channels of a `conv_in` that PIA brings along", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        levels = len(self.block_out_channels)
+        for name in ("motion_layers_per_block", "motion_num_attention_heads"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise ValueError(
+                    f"{name}={value} must have a number for each of the {levels} levels of block_out_channels"
+                )
+        mid, modules = self.motion_transformer_layers_per_mid_block, self.motion_mid_block_layers_per_block
+        if isinstance(mid, tuple) and len(mid) != modules:
+            raise ValueError(
+                f"motion_transformer_layers_per_mid_block={mid} must have a number for each of the {modules} "
+                "modules of the mid block (motion_mid_block_layers_per_block)"
+            )
+
+
+class MotionAdapter(PretrainedModel):
+    """The motion modules of AnimateDiff without a UNet, for `UNetMotionModel.from_unet2d`.
+
+    diffusers' class of that name. Raises ValueError where the numbers of its config do not fit together.
+    """
+
+    config_class = MotionAdapterConfig
+    class_names = ("MotionAdapter",)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = self.config
+        widths = config.block_out_channels
+        count = len(widths)
+        layers, heads, depths = (
+            per_level(value, count)
+            for value in (
+                config.motion_layers_per_block,
+                config.motion_num_attention_heads,
+                config.motion_transformer_layers_per_block,
+            )
+        )
+
+        def block(i: int, modules: int, depth: int | tuple[int, ...]) -> nn.Module:
+            level = Level(
+                channels=widths[i],
+                temb_channels=0,
+                heads=1,
+                dim_head=1,
+                cross_attention_dim=None,
+                motion_heads=heads[i],
+                motion_layers=depth,
+                motion_positions=config.motion_max_seq_length,
+                norm_num_groups=config.motion_norm_num_groups,
+            )
+            made = nn.Module()
+            made.motion_modules = [motion_module(level, j) for j in range(modules)]
+            return made
+
+        if config.conv_in_channels is not None:
+            self.conv_in = Conv2d(config.conv_in_channels, widths[0], 3, padding=1)
+        self.down_blocks = [block(i, layers[i], depths[i]) for i in range(count)]
+        self.up_blocks = [block(i, layers[i] + 1, _one_more(depths[i])) for i in reversed(range(count))]
+        if config.use_motion_mid_block:
+            depth = config.motion_transformer_layers_per_mid_block
+            self.mid_block = block(count - 1, config.motion_mid_block_layers_per_block, depth)
+
+    @classmethod
+    def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
+        """Name of a file's tensor `key` here: the files of AnimateDiff's authors have other names."""
+        return motion_name(key)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path, **options: Any) -> "MotionAdapter":
+        """See `PretrainedModel.from_pretrained`; a lone safetensors file, diffusers' or of AnimateDiff's
+        authors, is read as well, its config told by its shapes."""
+        if not Path(path_or_id).expanduser().is_file():
+            return super().from_pretrained(path_or_id, **options)
+        checkpoint = find_checkpoint(path_or_id, STEM, files=True)
+        with naming(checkpoint.where):
+            model = cls.from_config(adapter_config(checkpoint))
+        return model.load_checkpoints([Source(checkpoint)], options.get("dtype"))
+
+
+def motion_name(name: str) -> str | None:
+    """The name here of a tensor of a motion module, whosever names; None for a table of positions of the
+    authors' files, which is made by its formula."""
+    if "pos_encoder" in name:
+        return None
+    name = name.replace(".temporal_transformer.", ".")
+    return _ORIGINAL_NAME.sub(lambda match: f".{_ORIGINAL[match[1]]}", name)
+
+
+def _one_more(depths: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    """The numbers of an up block, which has a layer more: the last counts twice."""
+    return depths if isinstance(depths, int) else (*depths, depths[-1])
+
+
+def adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config of a motion adapter: that of its folder, or what the shapes of a lone file tell.
+
+    Raises CheckpointError for a file of something else.
+    """
+    if checkpoint.config:
+        MotionAdapter.check_class_name(checkpoint.config, str(checkpoint.where / "config.json"))
+        return {k: v for k, v in checkpoint.config.items() if k != "quantization"}
+    shapes = {
+        motion_name(key): info.shape
+        for header in checkpoint.headers.values()
+        for key, info in header.tensors.items()
+    }
+    tables = [
+        info.shape
+        for header in checkpoint.headers.values()
+        for key, info in header.tensors.items()
+        if key.endswith(".pe")
+    ]
+    widths = []
+    while (shape := shapes.get(f"down_blocks.{len(widths)}.motion_modules.0.norm.weight")) is not None:
+        widths.append(shape[0])
+    if not widths:
+        raise CheckpointError(
+            f"{checkpoint.where} has no down_blocks.0.motion_modules.0.norm.weight, so it is no motion "
+            "adapter; give the file or folder of one"
+        )
+
+    def count(pattern: str) -> int:
+        number = 0
+        while pattern.format(number) in shapes:
+            number += 1
+        return number
+
+    module = "down_blocks.0.motion_modules.{}.norm.weight"
+    block = "down_blocks.0.motion_modules.0.transformer_blocks.{}.norm1.weight"
+    return dict(
+        block_out_channels=tuple(widths),
+        motion_layers_per_block=count(module),
+        motion_transformer_layers_per_block=count(block),
+        use_motion_mid_block="mid_block.motion_modules.0.norm.weight" in shapes,
+        motion_max_seq_length=tables[0][1] if tables and len(tables[0]) == 3 else 32,
+        conv_in_channels=None if "conv_in.weight" not in shapes else shapes["conv_in.weight"][1],
+    )
+
+
+Model = TypeVar("Model", bound=PretrainedModel)
+
+
+def from_unet2d(
+    cls: type[Model],
+    unet: str | Path,
+    motion_adapter: str | Path | MotionAdapter | None = None,
+    *,
+    dtype: mx.Dtype | None = None,
+    variant: str | None = None,
+    **hub: Any,
+) -> Model:
+    """A `UNetMotionModel` of the weights of a 2-D UNet and of a motion adapter, read straight into one
+    network.
+
+    Args:
+        unet: folder or hub id of a diffusers `UNet2DConditionModel` (Stable Diffusion 1, 2, XL and their
+            kin), or a lone safetensors file with its names, whose config is told by its shapes.
+        motion_adapter: folder, hub id or lone safetensors file of one, or a loaded one; None for new modules,
+            which change nothing until they are trained.
+        dtype: float32, float16 or bfloat16 for all parameters; None takes the UNet's.
+        variant: weight files of the UNet such as "fp16"; the adapter's plain files are taken.
+        hub: `subfolder` of the UNet, `revision`, `local_files_only`, `token`, `cache_dir`.
+
+    Unlike diffusers, it copies the `add_embedding` of SDXL; there it stays random.
+
+    Raises ValueError where adapter and UNet do not fit together; FileNotFoundError, PermissionError,
+    ConnectionError, CheckpointError as `from_pretrained`.
+    """
+    spatial = find_checkpoint(unet, STEM, variant=variant, files=True, **hub)
+    config = dict(spatial.config) or unet2d_config(spatial)
+    name = config.get("_class_name", "UNet2DConditionModel")
+    if name != "UNet2DConditionModel":
+        raise CheckpointError(
+            f"{spatial.where} is of the class {name}, not UNet2DConditionModel; give the folder 'unet' of a "
+            "Stable Diffusion model"
+        )
+    if "quantization" in config:
+        raise CheckpointError(f"{spatial.where} is quantized; give the checkpoint that it was made of")
+    motion: Checkpoint | None = None
+    adapter: Mapping[str, Any] | None = None
+    if isinstance(motion_adapter, MotionAdapter):
+        adapter = motion_adapter.config
+    elif motion_adapter is not None:
+        where = {k: v for k, v in hub.items() if k not in ("subfolder", "revision")}
+        motion = find_checkpoint(motion_adapter, STEM, files=True, **where)
+        with naming(motion.where):
+            adapter = MotionAdapterConfig.from_dict(adapter_config(motion))
+    with naming(spatial.where):
+        model = cls(**_motion_config(cls, config, adapter))
+
+    expected = model.expected_tensors()
+    of_motion = {n: e for n, e in expected.items() if _MOTION in n}
+    of_unet = {n: e for n, e in expected.items() if _MOTION not in n}
+    own: dict[str, mx.array] = {}
+    sources = [Source(spatial, of_unet)]
+    if adapter is not None and adapter["conv_in_channels"] is not None:  # PIA widens conv_in
+        kernel = of_unet["conv_in.weight"]
+        narrow = (*kernel.shape[:-1], config.get("in_channels", 4))
+        of_unet["conv_in.weight"] = Expected(narrow, kernel.dtype, kernel.layout)
+        of_motion["conv_in.weight"] = kernel
+    if motion is not None:
+        sources.append(Source(motion, of_motion, _without_bias_of_conv_in))
+    else:
+        parameters = (model if motion_adapter is None else motion_adapter).parameters()
+        own = {n: array for n, array in tree_flatten(parameters) if n in of_motion}
+    return model.load_checkpoints(sources, dtype, own)
+
+
+def _without_bias_of_conv_in(name: str, keys: Collection[str]) -> str | None:
+    """The UNet's bias is kept, as in diffusers."""
+    return None if name == "conv_in.bias" else motion_name(name)
+
+
+def _motion_config(
+    cls: type[PretrainedModel], config: Mapping[str, Any], adapter: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The config of the network from those of its parts."""
+    known = {field.name for field in fields(cls.config_class)}
+    made = {name: value for name, value in config.items() if name in known and value is not None}
+    for way in ("down", "up"):
+        types = config.get(f"{way}_block_types")
+        if types is not None:
+            kind = way.capitalize()
+            made[f"{way}_block_types"] = tuple(
+                f"CrossAttn{kind}BlockMotion" if "CrossAttn" in name else f"{kind}BlockMotion"
+                for name in types
+            )
+    if not config.get("num_attention_heads"):
+        made["num_attention_heads"] = config.get("attention_head_dim", 8)
+    if adapter is not None:
+        levels = len(made.get("down_block_types", cls.config_class.down_block_types))
+        of_unet, of_adapter = (
+            per_level(_as_tuple(value), levels)
+            for value in (config.get("layers_per_block", 2), adapter["motion_layers_per_block"])
+        )
+        if len(adapter["block_out_channels"]) != levels or of_unet != of_adapter:
+            raise ValueError(
+                f"the motion adapter has {of_adapter} layers in {len(adapter['block_out_channels'])} levels, "
+                f"the UNet {of_unet} in {levels}; take an adapter for this base model (Stable Diffusion 1.5, "
+                "SDXL)"
+            )
+        made |= dict(
+            motion_num_attention_heads=adapter["motion_num_attention_heads"],
+            motion_max_seq_length=adapter["motion_max_seq_length"],
+            use_motion_mid_block=adapter["use_motion_mid_block"],
+            layers_per_block=adapter["motion_layers_per_block"],
+            temporal_transformer_layers_per_mid_block=adapter["motion_transformer_layers_per_mid_block"],
+            temporal_transformer_layers_per_block=adapter["motion_transformer_layers_per_block"],
+        )
+        if adapter["conv_in_channels"]:
+            made["in_channels"] = adapter["conv_in_channels"]
+    return {name: _as_tuple(value) for name, value in made.items()}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def unet2d_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the shapes of a lone file with diffusers' names tell of the config of its 2-D UNet.
+
+    Heads have 64 channels where text has 1,024 or more (Stable Diffusion 2, XL); else there are 8.
+    Raises CheckpointError for other files.
+    """
+    shapes = {k: info.shape for header in checkpoint.headers.values() for k, info in header.tensors.items()}
+
+    def count(pattern: str) -> int:
+        number = 0
+        while pattern.format(number) in shapes:
+            number += 1
+        return number
+
+    levels = count("down_blocks.{}.resnets.0.conv1.weight")
+    if not levels or "conv_in.weight" not in shapes:
+        raise CheckpointError(
+            f"{checkpoint.where} has no tensors of a UNet under diffusers' names; convert a file with other "
+            "names first: mlx-unet3d convert --hf-path FILE --mlx-path FOLDER"
+        )
+    widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)]
+    attends = [f"down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(levels)]
+    deepest = "mid_block.attentions.0.transformer_blocks.{}.norm1.weight"
+    text = shapes[deepest.format(0).replace("norm1", "attn2.to_k")][1]
+    depths = [
+        max(count(f"down_blocks.{i}.attentions.0.transformer_blocks.{{}}.norm1.weight"), 1)
+        for i in range(levels)
+    ]
+    config: dict[str, Any] = dict(
+        in_channels=shapes["conv_in.weight"][1],
+        out_channels=shapes["conv_out.weight"][0],
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        block_out_channels=widths,
+        layers_per_block=count("down_blocks.0.resnets.{}.conv1.weight"),
+        cross_attention_dim=text,
+        attention_head_dim=[width // 64 for width in widths] if text >= 1024 else 8,
+        use_linear_projection=len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2,
+        transformer_layers_per_block=depths,
+        transformer_layers_per_mid_block=count(deepest),
+    )
+    if "add_embedding.linear_1.weight" in shapes:
+        config |= dict(
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=shapes["add_embedding.linear_1.weight"][1],
+        )
+    return config

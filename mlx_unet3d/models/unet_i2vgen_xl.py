@@ -1,0 +1,269 @@
+"""I2VGenXLUNet: the denoising network of I2VGen-XL, from an image and a prompt.
+
+Source: diffusers' class of that name; Zhang et al., arXiv:2311.04145. Letters as in `video_unet`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..checkpoints.config import ModelConfig, key
+from ..layers.activations import SiLU
+from ..layers.attention import Attention
+from ..layers.blocks import UNetMidBlock3DCrossAttn
+from ..layers.conditions import Conditions
+from ..layers.convolution import Conv2d
+from ..layers.embeddings import timestep_sinusoid
+from ..layers.feed_forward import FeedForward
+from ..layers.text_context import TextContext
+from ..layers.transformers import TransformerTemporalModel
+from .feature_cache import FeatureCache
+from .unet_3d_condition import DOWN_BLOCKS, TRANSFORMER_IN_HEADS, UP_BLOCKS, levels_of_3d
+from .video_unet import Context, VideoUNet, VideoUNetOutput, as_timestep, check_levels
+
+_LATENT_CHANNELS = 4  # of the image's latents, whatever in_channels is
+_POOLED = 32  # height and width of the image's latents in the context, before they are halved twice
+
+
+@dataclass
+class I2VGenXLUNetConfig(ModelConfig):
+    """The keys of `config.json`; defaults are those of diffusers and of the released checkpoint."""
+
+    sample_size: int | tuple[int, int] | None = key(
+        None, "height and width of the latents it was trained on; only pipelines look at it"
+    )
+    in_channels: int = key(4, "of the sample", least=1)
+    out_channels: int = key(4, "of the prediction", least=1)
+    down_block_types: tuple[str, ...] = key(
+        ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
+        '"DownBlock3D" or "CrossAttnDownBlock3D" a level, finest first',
+        choices=DOWN_BLOCKS,
+    )
+    up_block_types: tuple[str, ...] = key(
+        ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
+        '"UpBlock3D" or "CrossAttnUpBlock3D" a level, coarsest first',
+        choices=UP_BLOCKS,
+    )
+    block_out_channels: tuple[int, ...] = key(
+        (320, 640, 1280, 1280), "channels a level; multiples of `norm_num_groups`", least=1
+    )
+    layers_per_block: int = key(2, "resnets of a down block; up blocks have one more", least=1)
+    norm_num_groups: int = key(32, "groups of the group norms", least=1)
+    cross_attention_dim: int = key(1024, "D, channels of text states and image embedding", least=1)
+    attention_head_dim: int = key(64, "channels of an attention head, at most the narrowest block's", least=1)
+    num_attention_heads: int | tuple[int, ...] | None = key(None, "without effect, as in diffusers")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_levels(self)
+        narrowest = min(self.block_out_channels)
+        if self.attention_head_dim > narrowest:
+            raise ValueError(
+                f"attention_head_dim={self.attention_head_dim} exceeds the {narrowest} channels of a block, "
+                "which would leave it no head; use a divisor of the entries of block_out_channels"
+            )
+
+
+class I2VGenXLTransformerTemporalEncoder(nn.Module):
+    """Attention among frames and a feed-forward, of which only the first is normalized; diffusers' class."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, None, heads, dim_head)
+        self.ff = FeedForward(dim, activation="gelu")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(N, F, C) -> (N, F, C)."""
+        x = x + self.attn1(self.norm1(x))
+        return x + self.ff(x)
+
+
+class AdaptiveAvgPool2d(nn.Module):
+    """Means over the bins in which torch cuts (N, H, W, C) into (N, size, size, C); bins overlap, or repeat
+    pixels."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for axis in (1, 2):
+            length = x.shape[axis]
+            bins = [(i * length // self.size, -(-(i + 1) * length // self.size)) for i in range(self.size)]
+            parts = [mx.take(x, mx.arange(*ends), axis=axis).mean(axis=axis) for ends in bins]
+            x = mx.stack(parts, axis=axis)
+        return x
+
+
+def _in_turn(layers: Sequence[nn.Module], x: mx.array) -> mx.array:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+@dataclass
+class I2VGenXLUNetOutput(VideoUNetOutput):
+    """`sample`: the prediction, (B, C, F, H, W)."""
+
+
+class I2VGenXLUNet(VideoUNet):
+    """Predicts the velocity of a noisy video latent, given text states, an image, its embedding and a frame
+    rate.
+
+    Raises ValueError where the numbers of its config do not fit together.
+    """
+
+    config_class = I2VGenXLUNetConfig
+    class_names = ("I2VGenXLUNet",)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = self.config
+        c, latent, width, dim = (
+            config.in_channels,
+            _LATENT_CHANNELS,
+            config.block_out_channels[0],
+            config.cross_attention_dim,
+        )
+        self._build(
+            levels_of_3d(config),
+            [DOWN_BLOCKS[name] for name in config.down_block_types],
+            [UP_BLOCKS[name] for name in config.up_block_types],
+            UNetMidBlock3DCrossAttn,
+            layers=(config.layers_per_block,) * len(config.block_out_channels),
+            in_channels=2 * c,
+            transformer_in=TransformerTemporalModel(
+                TRANSFORMER_IN_HEADS, config.attention_head_dim, width, config.norm_num_groups
+            ),
+            image_latents_proj_in=[
+                Conv2d(latent, 4 * c, 3, padding=1),
+                SiLU(),
+                Conv2d(4 * c, 4 * c, 3, padding=1),
+                SiLU(),
+                Conv2d(4 * c, c, 3, padding=1),
+            ],
+            image_latents_temporal_encoder=I2VGenXLTransformerTemporalEncoder(c, heads=2, dim_head=c),
+            image_latents_context_embedding=[
+                Conv2d(latent, 8 * c, 3, padding=1),
+                SiLU(),
+                AdaptiveAvgPool2d(_POOLED),
+                Conv2d(8 * c, 16 * c, 3, stride=2, padding=1),
+                SiLU(),
+                Conv2d(16 * c, dim, 3, stride=2, padding=1),
+            ],
+            context_embedding=[nn.Linear(dim, 4 * width), SiLU(), nn.Linear(4 * width, dim * c)],
+            fps_embedding=[nn.Linear(width, 4 * width), SiLU(), nn.Linear(4 * width, 4 * width)],
+        )
+
+    def __call__(
+        self,
+        sample: mx.array,
+        timestep: int | float | mx.array,
+        fps: int | float | mx.array,
+        image_latents: mx.array,
+        image_embeddings: mx.array | None = None,
+        encoder_hidden_states: mx.array | TextContext | None = None,
+        timestep_cond: mx.array | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+        *,
+        feature_cache: FeatureCache | None = None,
+    ) -> I2VGenXLUNetOutput | tuple[mx.array]:
+        """One forward.
+
+        Args:
+            sample: noisy latents (B, in_channels, F, H, W) in the dtype of the network.
+            timestep: one for all, or (B,); usually 0 to 999.
+            fps: frames a second, one for all, or (B,).
+            image_latents: latents of the image in the first frame, and the positions of the others,
+                (B, 4, F, H, W).
+            image_embeddings: CLIP embedding of the image, (B, D) or (B, 1, D).
+            encoder_hidden_states: text states (B, L, D); or what `embed_context` made of these, the image
+                latents and the embedding, once for all steps.
+            timestep_cond: must be None; the network has no projection of it.
+            cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA.
+            return_dict: False for a tuple.
+            feature_cache: takes the deep features of this forward, or gives those of an earlier one.
+
+        Returns the prediction (B, out_channels, F, H, W) in the dtype of the sample.
+        Raises ValueError for shapes, dtypes and counts that do not fit.
+        """
+        inputs = dict(
+            timestep=as_timestep(timestep),
+            fps=as_timestep(fps),
+            image_latents=image_latents,
+            image_embeddings=image_embeddings,
+            timestep_cond=timestep_cond,
+            cross_attention_kwargs=cross_attention_kwargs,
+        )
+        x = self._run(sample, encoder_hidden_states, inputs, feature_cache)
+        return I2VGenXLUNetOutput(sample=x) if return_dict else (x,)
+
+    def embed_context(
+        self, text: mx.array, image_latents: mx.array, image_embeddings: mx.array
+    ) -> TextContext:
+        """The context of all steps: text states, 64 tokens of the first frame's latents, and `in_channels`
+        tokens of the image embedding.
+
+        Arguments as of a forward. Returns (B, L + 64 + in_channels, D).
+        """
+        return TextContext(self._context(text, image_latents, image_embeddings))
+
+    def _context(self, text: mx.array, image_latents: mx.array, image_embeddings: mx.array) -> mx.array:
+        batch, dim = text.shape[0], self.config.cross_attention_dim
+        if image_embeddings is None or image_embeddings.size != batch * dim:
+            shape = None if image_embeddings is None else tuple(image_embeddings.shape)
+            raise ValueError(f"image_embeddings has shape {shape}; it must be ({batch}, {dim})")
+        first = image_latents[:, :, 0].transpose(0, 2, 3, 1)  # (B, H, W, C)
+        latents = _in_turn(self.image_latents_context_embedding, first).reshape(batch, -1, dim)
+        image = _in_turn(self.context_embedding, image_embeddings.reshape(batch, dim))
+        return mx.concatenate([text, latents, image.reshape(batch, self.config.in_channels, dim)], axis=1)
+
+    def _prepare(
+        self, sample: mx.array, context: Context | None, inputs: dict[str, Any]
+    ) -> tuple[mx.array, Conditions]:
+        self._check_sample(sample)
+        batch, _, frames, height, width = sample.shape
+        dtype, dim = sample.dtype, self.config.cross_attention_dim
+        latents, wanted = inputs["image_latents"], (batch, _LATENT_CHANNELS, frames, height, width)
+        if tuple(latents.shape) != wanted or latents.dtype != dtype:
+            raise ValueError(
+                f"image_latents are {latents.dtype} {tuple(latents.shape)}; they must be {dtype} {wanted}"
+            )
+        context = self._check_context(context, (batch,), dim, dtype)
+        if not isinstance(context, TextContext):
+            context = self._context(context, latents, inputs["image_embeddings"])
+        fps = inputs["fps"].reshape(-1)
+        if fps.size not in (1, batch):
+            raise ValueError(
+                f"fps has shape {tuple(inputs['fps'].shape)}; it must be one number or ({batch},)"
+            )
+        sinusoid = timestep_sinusoid(mx.broadcast_to(fps, (batch,)), self.config.block_out_channels[0])
+        temb = self._embed_time(inputs["timestep"], batch, dtype, inputs["timestep_cond"])
+        cond = Conditions(
+            batch=batch,
+            num_frames=frames,
+            temb=temb + _in_turn(self.fps_embedding, sinusoid.astype(dtype)),
+            context=context,
+            cross_attention_kwargs=inputs["cross_attention_kwargs"],
+            freeu=self.freeu,
+            chunks=self.chunks,
+        )
+        return mx.concatenate([sample, self._encode_image(latents)], axis=1), cond
+
+    def _encode_image(self, latents: mx.array) -> mx.array:
+        """Latents of the image (B, 4, F, H, W) -> what stands beside the sample, (B, in_channels, F, H,
+        W)."""
+        batch, _, frames, height, width = latents.shape
+        # (B, C, F, H, W) -> (N, H, W, C)
+        x = latents.transpose(0, 2, 3, 4, 1).reshape(batch * frames, height, width, -1)
+        x = _in_turn(self.image_latents_proj_in, x)
+        # (N, H, W, C) -> (B*H*W, F, C)
+        x = x.reshape(batch, frames, height * width, -1).transpose(0, 2, 1, 3)
+        x = self.image_latents_temporal_encoder(x.reshape(batch * height * width, frames, -1))
+        # (B*H*W, F, C) -> (B, C, F, H, W)
+        return x.reshape(batch, height, width, frames, -1).transpose(0, 4, 3, 1, 2)

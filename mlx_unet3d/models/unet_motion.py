@@ -1,0 +1,401 @@
+"""UNetMotionModel: the denoising network of AnimateDiff, a Stable Diffusion UNet with motion modules between.
+
+Source: diffusers' class of that name; Guo et al., arXiv:2307.04725. Letters as in `video_unet`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..checkpoints.config import ModelConfig, key
+from ..layers.blocks import (
+    CrossAttnDownBlockMotion,
+    CrossAttnUpBlockMotion,
+    DownBlockMotion,
+    Level,
+    UNetMidBlock2DCrossAttn,
+    UNetMidBlockCrossAttnMotion,
+    UpBlockMotion,
+)
+from ..layers.conditions import Conditions
+from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
+from ..layers.text_context import TextContext
+from .feature_cache import FeatureCache
+from .motion_adapter import MotionAdapter, from_unet2d
+from .video_unet import (
+    Context,
+    Levels,
+    VideoUNet,
+    VideoUNetOutput,
+    as_timestep,
+    check_levels,
+    known_blocks,
+    mask_bias,
+    per_level,
+)
+
+DOWN_BLOCKS = known_blocks(DownBlockMotion, CrossAttnDownBlockMotion)
+UP_BLOCKS = known_blocks(UpBlockMotion, CrossAttnUpBlockMotion)
+
+
+@dataclass
+class UNetMotionConfig(ModelConfig):
+    """The keys of `config.json`; defaults are those of diffusers."""
+
+    sample_size: int | tuple[int, int] | None = key(
+        None, "height and width of the latents it was trained on; only pipelines look at it"
+    )
+    in_channels: int = key(4, "of the sample", least=1)
+    out_channels: int = key(4, "of the prediction", least=1)
+    down_block_types: tuple[str, ...] = key(
+        ("CrossAttnDownBlockMotion",) * 3 + ("DownBlockMotion",),
+        '"DownBlockMotion" or "CrossAttnDownBlockMotion" a level, finest first',
+        choices=DOWN_BLOCKS,
+    )
+    up_block_types: tuple[str, ...] = key(
+        ("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * 3,
+        '"UpBlockMotion" or "CrossAttnUpBlockMotion" a level, coarsest first',
+        choices=UP_BLOCKS,
+    )
+    block_out_channels: tuple[int, ...] = key(
+        (320, 640, 1280, 1280), "channels a level; multiples of `norm_num_groups`", least=1
+    )
+    layers_per_block: int | tuple[int, ...] = key(
+        2, "resnets of a down block, one number or one a level; up blocks have one more", least=1
+    )
+    downsample_padding: int = key(1, "0 or 1; of the halving convolutions")
+    mid_block_scale_factor: float = key(1, "divides the outputs of the resnets of the mid block")
+    act_fn: str = key("silu", '"silu", "swish", "mish", "gelu" or "relu"; of resnets and the time embedding')
+    norm_num_groups: int = key(32, "groups of the group norms, of motion modules too", least=1)
+    norm_eps: float = key(1e-5, "of the group norms (transformers and motion modules keep 1e-6)")
+    cross_attention_dim: int | tuple[int, ...] = key(
+        1280, "D, channels of the text states, one number or one a level", least=1
+    )
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = key(
+        1, "blocks of a spatial transformer: one number, one a level, or one a level and layer", least=1
+    )
+    reverse_transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] | None = key(
+        None, "the same on the way up, coarsest first; None for the same numbers", least=1
+    )
+    temporal_transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = key(
+        1, "blocks of a motion module: one number, one a level, or one a level and layer", least=1
+    )
+    reverse_temporal_transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] | None = key(
+        None, "the same on the way up, coarsest first; None for the same numbers", least=1
+    )
+    transformer_layers_per_mid_block: int | tuple[int, ...] | None = key(
+        None,
+        "blocks of the mid block's transformers, one number or one a layer; None for the last level's",
+        least=1,
+    )
+    temporal_transformer_layers_per_mid_block: int | tuple[int, ...] | None = key(
+        1, "blocks of the mid block's motion modules, one number or one a layer", least=1
+    )
+    use_linear_projection: bool = key(False, "how files store the projections around spatial transformers")
+    num_attention_heads: int | tuple[int, ...] = key(
+        8, "heads of spatial transformers, one number or one a level", least=1
+    )
+    motion_max_seq_length: int = key(32, "positions of the motion modules, the most frames", least=1)
+    motion_num_attention_heads: int | tuple[int, ...] = key(
+        8, "heads of motion modules, one number or one a level", least=1
+    )
+    reverse_motion_num_attention_heads: int | tuple[int | tuple[int, ...], ...] | None = key(
+        None, "without effect, as in diffusers"
+    )
+    use_motion_mid_block: bool = key(True, "motion modules in the mid block")
+    mid_block_layers: int = key(1, "transformers of the mid block; it has one more resnet", least=1)
+    encoder_hid_dim: int | None = key(None, "without effect, as in diffusers")
+    encoder_hid_dim_type: str | None = key(None, "None; IP-Adapters set it")
+    addition_embed_type: str | None = key(None, '"text_time" for the conditions of SDXL, or None')
+    addition_time_embed_dim: int | None = key(
+        None, "channels of the sinusoid of each time id of SDXL", least=1
+    )
+    projection_class_embeddings_input_dim: int | None = key(
+        None, "channels of pooled text and time ids of SDXL together", least=1
+    )
+    time_cond_proj_dim: int | None = key(None, "channels of `timestep_cond`; None for none", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lists = (
+            "layers_per_block",
+            "cross_attention_dim",
+            "num_attention_heads",
+            "motion_num_attention_heads",
+        )
+        numbers = ("transformer_layers_per_block", "temporal_transformer_layers_per_block")
+        check_levels(self, *lists, *numbers, *(f"reverse_{name}" for name in numbers))
+        for name in numbers:
+            nested = per_level(getattr(self, name), 1)
+            if any(isinstance(n, tuple) for n in nested) and getattr(self, f"reverse_{name}") is None:
+                raise ValueError(
+                    f"{name}={nested} has a number a layer; give reverse_{name} as well, with one number "
+                    "more a level"
+                )
+        if self.downsample_padding not in (0, 1):
+            raise ValueError(
+                f"downsample_padding={self.downsample_padding!r} does not fit the skips; use 0 or 1"
+            )
+        if not self.mid_block_scale_factor:
+            raise ValueError("mid_block_scale_factor=0 would divide by 0")
+        if self.addition_embed_type not in (None, "text_time"):
+            raise ValueError(
+                f"addition_embed_type={self.addition_embed_type!r} is not known; use 'text_time' or None"
+            )
+        needed = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
+        if self.addition_embed_type == "text_time" and None in needed:
+            raise ValueError(
+                "addition_embed_type='text_time' needs addition_time_embed_dim and "
+                f"projection_class_embeddings_input_dim; they are {needed}"
+            )
+
+
+@dataclass
+class UNetMotionOutput(VideoUNetOutput):
+    """`sample`: the prediction, (B, C, F, H, W)."""
+
+
+class UNetMotionModel(VideoUNet):
+    """Predicts noise of a noisy video latent at a timestep, given text states: Stable Diffusion that moves.
+
+    Raises ValueError where the numbers of its config do not fit together.
+    """
+
+    config_class = UNetMotionConfig
+    class_names = ("UNetMotionModel",)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = self.config
+        mid_layers = config.transformer_layers_per_mid_block
+        if mid_layers is None:
+            last = per_level(config.transformer_layers_per_block, 1)[-1]
+            mid_layers = last if isinstance(last, int) else 1
+        levels = _levels(config, mid_layers)
+        before = {}
+        if config.addition_embed_type is not None:
+            before["add_embedding"] = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, 4 * config.block_out_channels[0]
+            )
+        self._build(
+            levels,
+            [DOWN_BLOCKS[name] for name in config.down_block_types],
+            [UP_BLOCKS[name] for name in config.up_block_types],
+            UNetMidBlockCrossAttnMotion if config.use_motion_mid_block else UNetMidBlock2DCrossAttn,
+            layers=per_level(config.layers_per_block, len(config.block_out_channels)),
+            in_channels=config.in_channels,
+            downsample_padding=config.downsample_padding,
+            mid_layers=config.mid_block_layers,
+            mid_scale=config.mid_block_scale_factor,
+            time_cond_proj_dim=config.time_cond_proj_dim,
+            **before,
+        )
+
+    def __call__(
+        self,
+        sample: mx.array,
+        timestep: int | float | mx.array,
+        encoder_hidden_states: mx.array | TextContext,
+        timestep_cond: mx.array | None = None,
+        attention_mask: mx.array | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, mx.array] | None = None,
+        down_block_additional_residuals: Sequence[mx.array] | None = None,
+        mid_block_additional_residual: mx.array | None = None,
+        return_dict: bool = True,
+        *,
+        feature_cache: FeatureCache | None = None,
+    ) -> UNetMotionOutput | tuple[mx.array]:
+        """One forward.
+
+        Args:
+            sample: noisy latents (B, in_channels, F, H, W) in the dtype of the network; F at most
+                `motion_max_seq_length`.
+            timestep: one for all, or (B,); usually 0 to 999.
+            encoder_hidden_states: text states, a row a frame (B*F, L, D), as diffusers has it, or a row a
+                sample (B, L, D), which costs less; or a `TextContext` of them, projected only once.
+            timestep_cond: (B, time_cond_proj_dim), added to the sinusoid of the timestep.
+            attention_mask: (B*F, H*W), 1 for pixels to attend to, 0 for others; of networks of one level.
+            cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA.
+            added_cond_kwargs: for SDXL "text_embeds" (B, E) and "time_ids" (B, n).
+            down_block_additional_residuals: added to the skip connections, one each, (N, C, h, w) with
+                frames of a sample together, or broadcasting to that.
+            mid_block_additional_residual: the same for the output of the mid block.
+            return_dict: False for a tuple.
+            feature_cache: takes the deep features of this forward, or gives those of an earlier one.
+
+        Returns the prediction (B, out_channels, F, H, W) in the dtype of the sample.
+        Raises ValueError for shapes, dtypes and counts that do not fit, and for more frames than positions.
+        """
+        inputs = dict(
+            timestep=as_timestep(timestep),
+            timestep_cond=timestep_cond,
+            attention_mask=attention_mask,
+            cross_attention_kwargs=cross_attention_kwargs,
+            added=added_cond_kwargs,
+            down_residuals=down_block_additional_residuals,
+            mid_residuals=mid_block_additional_residual,
+        )
+        x = self._run(sample, encoder_hidden_states, inputs, feature_cache)
+        return UNetMotionOutput(sample=x) if return_dict else (x,)
+
+    def _prepare(
+        self, sample: mx.array, context: Context | None, inputs: dict[str, Any]
+    ) -> tuple[mx.array, Conditions]:
+        self._check_sample(sample)
+        batch, frames, dtype = sample.shape[0], sample.shape[2], sample.dtype
+        most = self.config.motion_max_seq_length
+        if frames > most:
+            raise ValueError(
+                f"num_frames={frames} exceeds the motion module's {most} positions; use num_frames <= "
+                f"{most}, or windows of at most {most} frames"
+            )
+        dims = self.config.cross_attention_dim
+        temb = self._embed_time(inputs["timestep"], batch, dtype, inputs["timestep_cond"])
+        if "add_embedding" in self:
+            temb = temb + self._embed_text_time(inputs["added"] or {}, batch, dtype)
+        mask = inputs["attention_mask"]
+        return sample, Conditions(
+            batch=batch,
+            num_frames=frames,
+            temb=temb,
+            context=self._check_context(
+                context, (batch, batch * frames), dims if isinstance(dims, int) else dims[0], dtype
+            ),
+            pixel_mask=None if mask is None else mask_bias(mask, dtype),
+            cross_attention_kwargs=inputs["cross_attention_kwargs"],
+            freeu=self.freeu,
+            chunks=self.chunks,
+        )
+
+    def _embed_text_time(self, added: dict[str, mx.array], batch: int, dtype: mx.Dtype) -> mx.array:
+        """Pooled text (B, E) and time ids (B, n) of SDXL -> (B, T)."""
+        for name in ("text_embeds", "time_ids"):
+            if name not in added:
+                raise ValueError(
+                    f"added_cond_kwargs has no {name!r}, which a network with "
+                    "addition_embed_type='text_time' needs"
+                )
+        ids = timestep_sinusoid(added["time_ids"].reshape(-1), self.config.addition_time_embed_dim)
+        both = mx.concatenate([added["text_embeds"].astype(mx.float32), ids.reshape(batch, -1)], axis=-1)
+        wanted = (batch, self.config.projection_class_embeddings_input_dim)
+        if both.shape != wanted:
+            raise ValueError(
+                f"text_embeds {tuple(added['text_embeds'].shape)} and time_ids "
+                f"{tuple(added['time_ids'].shape)} make {tuple(both.shape)}; they must make {wanted}"
+            )
+        return self.add_embedding(both.astype(dtype))
+
+    # AnimateDiff's parts.
+
+    @classmethod
+    def from_unet2d(
+        cls,
+        unet: str | Path,
+        motion_adapter: str | Path | MotionAdapter | None = None,
+        *,
+        dtype: mx.Dtype | None = None,
+        variant: str | None = None,
+        **hub: Any,
+    ) -> "UNetMotionModel":
+        """A Stable Diffusion UNet with motion modules; see `motion_adapter.from_unet2d`."""
+        return from_unet2d(cls, unet, motion_adapter, dtype=dtype, variant=variant, **hub)
+
+    def motion_adapter(self) -> MotionAdapter:
+        """The motion modules as an adapter of their own, which shares their arrays.
+
+        Raises ValueError for modules that no adapter can hold: other numbers of transformer blocks on the way
+            up.
+        """
+        config = self.config
+        for name in ("reverse_temporal_transformer_layers_per_block", "reverse_motion_num_attention_heads"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name}={getattr(config, name)} has no place in a motion adapter")
+        adapter = MotionAdapter(
+            block_out_channels=config.block_out_channels,
+            motion_layers_per_block=config.layers_per_block,
+            motion_transformer_layers_per_block=config.temporal_transformer_layers_per_block,
+            motion_mid_block_layers_per_block=config.mid_block_layers,
+            motion_transformer_layers_per_mid_block=config.temporal_transformer_layers_per_mid_block or 1,
+            motion_num_attention_heads=config.motion_num_attention_heads,
+            motion_norm_num_groups=config.norm_num_groups,
+            motion_max_seq_length=config.motion_max_seq_length,
+            use_motion_mid_block=config.use_motion_mid_block,
+        )
+        own = [(k, a) for k, a in tree_flatten(self.parameters()) if ".motion_modules." in k]
+        adapter.load_weights(own, strict=True)
+        return adapter.eval()
+
+    def save_motion_modules(self, folder: str | Path, **options: Any) -> list[Path]:
+        """Write the motion modules as a `MotionAdapter`; `options` as of `save_pretrained`.
+
+        ValueError while adapters are loaded, and as `motion_adapter`.
+        """
+        self.refuse_adapters("saving motion modules")
+        return self.motion_adapter().save_pretrained(folder, **options)
+
+    def load_motion_modules(self, motion_adapter: MotionAdapter) -> None:
+        """Replace the motion modules by those of an adapter, in the dtype of this network.
+
+        ValueError where its modules are others; nothing is changed then.
+        """
+        own = {k: a for k, a in tree_flatten(self.parameters()) if ".motion_modules." in k}
+        given = {k: a for k, a in tree_flatten(motion_adapter.parameters()) if ".motion_modules." in k}
+        differing = sorted(own.keys() ^ given.keys()) or sorted(
+            k for k in own if own[k].shape != given[k].shape
+        )
+        if differing:
+            raise ValueError(
+                f"the motion adapter does not fit this network: {len(differing)} of its parameters differ, "
+                f"the first is {differing[0]}; take an adapter for this base model"
+            )
+        self.load_weights([(k, a.astype(own[k].dtype)) for k, a in given.items()], strict=False)
+
+    def freeze_unet2d_params(self) -> None:
+        """Freeze all parameters but those of the motion modules, for fine-tuning of these."""
+        self.freeze()
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            for module in block.get("motion_modules", ()):
+                module.unfreeze()
+
+
+def _levels(config: UNetMotionConfig, mid_layers: int | tuple[int, ...]) -> Levels:
+    count = len(config.block_out_channels)
+
+    def level(i: int, spatial: Any, motion: Any) -> Level:
+        width, heads = config.block_out_channels[i], per_level(config.num_attention_heads, count)[i]
+        return Level(
+            channels=width,
+            temb_channels=4 * config.block_out_channels[0],
+            heads=heads,
+            dim_head=width // heads,
+            cross_attention_dim=per_level(config.cross_attention_dim, count)[i],
+            transformer_layers=spatial,
+            use_linear_projection=config.use_linear_projection,
+            motion_heads=per_level(config.motion_num_attention_heads, count)[i],
+            motion_layers=motion,
+            motion_positions=config.motion_max_seq_length,
+            norm_num_groups=config.norm_num_groups,
+            norm_eps=config.norm_eps,
+            act_fn=config.act_fn,
+        )
+
+    spatial = per_level(config.transformer_layers_per_block, count)
+    motion = per_level(config.temporal_transformer_layers_per_block, count)
+    up_spatial, up_motion = (
+        numbers[::-1] if reverse is None else per_level(reverse, count)
+        for numbers, reverse in (
+            (spatial, config.reverse_transformer_layers_per_block),
+            (motion, config.reverse_temporal_transformer_layers_per_block),
+        )
+    )
+    mid_motion = config.temporal_transformer_layers_per_mid_block
+    return Levels(
+        tuple(level(i, spatial[i], motion[i]) for i in range(count)),
+        level(count - 1, mid_layers, 1 if mid_motion is None else mid_motion),
+        tuple(level(count - 1 - i, up_spatial[i], up_motion[i]) for i in range(count)),
+    )

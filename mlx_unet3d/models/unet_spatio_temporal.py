@@ -1,0 +1,223 @@
+"""UNetSpatioTemporalConditionModel: the denoising network of Stable Video Diffusion.
+
+Source: diffusers' class of that name; Blattmann et al., arXiv:2311.15127. Letters as in `video_unet`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoints.config import ModelConfig, key
+from ..layers.blocks import (
+    CrossAttnDownBlockSpatioTemporal,
+    CrossAttnUpBlockSpatioTemporal,
+    DownBlockSpatioTemporal,
+    Level,
+    UNetMidBlockSpatioTemporal,
+    UpBlockSpatioTemporal,
+)
+from ..layers.conditions import Conditions
+from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
+from ..layers.text_context import TextContext
+from .feature_cache import FeatureCache
+from .video_unet import (
+    Context,
+    Levels,
+    VideoUNet,
+    VideoUNetOutput,
+    as_timestep,
+    check_levels,
+    known_blocks,
+    per_level,
+)
+
+DOWN_BLOCKS = known_blocks(DownBlockSpatioTemporal, CrossAttnDownBlockSpatioTemporal)
+UP_BLOCKS = known_blocks(UpBlockSpatioTemporal, CrossAttnUpBlockSpatioTemporal)
+
+
+@dataclass
+class UNetSpatioTemporalConditionConfig(ModelConfig):
+    """The keys of `config.json`; defaults are those of diffusers and of the released checkpoints."""
+
+    sample_size: int | tuple[int, int] | None = key(
+        None, "height and width of the latents it was trained on; only pipelines look at it"
+    )
+    in_channels: int = key(8, "of the sample: noisy latents beside those of the image", least=1)
+    out_channels: int = key(4, "of the prediction", least=1)
+    down_block_types: tuple[str, ...] = key(
+        ("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",),
+        '"DownBlockSpatioTemporal" or "CrossAttnDownBlockSpatioTemporal" a level, finest first',
+        choices=DOWN_BLOCKS,
+    )
+    up_block_types: tuple[str, ...] = key(
+        ("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 3,
+        '"UpBlockSpatioTemporal" or "CrossAttnUpBlockSpatioTemporal" a level, coarsest first',
+        choices=UP_BLOCKS,
+    )
+    block_out_channels: tuple[int, ...] = key(
+        (320, 640, 1280, 1280), "channels a level; multiples of 32 and of its heads", least=1
+    )
+    addition_time_embed_dim: int = key(256, "channels of the sinusoid of each time id", least=1)
+    projection_class_embeddings_input_dim: int = key(
+        768, "channels of the sinusoids of all time ids", least=1
+    )
+    layers_per_block: int | tuple[int, ...] = key(
+        2, "resnets of a down block, one number or one a level; up blocks have one more", least=1
+    )
+    cross_attention_dim: int | tuple[int, ...] = key(
+        1024, "D, channels of the image embedding, one number or one a level", least=1
+    )
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = key(
+        1,
+        "pairs of transformer blocks of a layer, one number, one a level, or one a level and layer",
+        least=1,
+    )
+    num_attention_heads: int | tuple[int, ...] = key(
+        (5, 10, 20, 20), "heads, one number or one a level", least=1
+    )
+    num_frames: int = key(25, "frames of the training clips; only pipelines look at it", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        lists = (
+            "layers_per_block",
+            "cross_attention_dim",
+            "num_attention_heads",
+            "transformer_layers_per_block",
+        )
+        check_levels(self, *lists)
+
+
+@dataclass
+class UNetSpatioTemporalConditionOutput(VideoUNetOutput):
+    """`sample`: the prediction, (B, F, C, H, W)."""
+
+
+class UNetSpatioTemporalConditionModel(VideoUNet):
+    """Predicts the velocity of a noisy video latent at a noise level, given an image and its embedding.
+
+    Raises ValueError where the numbers of its config do not fit together.
+    """
+
+    config_class = UNetSpatioTemporalConditionConfig
+    class_names = ("UNetSpatioTemporalConditionModel",)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = self.config
+        widths = config.block_out_channels
+        heads, contexts, depths, layers = (
+            per_level(value, len(widths))
+            for value in (
+                config.num_attention_heads,
+                config.cross_attention_dim,
+                config.transformer_layers_per_block,
+                config.layers_per_block,
+            )
+        )
+        down = tuple(
+            Level(
+                channels=width,
+                temb_channels=4 * widths[0],
+                heads=heads[i],
+                dim_head=width // heads[i],
+                cross_attention_dim=contexts[i],
+                transformer_layers=depths[i],
+            )
+            for i, width in enumerate(widths)
+        )
+        embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, 4 * widths[0])
+        self._build(
+            Levels(down, down[-1], down[::-1]),
+            [DOWN_BLOCKS[name] for name in config.down_block_types],
+            [UP_BLOCKS[name] for name in config.up_block_types],
+            UNetMidBlockSpatioTemporal,
+            layers=layers,
+            in_channels=config.in_channels,
+            add_embedding=embedding,
+        )
+
+    def __call__(
+        self,
+        sample: mx.array,
+        timestep: int | float | mx.array,
+        encoder_hidden_states: mx.array | TextContext,
+        added_time_ids: mx.array,
+        return_dict: bool = True,
+        *,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        image_only_indicator: mx.array | None = None,
+        down_block_additional_residuals: Sequence[mx.array] | None = None,
+        mid_block_additional_residual: mx.array | None = None,
+        feature_cache: FeatureCache | None = None,
+    ) -> UNetSpatioTemporalConditionOutput | tuple[mx.array]:
+        """One forward.
+
+        Args:
+            sample: noisy latents and those of the image (B, F, in_channels, H, W) in the dtype of the
+                network.
+            timestep: one for all, or (B,); a quarter of the logarithm of the noise level in released
+                checkpoints.
+            encoder_hidden_states: the image embedding (B, L, cross_attention_dim), usually of one token, or a
+                `TextContext` of it. The attention to one token is the same for all queries and computed as
+                such.
+            added_time_ids: (B, n), or flat: frames a second - 1, motion bucket and noise of the image.
+            return_dict: False for a tuple.
+            cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA.
+            image_only_indicator: (B, F), nonzero for frames that are single images; None for none, as
+                diffusers' forward has it.
+            down_block_additional_residuals: added to the skip connections, one each, (N, C, h, w) with
+                frames of a sample together, or broadcasting to that.
+            mid_block_additional_residual: the same for the output of the mid block.
+            feature_cache: takes the deep features of this forward, or gives those of an earlier one.
+
+        Returns the prediction (B, F, out_channels, H, W) in the dtype of the sample.
+        Raises ValueError for shapes, dtypes and counts that do not fit.
+        """
+        inputs = dict(
+            timestep=as_timestep(timestep),
+            added_time_ids=added_time_ids,
+            cross_attention_kwargs=cross_attention_kwargs,
+            image_only=image_only_indicator,
+            down_residuals=down_block_additional_residuals,
+            mid_residuals=mid_block_additional_residual,
+        )
+        x = self._run(sample, encoder_hidden_states, inputs, feature_cache).transpose(0, 2, 1, 3, 4)
+        return UNetSpatioTemporalConditionOutput(sample=x) if return_dict else (x,)
+
+    def _prepare(
+        self, sample: mx.array, context: Context | None, inputs: dict[str, Any]
+    ) -> tuple[mx.array, Conditions]:
+        self._check_sample(sample, axis=2)
+        batch, frames, dtype = *sample.shape[:2], sample.dtype
+        dims = self.config.cross_attention_dim
+        image_only = inputs["image_only"]
+        if image_only is not None and tuple(image_only.shape) != (batch, frames):
+            raise ValueError(
+                f"image_only_indicator has shape {tuple(image_only.shape)}; it must be ({batch}, {frames})"
+            )
+        cond = Conditions(
+            batch=batch,
+            num_frames=frames,
+            temb=self._embed_time(inputs["timestep"], batch, dtype)
+            + self._embed_ids(inputs["added_time_ids"], batch, dtype),
+            context=self._check_context(context, (batch,), dims if isinstance(dims, int) else dims[0], dtype),
+            image_only=image_only,
+            cross_attention_kwargs=inputs["cross_attention_kwargs"],
+            freeu=self.freeu,
+            chunks=self.chunks,
+        )
+        return sample.transpose(0, 2, 1, 3, 4), cond  # (B, F, C, H, W) -> (B, C, F, H, W)
+
+    def _embed_ids(self, ids: mx.array, batch: int, dtype: mx.Dtype) -> mx.array:
+        """Time ids (B, n) -> (B, T)."""
+        dim, total = self.config.addition_time_embed_dim, self.config.projection_class_embeddings_input_dim
+        if ids.size * dim != batch * total:
+            raise ValueError(
+                f"added_time_ids has shape {tuple(ids.shape)}; it must be ({batch}, {total // dim}): "
+                f"{total // dim} numbers a sample, of {dim} channels each (addition_time_embed_dim)"
+            )
+        sinusoid = timestep_sinusoid(ids.reshape(-1), dim).reshape(batch, -1)
+        return self.add_embedding(sinusoid.astype(dtype))
