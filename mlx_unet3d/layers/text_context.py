@@ -4,6 +4,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .adapted import adapter_scale
+
 
 class TextContext:
     """Text states (B, L, D) together with the keys and values that attention layers made of them.
@@ -16,10 +18,10 @@ class TextContext:
         self.states = states
         self._projected: dict[tuple[int, float], tuple[Any, mx.array, mx.array]] = {}
 
-    def keys_values(self, attn: Any, scale: float) -> tuple[mx.array, mx.array]:
-        cache_key = (id(attn), scale)
+    def keys_values(self, attn: Any) -> tuple[mx.array, mx.array]:
+        cache_key = (id(attn), adapter_scale())
         if cache_key not in self._projected:
-            key, value = attn.project_keys_values(self.states, scale)
+            key, value = attn.project_keys_values(self.states)
             self._projected[cache_key] = (attn, key, value)  # holds attn: its id stays taken
         return self._projected[cache_key][1:]
 
@@ -45,6 +47,6 @@ class _SampleContext(TextContext):
         self.states = whole.states[i : i + 1]
         self._whole, self._row = whole, slice(i, i + 1)
 
-    def keys_values(self, attn: Any, scale: float) -> tuple[mx.array, mx.array]:
-        key, value = self._whole.keys_values(attn, scale)
+    def keys_values(self, attn: Any) -> tuple[mx.array, mx.array]:
+        key, value = self._whole.keys_values(attn)
         return key[self._row], value[self._row]

@@ -17,7 +17,7 @@ import numpy as np
 from ..checkpoints import ModelConfig, PretrainedModel
 from ..compilation import CompiledForward
 from ..layers.activations import silu
-from ..layers.adapted import walk
+from ..layers.adapted import scaled_adapters, walk
 from ..layers.convolution import Conv2d, set_convolution
 from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
 from ..layers.freeu import FreeU
@@ -339,27 +339,41 @@ class UNet3DConditionModel(AttentionControl, PretrainedModel):
         forward = self._forward if self._compiled is None else self._compiled
         if cross_attention_kwargs is not None:  # a trace takes no scalars of NumPy
             cross_attention_kwargs = {
-                name: value.item() if isinstance(value, np.generic) else value
+                name: value.item() if isinstance(value, np.generic | mx.array) and value.size == 1 else value
                 for name, value in cross_attention_kwargs.items()
             }
-        with self._scaled_adapters(cross_attention_kwargs):
-            x, *made = forward(
-                sample,
-                timestep,
-                encoder_hidden_states,
-                timestep_cond,
-                attention_mask,
-                cross_attention_kwargs,
-                down_block_additional_residuals,
-                mid_block_additional_residual,
-                depth,
-                deep,
-            )
+        x, *made = forward(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond,
+            attention_mask,
+            cross_attention_kwargs,
+            down_block_additional_residuals,
+            mid_block_additional_residual,
+            depth,
+            deep,
+        )
         if made:
             feature_cache.keep(made[0])
         return UNet3DConditionOutput(sample=x) if return_dict else (x,)
 
     def _forward(
+        self,
+        sample: mx.array,
+        timestep: mx.array,
+        encoder_hidden_states: mx.array | TextContext | None,
+        timestep_cond: mx.array | None,
+        attention_mask: mx.array | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+        *others: Any,
+    ) -> tuple[mx.array, ...]:
+        """The forward of `_run_layers`, with adapters as much as `scale` says, also while it is traced."""
+        inputs = sample, timestep, encoder_hidden_states, timestep_cond, attention_mask
+        with scaled_adapters((cross_attention_kwargs or {}).get("scale", 1.0)):
+            return self._run_layers(*inputs, cross_attention_kwargs, *others)
+
+    def _run_layers(
         self,
         sample: mx.array,
         timestep: mx.array,
