@@ -109,7 +109,7 @@ class BasicTransformerBlock(nn.Module):
         states = cond.context_states
         if states.shape[1] == 1 and cond.context_mask is None and attn.one_token_is_linear:
             # The softmax over one key is 1: one row for all queries of a context, (B, 1, K) -> (N, 1, K).
-            y = attn.of_one_token(cond.context, **keywords)
+            y = attn.of_one_token(cond.context)
             return mx.repeat(y, x.shape[0] // y.shape[0], axis=0)
         # (N, S, K) -> (B, F*S, K): all rows of a sample ask the same keys
         query = self._placed(self.norm2(x)).reshape(states.shape[0], -1, x.shape[-1])
