@@ -5,6 +5,7 @@ of the Python around them: a number that changed, a layer of another class or a 
 would go on as they were. So each structure of a network, all but its arrays, gets a function of its own here.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -13,6 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from .operations import active_tracer
 
 _CONSTANTS = (bool, int, float, str, bytes, mx.Dtype)
 _OPAQUE = (type, FunctionType, MethodType, ModuleType)
@@ -32,8 +35,15 @@ class CompiledForward:
         self._module, self._forward = module, forward
         self._compiled: OrderedDict[Hashable, tuple[Callable[..., Any], list[Any]]] = OrderedDict()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledForward":
+        """That of a copy of the module, which has compiled nothing yet."""
+        return CompiledForward(copy.deepcopy(self._module, memo), copy.deepcopy(self._forward, memo))
+
     def __call__(self, *args: Any) -> Any:
         """What `forward` returns for these arguments."""
+        tracer = active_tracer()
+        if tracer is not None:
+            return tracer.compiled(self._forward, *args)
         structure = _Structure(self._module)
         key = structure.key
         if key not in self._compiled:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from .. import cpu
 from .activations import geglu
-from .normalization import group_norm
+from .normalization import LayerNorm, group_norm
 from .slicing import evaluate, in_sequence
 
 
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         if norm_num_groups is not None:
             self.group_norm = group_norm(norm_num_groups, query_dim, eps)
         if cross_attention_norm == "layer_norm":
-            self.norm_cross = nn.LayerNorm(context_dim)
+            self.norm_cross = LayerNorm(context_dim)
         elif cross_attention_norm == "group_norm":
             channels = added_kv_proj_dim if added_kv_proj_dim is not None else context_dim
             self.norm_cross = group_norm(cross_attention_norm_num_groups, channels)
@@ -334,13 +334,13 @@ class BasicTransformerBlock(nn.Module):
         double_self_attention: bool = False,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn1 = Attention(dim, None, heads, dim_head)
         if cross_attention_dim is not None or double_self_attention:
-            self.norm2 = nn.LayerNorm(dim)
+            self.norm2 = LayerNorm(dim)
             context_dim = None if double_self_attention else cross_attention_dim
             self.attn2 = Attention(dim, context_dim, heads, dim_head)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim)
         self.chunk_size: int | None = None
         self.chunk_dim = 0
