@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from .adapted import PROCESSORS, AdaptedLayer, scaled_adapters
 from .attention_processors import AttnAddedKVProcessor2_0, AttnProcessor2_0
-from .normalization import group_norm
+from .normalization import LayerNorm, group_norm
 from .text_context import TextContext
 
 
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         if norm_num_groups is not None:
             self.group_norm = group_norm(norm_num_groups, query_dim, eps)
         if cross_attention_norm == "layer_norm":
-            self.norm_cross = nn.LayerNorm(context_dim)
+            self.norm_cross = LayerNorm(context_dim)
         elif cross_attention_norm == "group_norm":
             channels = added_kv_proj_dim if added_kv_proj_dim is not None else context_dim
             self.norm_cross = group_norm(cross_attention_norm_num_groups, channels)

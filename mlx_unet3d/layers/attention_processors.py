@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import cpu
+from .. import cpu, operations
 from .chunking import in_sequence, ranges
 from .text_context import TextContext
 
@@ -41,7 +41,7 @@ def fused_attention(
         return cpu.attention(query, key, value, attn.scale, mask)
 
     def attend(query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None = None) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(query, key, value, scale=attn.scale, mask=mask)
+        return operations.attention(query, key, value, scale=attn.scale, mask=mask)
 
     states = [query, key, value] if mask is None else [query, key, value, mask]
     batch, heads, queries, _ = query.shape

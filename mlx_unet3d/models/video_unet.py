@@ -419,21 +419,22 @@ class _CompiledUNet(CompiledForward):
     """The compiled `_forward` of a network; keys and values of a `TextContext` are inputs of the trace."""
 
     def __init__(self, unet: VideoUNet):
-        super().__init__(unet, self._trace)
+        super().__init__(unet)
         self._unet = unet
         self._projected: WeakSet[TextContext] = WeakSet()
 
     def __call__(self, sample: mx.array, context: Context | None, *others: Any) -> tuple[mx.array, ...]:
         if not isinstance(context, TextContext):
             return super().__call__(sample, context, *others)
-        if context not in self._projected:
-            # Making a graph runs none of it, but has the context make all keys and values.
-            self._unet._forward(sample, context, *others[:-1])  # no features: all layers
-            mx.eval(context.take_apart()[2])
-            self._projected.add(context)
+        with self._lock:
+            if context not in self._projected:
+                # Making a graph runs none of it, but has the context make all keys and values.
+                self._unet._forward(sample, context, *others[:-1])  # no features: all layers
+                mx.eval(context.take_apart()[2])
+                self._projected.add(context)
         return super().__call__(sample, context.take_apart(), *others)
 
-    def _trace(self, sample: mx.array, context: Any, *others: Any) -> tuple[mx.array, ...]:
+    def forward(self, sample: mx.array, context: Any, *others: Any) -> tuple[mx.array, ...]:
         if isinstance(context, tuple):
             context = TextContext.put_together(*context)
         return self._unet._forward(sample, context, *others)
