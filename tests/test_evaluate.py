@@ -16,7 +16,7 @@ SCRIPT = ROOT / "benchmarks" / "evaluate.py"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """A script with these options, in `tmp_path`, where the folder `model` has a pipeline; returns its lines."""
+    """Run a script in `tmp_path`, where `model` is a pipeline; returns the lines that it prints."""
     monkeypatch.chdir(tmp_path)
     tiny.write_pipeline(tmp_path / "model")
     limit = mx.set_memory_limit(10**12)

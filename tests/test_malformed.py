@@ -739,7 +739,7 @@ def test_safetensors_cut_anywhere(tmp_path, safetensors):
 
 
 def test_safetensors_with_a_bit_changed(tmp_path, safetensors):
-    """Three bits of each byte of length and header; the data have no check, and a changed name is another name."""
+    """Three bits of each byte of length and header. The data have no check; a changed name is a name."""
     content, data = safetensors
     refused = 0
     rng = np.random.default_rng(4)

@@ -102,7 +102,8 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(place, name):
-    assert run(place, [sys.executable, f"examples/{name}", "--frames", "3"])
+    small = ["--frames", "2", *(["--size", "64"] if name == "memory.py" else [])]
+    assert run(place, [sys.executable, f"examples/{name}", *small])
     assert name in (place[0] / "examples" / name).read_text()  # its command stands in its docstring
 
 
