@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,18 +40,23 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 def generate(model, *arguments, prompt="a cat"):
     words = [str(a) for a in arguments]
-    short = ["--num-frames", "3", "--steps", "2"]
+    short = ["--num-frames", "3", "--steps", "2", "--memory", "off"]
     return main(["generate", prompt, "--model", str(model), *short, *words])
 
 
+@cache
+def pipeline(model):
+    return TextToVideoPipeline.from_pretrained(model)
+
+
+@cache
 def api_frames(model, **settings):
-    pipe = TextToVideoPipeline.from_pretrained(model)
     settings = dict(num_frames=3, num_inference_steps=2) | settings
-    return media.to_uint8(pipe("a cat", **settings).frames[0])
+    return media.to_uint8(pipeline(model)("a cat", **settings).frames[0])
 
 
 def test_generate(model, capsys):
-    assert generate(model, "-o", "out.png") == 0
+    assert generate(model, "-o", "out.png", "--memory", "auto") == 0
     captured = capsys.readouterr()
     assert captured.out == "out.png\n"
     assert "peak memory" in captured.err
