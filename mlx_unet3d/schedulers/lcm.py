@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
 
 from .arrays import SchedulerOutput, Timestep, output, upcast
-from .base import Scheduler
 from .config import configured
+from .distilled import DistilledScheduler
 
 if TYPE_CHECKING:
     from ..noise import NoiseSource
@@ -19,14 +18,12 @@ if TYPE_CHECKING:
 SIGMA_DATA = 0.5
 
 
-class LCMScheduler(Scheduler):
+class LCMScheduler(DistilledScheduler):
     """Multistep sampling of latent consistency models (Luo et al. 2023, arXiv:2310.04378, algorithm
     3).
 
-    Equals diffusers' LCMScheduler; `pred_original_sample` is its `denoised`. The timesteps are
-    those of the distillation, `original_inference_steps` evenly spaced ones, so `timestep_spacing`,
-    `steps_offset` and `set_alpha_to_one` change nothing here, as in diffusers; they are in the
-    config for other classes.
+    Equals diffusers' LCMScheduler; `pred_original_sample` is its `denoised`. See `DistilledScheduler`
+    for the timesteps; `set_alpha_to_one` changes nothing, as in diffusers.
     """
 
     @configured
@@ -51,29 +48,11 @@ class LCMScheduler(Scheduler):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         super().__init__()
-        if not 1 <= original_inference_steps <= num_train_timesteps:
-            raise ValueError(
-                f"original_inference_steps={original_inference_steps} must be from 1 to "
-                f"num_train_timesteps={num_train_timesteps}"
-            )
 
     @property
     def uses_noise(self) -> bool:
         """Each step but the last draws noise."""
         return self.num_inference_steps != 1
-
-    def _lay_out(self, steps: int) -> None:
-        config = self.config
-        original = config.original_inference_steps
-        if steps > original:
-            raise ValueError(
-                f"num_inference_steps={steps} is more than the original_inference_steps={original} "
-                "that the model was distilled on; use fewer"
-            )
-        stride = config.num_train_timesteps // original
-        distilled = np.arange(original, 0, -1) * stride - 1
-        places = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)
-        self.timesteps = distilled[places]
 
     def step(
         self,
