@@ -136,13 +136,13 @@ def scheduler_of_pipeline(
         return scheduler_from_config(config, name)
     if not isinstance(entry, list | tuple) or len(entry) != 2:
         raise ValueError(
-            f'model_index.json has for scheduler {entry!r}; it must be ["diffusers", a class name]'
+            f'model_index.json has for scheduler {repr(entry)[:100]}; it must be ["diffusers", a class name]'
         )
     own = config.get("_class_name", entry[1])
     scheduler = _class(entry[1], ", which model_index.json asks for").from_config(config)
     if own != entry[1]:
         warnings.warn(
-            f"model_index.json asks for {entry[1]}, and scheduler_config.json says that it is of {own!r}; "
+            f"model_index.json asks for {entry[1]}, and scheduler_config.json is of {repr(own)[:100]}; "
             "model_index.json decides, as in diffusers",
             stacklevel=3,
         )
@@ -156,10 +156,11 @@ def _class(name: Any, where: str) -> type[Scheduler]:
     if isinstance(name, str) and name.startswith("FlowMatch"):
         others = "it is for flow matching, which these models are not trained on"
     elif isinstance(name, str) and name in REFUSED:
-        others = f"the nearest is {REFUSED[name]}: pass scheduler={REFUSED[name]!r}, or --scheduler"
+        nearest = REFUSED[name]
+        others = f"the nearest is {nearest}: use scheduler={nearest!r}, or --scheduler {nearest}"
     else:
         others = f"there are {_names()}"
-    raise ValueError(f"there is no scheduler {name!r}{where}; {others}")
+    raise ValueError(f"there is no scheduler {repr(name)[:100]}{where}; {others}")
 
 
 def _names() -> str:
