@@ -438,6 +438,7 @@ def test_steps_go_in_order(short):
         ("TCDScheduler", {"original_inference_steps": 0}, "original_inference_steps=0"),
         ("PNDMScheduler", {"prediction_type": "sample"}, "no prediction_type='sample'"),
         ("LCMScheduler", {"original_inference_steps": 2000}, "original_inference_steps=2000"),
+        ("LCMScheduler", {"distilled_spacing": "even"}, "no distilled_spacing='even'"),
         ("EulerDiscreteScheduler", {"interpolation_type": "cubic"}, "no interpolation_type"),
         ("EulerDiscreteScheduler", {"timestep_type": "warm"}, "no timestep_type"),
         (
@@ -535,6 +536,32 @@ def test_custom_schedules():
     assert lcm.timesteps.tolist() == [999, 749, 499, 249]
     lcm.set_timesteps(4)
     assert lcm.timesteps.tolist() == [999, 759, 499, 259]
+
+
+@pytest.mark.parametrize(
+    ("steps", "timesteps"),
+    [
+        (1, [999]),
+        (4, [999, 759, 519, 279]),
+        (8, [999, 879, 759, 639, 519, 399, 279, 159]),
+        (50, list(range(999, 0, -20))),
+    ],
+)
+def test_strided_timesteps(steps, timesteps):
+    """T2V-Turbo's `origin[::-(50 // n)][:n]`, of 50 timesteps 19, 39, ..., 999."""
+    scheduler = make("LCMScheduler", distilled_spacing="strided")
+    scheduler.set_timesteps(steps)
+    origin = np.arange(19, 1000, 20)
+    assert scheduler.timesteps.tolist() == origin[:: -(50 // steps)][:steps].tolist() == timesteps
+
+
+def test_the_spacing_goes_with_the_config():
+    strided = make("LCMScheduler", distilled_spacing="strided")
+    assert strided.config.to_dict()["distilled_spacing"] == "strided"
+    assert "distilled_spacing" not in make("LCMScheduler").config.to_dict()
+    other = schedulers.EulerDiscreteScheduler.from_config(strided.config)
+    assert schedulers.LCMScheduler.from_config(other.config).config == strided.config
+    assert scheduler_from_config(strided.config.to_dict()).config.distilled_spacing == "strided"
 
 
 @pytest.mark.parametrize("short", ["dpm++", "deis", "unipc"])

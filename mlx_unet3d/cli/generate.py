@@ -101,7 +101,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help=f"{', '.join(SCHEDULERS)}, or a diffusers class (default: the model's)",
     )
-    group.add_argument("--eta", type=options.number, help="noise of DDIM, 0 to 1 (default: 0)")
+    group.add_argument("--eta", type=options.number, help="noise of DDIM and TCD, 0 to 1 (default: 0)")
     group.add_argument("--clip-skip", type=options.count, help="layers of the text encoder to leave out")
 
     group = parser.add_argument_group("less work, another result")

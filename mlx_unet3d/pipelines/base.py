@@ -562,7 +562,8 @@ class VideoPipeline:
             raise ValueError(f"eta={eta} must lie between 0 and 1")
         if eta and not self.scheduler.uses_eta:
             raise ValueError(
-                f"eta={eta} means nothing to {type(self.scheduler).__name__}; use DDIMScheduler or leave it 0"
+                f"eta={eta} means nothing to {type(self.scheduler).__name__}; use DDIMScheduler or "
+                "TCDScheduler, or leave it 0"
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}")

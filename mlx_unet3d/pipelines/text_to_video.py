@@ -51,7 +51,7 @@ class TextToVideoPipeline(VideoPipeline):
             guidance_scale: strength of the prompt; at most 1: one pass a step, without negative prompt.
                 Default: as above, or 9.
             negative_prompt: what to avoid; one, or one a prompt; or `negative_prompt_embeds`.
-            eta: noise of DDIM, 0 to 1; only with a DDIMScheduler.
+            eta: noise of DDIM and TCD, 0 to 1; only with their schedulers.
             seed: of the noise; with a list, each video is what its seed alone would make.
             latents: (B, C, F, h, w) to start from instead of noise, before `init_noise_sigma`.
             output_type: "np", "pil", "mlx" or "latent", see `VideoOutput`.

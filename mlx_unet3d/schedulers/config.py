@@ -26,6 +26,9 @@ DIFFUSERS_VERSION = "0.42.1"
 # Arguments of diffusers schedulers that are not here. A config file may well hold them.
 FOREIGN_KEYS = frozenset({"noise_sampler_seed", "rho", "sigma_data", "sigma_schedule"})
 
+# Arguments that diffusers' classes do not have: written where they are given, and no defaults of theirs.
+OWN_KEYS = frozenset({"distilled_spacing"})
+
 
 class SchedulerConfig(Mapping[str, Any]):
     """The arguments that a scheduler runs with: read-only, by item (`config["beta_end"]`) or attribute.
@@ -80,7 +83,9 @@ class SchedulerConfig(Mapping[str, Any]):
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments, the carried ones too, as diffusers writes them to scheduler_config.json."""
-        values = {name: _plain(value) for name, value in {**self.carried, **self}.items()}
+        values = {**self.carried, **self}
+        unsaid = OWN_KEYS & set(self) - self.given
+        values = {name: _plain(value) for name, value in values.items() if name not in unsaid}
         return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION, **values}
 
     def replaced(self, **values: Any) -> SchedulerConfig:

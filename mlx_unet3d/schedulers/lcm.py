@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import numpy as np
 
 from .arrays import SchedulerOutput, Timestep, output, upcast
 from .config import configured
@@ -24,6 +25,10 @@ class LCMScheduler(DistilledScheduler):
 
     Equals diffusers' LCMScheduler; `pred_original_sample` is its `denoised`. See `DistilledScheduler`
     for the timesteps; `set_alpha_to_one` changes nothing, as in diffusers.
+
+    `distilled_spacing` is this class's own. "linspace", as in diffusers, spreads the steps over all timesteps
+    of the distillation; "strided" takes every k-th of them from the last on, with k the whole part of
+    `original_inference_steps` / steps, as T2V-Turbo does (Li et al. 2024, arXiv:2405.18750).
     """
 
     @configured
@@ -46,13 +51,20 @@ class LCMScheduler(DistilledScheduler):
         timestep_spacing: str = "leading",
         timestep_scaling: float = 10.0,
         rescale_betas_zero_snr: bool = False,
+        distilled_spacing: str = "linspace",
     ) -> None:
         super().__init__()
+        self._check_choice("distilled_spacing", ("linspace", "strided"))
 
     @property
     def uses_noise(self) -> bool:
         """Each step but the last draws noise."""
         return self.num_inference_steps != 1
+
+    def _places(self, steps: int, original: int) -> np.ndarray:
+        if self.config.distilled_spacing == "strided":
+            return np.arange(steps) * (original // steps)
+        return super()._places(steps, original)
 
     def step(
         self,
