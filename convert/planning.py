@@ -27,7 +27,7 @@ from mlx_unet3d.checkpoints.source import pinned_revision
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.models.pretrained import PretrainedModel
-from mlx_unet3d.schedulers import scheduler_from_config
+from mlx_unet3d.schedulers import scheduler_of_pipeline
 
 from .inference import Shapes, infer_config
 from .modelscope import INDEX, PUBLISHED_FILES, find_tokenizer, padded_as_trained, scheduler_config
@@ -167,7 +167,9 @@ def _plan_pipeline(
         where = find_folder(source, subfolder="scheduler", files=(SCHEDULER_CONFIG,), **hub)
         scheduler = read_json(where / SCHEDULER_CONFIG)
         with naming(where / SCHEDULER_CONFIG):
-            scheduler_from_config(scheduler)
+            made = scheduler_of_pipeline(scheduler, index["scheduler"])
+        # The class that model_index.json asks for, in a config that says so.
+        scheduler |= {"_class_name": type(made).__name__}
     known = {"tokenizer", "scheduler", *(component.name for component in components)}
     notes = [
         f"{name}: left out, as this converter does not know {str(entry[-1])[:200]}"

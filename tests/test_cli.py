@@ -547,8 +547,8 @@ BROKEN_MODELS = {
     "corrupt tokenizer": (lambda f: (f / "tokenizer" / "vocab.json").write_text("[1, 2"), "vocab.json"),
     "no merges": (lambda f: (f / "tokenizer" / "merges.txt").unlink(), "merges.txt"),
     "unknown scheduler class": (
-        lambda f: edit_json(f / "scheduler" / "scheduler_config.json", _class_name="HeunScheduler"),
-        "HeunScheduler",
+        lambda f: edit_json(f / "model_index.json", scheduler=["diffusers", "KDPM2DiscreteScheduler"]),
+        "--scheduler HeunDiscreteScheduler",
     ),
     "bad scheduler value": (
         lambda f: edit_json(f / "scheduler" / "scheduler_config.json", beta_schedule="cubic"),

@@ -101,7 +101,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help=f"{', '.join(SCHEDULERS)}, or a diffusers class (default: the model's)",
     )
-    group.add_argument("--eta", type=options.number, help="noise of DDIM, 0 to 1 (default: 0)")
+    group.add_argument("--eta", type=options.number, help="noise of DDIM and TCD, 0 to 1 (default: 0)")
     group.add_argument("--clip-skip", type=options.count, help="layers of the text encoder to leave out")
 
     group = parser.add_argument_group("less work, another result")
@@ -308,12 +308,11 @@ def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipel
         settings["model"],
         dtype=options.DTYPES[settings["dtype"]],
         vae_dtype=options.DTYPES[settings["vae_dtype"]],
+        scheduler=settings["scheduler"],
         revision=settings["revision"],
         variant=settings["variant"],
         local_files_only=args.local_files_only,
     )
-    if settings["scheduler"] is not None:
-        pipe.scheduler = scheduler_from_config(pipe.scheduler.config, settings["scheduler"])
     settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
     pipe.unet.set_convolution(settings["convolution"])
     if settings["vae_tiling"]:
@@ -395,7 +394,7 @@ def read_frames(settings: dict[str, Any]) -> np.ndarray:
 
 def denoise(
     pipe: TextToVideoPipeline | VideoToVideoPipeline,
-    states: mx.array,
+    states: tuple[mx.array, mx.array | None],
     video: np.ndarray | None,
     settings: dict[str, Any],
     latents_file: Path,
@@ -427,7 +426,7 @@ def denoise(
 
 def steps(
     pipe: TextToVideoPipeline | VideoToVideoPipeline,
-    states: mx.array,
+    states: tuple[mx.array, mx.array | None],
     video: np.ndarray | None,
     settings: dict[str, Any],
     predictions: Sequence[mx.array],

@@ -56,7 +56,7 @@ class VideoToVideoPipeline(VideoPipeline):
         num_inference_steps = self.num_inference_steps(num_inference_steps)
         guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta, output_type, callback_steps)
-        text_states = self.encode_prompt(
+        states = self.encode_prompt(
             prompt,
             negative_prompt,
             guidance_scale=guidance_scale,
@@ -66,7 +66,7 @@ class VideoToVideoPipeline(VideoPipeline):
         )
         self._done_with("text_encoder")
         steps = self.steps(
-            text_states,
+            states,
             video,
             strength=strength,
             num_inference_steps=num_inference_steps,
@@ -83,7 +83,7 @@ class VideoToVideoPipeline(VideoPipeline):
 
     def steps(
         self,
-        text_states: mx.array,
+        states: tuple[mx.array, mx.array | None],
         video: Any,
         *,
         strength: float = 0.6,
@@ -104,25 +104,28 @@ class VideoToVideoPipeline(VideoPipeline):
         self._need("unet")
         self._check_call(num_inference_steps, guidance_scale, eta)
         self._check_savings(guidance_scale, guidance_interval, cache_interval, cache_depth)
-        batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
+        text_states = self._stacked(states, guidance_scale)
+        batch = states[0].shape[0]
         noise = BatchNoise(seed, rng, batch)
-        self.scheduler.set_timesteps(num_inference_steps)
+        scheduler = self.scheduler.laid_out(num_inference_steps)
         run = min(int(num_inference_steps * strength), num_inference_steps) if 0 < strength <= 1 else 0
         if run < 1:
             raise ValueError(
                 f"strength={strength} with num_inference_steps={num_inference_steps} leaves no step to run; "
                 f"use a strength from {1 / num_inference_steps:.3g} to 1"
             )
-        first = (num_inference_steps - run) * self.scheduler.order
+        first = (num_inference_steps - run) * scheduler.order
 
         clean = self._encode_video(video, batch, noise)  # (N, C, h, w)
-        self.scheduler.set_begin_index(first)
-        start = self.scheduler.timesteps[first : first + 1]
-        latents = self.scheduler.add_noise(clean, noise(tuple(clean.shape)), start)
+        scheduler.set_begin_index(first)
+        start = scheduler.timesteps[first : first + 1]
+        latents = scheduler.add_noise(clean, noise(tuple(clean.shape)), start)
+        latents = unfold_frames(latents, batch)
+        mx.eval(latents, text_states)  # so that another thread can run the steps
         return denoise(
             self.unet,
-            self.scheduler,
-            unfold_frames(latents, batch),
+            scheduler,
+            latents,
             text_states,
             guidance_scale=guidance_scale,
             first_step=first,
