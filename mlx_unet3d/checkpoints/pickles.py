@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
+from ..inputs import open_input
 from .headers import MAX_AXES, Header, TensorInfo
 
 # torch's storage classes -> names of dtypes in safetensors' spelling, and bytes an element.
@@ -92,7 +93,7 @@ class _Parameters(dict[Any, Any]):
 
 def is_pickle(path: str | Path) -> bool:
     """Whether the file begins like one of torch's containers."""
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         start = file.read(4)
     return start == b"PK\x03\x04" or (len(start) > 1 and start[0] == 0x80 and start[1] in (2, 3, 4, 5))
 
@@ -110,7 +111,7 @@ def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
         CheckpointError: it is no torch file, or a damaged one, or asks for something that is not on the list.
     """
     path = Path(path)
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             if zipfile.is_zipfile(file):
@@ -199,7 +200,7 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, tup
         pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise CheckpointError(
-                f"{path} is a zip archive without torch's data.pkl ({', '.join(list(entries)[:4])}, ...); "
+                f"{path} is a zip archive without torch's data.pkl ({printable(', '.join(list(entries)[:4]))}, ...); "
                 "unpack it, or take the weights themselves"
             )
         root = pickles[0].removesuffix("data.pkl")
@@ -476,7 +477,7 @@ def _size(lengths: Any) -> tuple[Any, ...]:
 def _shown(value: Any) -> str:
     """For a message: text and numbers, in short; of anything else only what it is, as it may be endless."""
     if isinstance(value, str):
-        return value[:80]
+        return printable(value[:80])
     return repr(value) if type(value) is int and abs(value) < 2**64 else type(value).__name__
 
 
