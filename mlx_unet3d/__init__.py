@@ -1,28 +1,40 @@
 """3D-UNet video diffusion in MLX: diffusers' UNet3DConditionModel and what surrounds it."""
 
+from typing import Any
+
 from . import blas
+from .backend import missing_backend
 
 blas.preload()  # before anything imports mlx.core
 
-from . import media, memory  # noqa: E402
-from .layers.attention import TextContext  # noqa: E402
-from .models.autoencoder_kl import AutoencoderKL  # noqa: E402
-from .models.clip_text import CLIPTextModel  # noqa: E402
-from .models.feature_cache import FeatureCache  # noqa: E402
-from .models.unet_3d_condition import UNet3DConditionModel, UNet3DConditionOutput  # noqa: E402
-from .pipelines import DenoisingStep, TextToVideoPipeline, VideoOutput, VideoToVideoPipeline  # noqa: E402
-from .schedulers import (  # noqa: E402
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
-from .tokenizer import CLIPTokenizer  # noqa: E402
 from .version import __version__  # noqa: E402
+
+if missing_backend() is None:
+    from . import media, memory
+    from .layers.attention import TextContext
+    from .models.autoencoder_kl import AutoencoderKL
+    from .models.clip_text import CLIPTextModel
+    from .models.feature_cache import FeatureCache
+    from .models.unet_3d_condition import UNet3DConditionModel, UNet3DConditionOutput
+    from .pipelines import DenoisingStep, TextToVideoPipeline, VideoOutput, VideoToVideoPipeline
+    from .schedulers import (
+        DDIMScheduler,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        LCMScheduler,
+        PNDMScheduler,
+        UniPCMultistepScheduler,
+    )
+    from .tokenizer import CLIPTokenizer
+else:
+    # Importing the package works, so that the command can say in one line how to mend it.
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(missing_backend())
+
 
 __all__ = [
     "AutoencoderKL",

@@ -86,8 +86,8 @@ def open_latents(path: str | Path) -> SavedLatents:
         all_steps = header.tensors["predictions"].shape
         if all_steps[1:] != shape or not 0 < all_steps[0] <= _MAX_STEPS:
             raise CheckpointError(
-                f"{path}: its predictions {all_steps} are not those of at most {_MAX_STEPS} steps of the shape "
-                f"of its latents, {shape}; give a file that `mlx-unet3d generate` left"
+                f"{path}: its predictions {all_steps} are not those of 1 to {_MAX_STEPS} steps of latents of "
+                f"shape {shape}; give a file that `mlx-unet3d generate` left"
             )
         steps = all_steps[0]
     for name, info in header.tensors.items():

@@ -51,7 +51,7 @@ class ModelConfig(Mapping[str, Any]):
         if unknown:
             warnings.warn(
                 f"{cls.__name__} does not know these config keys and leaves them out: "
-                f"{printable(', '.join(unknown))}; if one of them changes the network, the result will differ",
+                f"{printable(', '.join(unknown))}; if one of them changes the network, the result differs",
                 stacklevel=2,
             )
         missing = sorted(
@@ -148,9 +148,7 @@ def read_text(path: Path) -> str:
     with open_input(path) as file:
         content = file.read(_MAX_TEXT_BYTES + 1)
     if len(content) > _MAX_TEXT_BYTES:
-        raise CheckpointError(
-            f"{path} is too large (more than {_MAX_TEXT_BYTES} bytes); download it again"
-        )
+        raise CheckpointError(f"{path} is too large (more than {_MAX_TEXT_BYTES} bytes); download it again")
     other = disguise(content[:512])
     if other is not None:
         raise CheckpointError(f"{path} is not what its name says but {other}")

@@ -282,8 +282,8 @@ def _why_not_safetensors(path: Path, start: bytes, size: int, length: int) -> st
     )
 
 
-# An escape that Python's parser may take and others do not, such as "\\u+123"; an escaped backslash before the
-# u makes it text.
+# An escape that Python's parser may take and others do not, such as "\\u+123"; an escaped backslash before
+# the u makes it text.
 _BAD_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u(?![0-9a-fA-F]{4})")
 
 

@@ -200,8 +200,8 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, tup
         pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise CheckpointError(
-                f"{path} is a zip archive without torch's data.pkl ({printable(', '.join(list(entries)[:4]))}, ...); "
-                "unpack it, or take the weights themselves"
+                f"{path} is a zip archive without torch's data.pkl "
+                f"({printable(', '.join(list(entries)[:4]))}, ...); unpack it, or take the weights themselves"
             )
         root = pickles[0].removesuffix("data.pkl")
         for name, entry in entries.items():

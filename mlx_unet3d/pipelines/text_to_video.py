@@ -145,7 +145,7 @@ class TextToVideoPipeline(VideoPipeline):
         return denoise(
             self.unet,
             self.scheduler,
-            latents * self.scheduler.init_noise_sigma,
+            mx.array(latents) * self.scheduler.init_noise_sigma,
             text_states,
             guidance_scale=guidance_scale,
             eta=eta,
