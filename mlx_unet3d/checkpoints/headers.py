@@ -53,7 +53,8 @@ _BITS = {name: 8 * dtype.size for name, dtype in MLX_DTYPES.items()} | {
     "F4": 4,
 }
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_MAX_DIMENSION = 2**31 - 1  # MLX shapes are int32
+MAX_DIMENSION = 2**31 - 1
+"""Of an axis: MLX shapes are int32."""
 AHEAD = 64_000_000
 """Bytes of tensors that may be computed, and held, while others are written."""
 MAX_AXES = 32
@@ -336,7 +337,7 @@ def _check_header(path: Path, header: dict[str, Any], start: int, data_bytes: in
             raise bad(f"tensor {name!r} has the unknown dtype {dtype!r}")
         if isinstance(shape, list) and len(shape) > MAX_AXES:
             raise bad(f"tensor {name[:80]!r} has {len(shape)} axes, more than {MAX_AXES}")
-        if not _naturals(shape) or any(n > _MAX_DIMENSION for n in shape):
+        if not _naturals(shape) or any(n > MAX_DIMENSION for n in shape):
             raise bad(f"tensor {name!r} has shape {shape!r}; sizes go from 0 to 2**31 - 1")
         if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise bad(f"tensor {name!r} has data_offsets {offsets!r}, not [begin, end]")

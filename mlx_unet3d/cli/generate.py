@@ -28,6 +28,7 @@ from .keeping import Keeper
 from .settings import (
     DEFAULTS,
     SETTINGS,
+    check,
     checksum_of_frames,
     is_same_model,
     of_file,
@@ -287,19 +288,6 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def check(settings: dict[str, Any]) -> None:
-    """ValueError for settings that do not go together."""
-    options.check_size(*(settings[name] for name in ("num_frames", "height", "width")))
-    first, last = settings["guidance_from"], settings["guidance_to"]
-    if not 0 <= first < last <= 1:
-        raise ValueError(
-            f"--guidance-from {first:g} --guidance-to {last:g}: these are shares of the run, the first below "
-            "the second, both from 0 to 1"
-        )
-    if settings["scheduler"] is not None:
-        SETTINGS["scheduler"].parse(settings["scheduler"])
-
-
 def lora_setting(values: Sequence[Any]) -> tuple[str, float]:
     """The values of one --lora."""
     path, *rest = values
@@ -349,6 +337,10 @@ def output_paths(output: str, seed: int, count: int) -> list[str]:
 
 
 def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipeline | VideoToVideoPipeline:
+    loras = [
+        (read_adapter(path, local_files_only=args.local_files_only), path, weight)
+        for path, weight in json.loads(settings.get("lora") or "[]")
+    ]
     kind = TextToVideoPipeline if settings["video"] is None else VideoToVideoPipeline
     pipe = kind.from_pretrained(
         settings["model"],
@@ -365,8 +357,7 @@ def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipel
     if settings["vae_tiling"]:
         pipe.enable_vae_tiling()
     settings["weights"] = pipe.weights_checksum
-    for path, weight in json.loads(settings.get("lora") or "[]"):
-        file = read_adapter(path, local_files_only=args.local_files_only)
+    for file, path, weight in loras:
         counts = pipe.load_lora_weights(file, path, weight=weight)
         layers = ", ".join(f"{count} layers of the {name}" for name, count in counts.items())
         options.say(f"LoRA {path}: {layers}, weight {weight:g}")

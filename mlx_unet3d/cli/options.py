@@ -19,14 +19,15 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Far above what any network was trained for, and low enough for plans to be made in no time.
 _MOST_FRAMES, _LONGEST_SIDE, _MOST_PIXELS = 4096, 16384, 2**31
 _MOST_TEXT = 100_000
+_MOST = 1_000_000
 
 
 def count(text: str) -> int:
-    """An integer of at least 1."""
+    """An integer of at least 1, and not beyond all measure."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+    return _at_most(value, _MOST)
 
 
 def text(value: str) -> str:
@@ -44,7 +45,7 @@ def path(value: str) -> str:
     """A path or an id, which is not empty."""
     if not value.strip() or "\0" in value:
         raise argparse.ArgumentTypeError("it names nothing")
-    return value
+    return text(value)
 
 
 def one_of(*names: str) -> Callable[[str], str]:
@@ -78,7 +79,7 @@ def side(text: str) -> int:
 
 def _at_most(value: int, most: int) -> int:
     if value > most:
-        raise argparse.ArgumentTypeError(f"{value} must be at most {most}")
+        raise argparse.ArgumentTypeError(f"{str(value)[:40]} must be at most {most}")
     return value
 
 

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -119,8 +120,24 @@ def of_file(found: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
                 f"{path}: its {name} is {shown if len(shown) < 80 else shown[:77] + '...'}; "
                 f"{printable(str(error)[:300])}; give another file"
             ) from error
-    options.check_size(*(settings.get(name) for name in ("num_frames", "height", "width")))
+    try:
+        check(DEFAULTS | settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return settings
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """ValueError for settings that do not go together."""
+    options.check_size(*(settings[name] for name in ("num_frames", "height", "width")))
+    first, last = settings["guidance_from"], settings["guidance_to"]
+    if not 0 <= first < last <= 1:
+        raise ValueError(
+            f"--guidance-from {first:g} --guidance-to {last:g}: these are shares of the run, the first below "
+            "the second, both from 0 to 1"
+        )
+    if settings["scheduler"] is not None:
+        scheduler(settings["scheduler"])
 
 
 # Paths.
@@ -136,7 +153,11 @@ def is_local(path: str) -> bool:
 
 def _public(path: str) -> str:
     """The name alone of a path: how the folders of a machine are called is nobody's business."""
-    return Path(path).expanduser().resolve().name if is_local(path) else path
+    return _name(path) if is_local(path) else path
+
+
+def _name(path: str) -> str:
+    return Path(os.path.abspath(Path(path).expanduser())).name
 
 
 def public(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +168,7 @@ def public(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("lora") is not None:
         named["lora"] = json.dumps([(_public(p), weight) for p, weight in json.loads(settings["lora"])])
     if settings.get("video") is not None:
-        named["video"] = Path(settings["video"]).expanduser().resolve().name
+        named["video"] = _name(settings["video"])
     return named
 
 
