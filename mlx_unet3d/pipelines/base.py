@@ -97,7 +97,8 @@ class BatchNoise:
     """Noise for a batch: one source for all of it, or one a sample, each drawing its own rows."""
 
     def __init__(self, seed: int | Sequence[int], rng: str, batch: int):
-        seeds = list(seed) if isinstance(seed, list | tuple) else [seed]
+        seeds = np.asarray(seed).tolist() if isinstance(seed, np.ndarray) else seed
+        seeds = list(seeds) if isinstance(seeds, list | tuple) else [seeds]
         if len(seeds) not in (1, batch):
             raise ValueError(f"seed has {len(seeds)} entries for {batch} videos; give one, or one each")
         self.sources: list[NoiseSource] = [noise_source(s, rng) for s in seeds]
@@ -173,7 +174,8 @@ class VideoPipeline:
         "demo" is the small model that comes in this package.
 
         Args:
-            dtype: of the UNet and the text encoder; None for that of their files.
+            dtype: of the UNet and the text encoder; None for that of their files, or on a CPU, where half
+                precision saves no time, for float32.
             vae_dtype: of the VAE, which is prone to overflow in half precision; None as above.
             scheduler: to take for the checkpoint's own; or the name of one to make from the checkpoint's
                 config, of a class or from `schedulers.SCHEDULERS`.
@@ -196,6 +198,9 @@ class VideoPipeline:
             raise CheckpointError(
                 f"{path_or_id}: model_index.json has no {', '.join(missing)}; the pipeline needs it"
             )
+
+        if dtype is None and mx.default_device() == mx.cpu:
+            dtype = mx.float32
 
         def load(kind: type[PretrainedModel], subfolder: str, dtype: mx.Dtype | None) -> Any:
             return kind.from_pretrained(
@@ -296,6 +301,7 @@ class VideoPipeline:
         if (text is None) == (states is None):
             raise ValueError(f"give either {name} or {name}_embeds, and not both")
         if states is not None:
+            states = mx.array(states) if isinstance(states, np.ndarray) else states
             width = self._text_channels
             if not isinstance(states, mx.array):
                 raise TypeError(
@@ -313,6 +319,7 @@ class VideoPipeline:
             raise TypeError(f"{name}={text!r} must be a string or a list of strings")
         self._warn_of_unknown_words(texts)
         ids = mx.array(self.tokenizer([self._expand(text) for text in texts]))
+        clip_skip = int(clip_skip) if isinstance(clip_skip, np.integer) else clip_skip
         states = self.text_encoder(ids, clip_skip=clip_skip)
         mx.eval(states)
         return states

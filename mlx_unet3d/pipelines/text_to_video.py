@@ -145,7 +145,7 @@ class TextToVideoPipeline(VideoPipeline):
                 f"latents has shape {tuple(latents.shape)}; with these settings it must be {shape}"
             )
         scheduler = self.scheduler.laid_out(num_inference_steps)
-        latents = latents * scheduler.init_noise_sigma
+        latents = mx.array(latents) * scheduler.init_noise_sigma
         mx.eval(latents, text_states)  # so that another thread can run the steps
         return denoise(
             self.unet,
