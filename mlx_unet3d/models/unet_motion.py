@@ -361,6 +361,7 @@ class UNetMotionModel(VideoUNet):
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             for module in block.get("motion_modules", ()):
                 module.unfreeze()
+                module.freeze(keys=["pe"])  # the positions are constants
 
 
 def _levels(config: UNetMotionConfig, mid_layers: int | tuple[int, ...]) -> Levels:
