@@ -15,6 +15,7 @@ from .attention import Attention
 from .convolution import Conv2d
 from .normalization import group_norm
 from .resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from .slicing import by_frames, evaluate
 
 _EPS = 1e-6
 _TILE_OVERLAP = 0.25
@@ -198,14 +199,7 @@ def blend(before: mx.array, tile: mx.array, extent: int, axis: int) -> mx.array:
 def in_chunks(fn: Callable[[mx.array], mx.array], x: mx.array, chunk_size: int) -> mx.array:
     """`fn` of `chunk_size` entries of the first axis at a time, each evaluated before the next
     begins."""
-    count = x.shape[0]
-    if count <= chunk_size:
-        return fn(x)
-    parts = []
-    for start in range(0, count, chunk_size):
-        parts.append(fn(x[start : start + chunk_size]))
-        mx.eval(parts[-1])
-    return mx.concatenate(parts)
+    return by_frames(fn, [x], None if x.shape[0] <= chunk_size else chunk_size)
 
 
 def tiled(fn: Callable[[mx.array], mx.array], x: mx.array, tile_in: int, tile_out: int) -> mx.array:
@@ -230,9 +224,9 @@ def tiled(fn: Callable[[mx.array], mx.array], x: mx.array, tile_in: int, tile_ou
                 tile = blend(above[len(row)], tile, extent, axis=1)
             if row:
                 tile = blend(row[-1], tile, extent, axis=2)
-            mx.eval(tile)
+            evaluate(tile)
             row.append(tile)
         rows.append(mx.concatenate([tile[:, :kept, :kept] for tile in row], axis=2))
-        mx.eval(rows[-1])
+        evaluate(rows[-1])
         above = row
     return mx.concatenate(rows, axis=1)
