@@ -5,6 +5,7 @@ of the Python around them: a number that changed, a layer of another class or a 
 would go on as they were. So each structure of a network, all but its arrays, gets a function of its own here.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -16,6 +17,10 @@ import mlx.nn as nn
 
 _CONSTANTS = (bool, int, float, str, bytes, mx.Dtype)
 _OPAQUE = (type, FunctionType, MethodType, ModuleType)
+
+# A trace puts placeholders in the place of a module's arrays, which no other thread may meet. Only graphs are
+# made under this lock; threads evaluate them at the same time.
+_TRACING = threading.RLock()
 
 _MOST_STRUCTURES = 4
 """Structures whose traces are kept: some to switch between, such as with and without FreeU."""
@@ -34,6 +39,10 @@ class CompiledForward:
 
     def __call__(self, *args: Any) -> Any:
         """What `forward` returns for these arguments."""
+        with _TRACING:
+            return self._call(*args)
+
+    def _call(self, *args: Any) -> Any:
         structure = _Structure(self._module)
         key = structure.key
         if key not in self._compiled:
