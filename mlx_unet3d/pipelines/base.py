@@ -37,6 +37,7 @@ from ..noise import NoiseSource, noise_source
 from ..schedulers import Scheduler, scheduler_of_pipeline
 from ..tokenizer import CLIPTokenizer
 from .denoising import DenoisingStep, fold_frames
+from .text import TextStates
 
 Pipeline = TypeVar("Pipeline", bound="VideoPipeline")
 
@@ -268,7 +269,7 @@ class VideoPipeline:
         prompt_embeds: mx.array | None = None,
         negative_prompt_embeds: mx.array | None = None,
         clip_skip: int | None = None,
-    ) -> tuple[mx.array, mx.array | None]:
+    ) -> TextStates:
         """Return the text states (prompt_embeds, negative_prompt_embeds), as diffusers' pipelines do.
 
         Each is (B, L, D); the second is None for a `guidance_scale` of at most 1. `steps` takes the pair, a
@@ -277,7 +278,7 @@ class VideoPipeline:
         """
         positive = self._states("prompt", prompt, prompt_embeds, clip_skip)
         if self.guidance_scale(guidance_scale) <= 1:
-            return positive, None
+            return TextStates(positive)
         batch = positive.shape[0]
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
@@ -289,7 +290,7 @@ class VideoPipeline:
                 f"negative prompts give states {tuple(negative.shape)}, prompts {tuple(positive.shape)}; "
                 "give one negative prompt, or one a prompt"
             )
-        return positive, negative
+        return TextStates(positive, negative)
 
     def _states(
         self,
@@ -536,23 +537,6 @@ class VideoPipeline:
                 )
 
     # What the calls of the pipelines share.
-
-    def _stacked(self, states: tuple[mx.array, mx.array | None], guidance_scale: float) -> mx.array:
-        """The pair of `encode_prompt` as `denoise` takes it: (2B, L, D), negative first, or (B, L, D)."""
-        if not isinstance(states, tuple) or len(states) != 2:
-            raise TypeError(
-                f"text states are a {type(states).__name__}; give the pair that encode_prompt returns"
-            )
-        positive, negative = states
-        if guidance_scale <= 1:
-            return positive
-        if negative is None or negative.shape != positive.shape:
-            shape = None if negative is None else tuple(negative.shape)
-            raise ValueError(
-                f"guidance_scale={guidance_scale:g} needs negative states of shape {tuple(positive.shape)}, "
-                f"not {shape}; call encode_prompt with the same guidance_scale"
-            )
-        return mx.concatenate([negative, positive])
 
     def _check_call(
         self,
