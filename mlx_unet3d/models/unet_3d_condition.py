@@ -5,7 +5,7 @@ channels, F frames, H W pixels, N = B*F, L text tokens, D their channels.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints import ModelConfig, PretrainedModel
+from ..checkpoints.originals import unet_layer_names
 from ..compilation import CompiledForward
 from ..layers.activations import silu
 from ..layers.adapted import scaled_adapters, walk
@@ -449,6 +450,10 @@ class UNet3DConditionModel(AttentionControl, PretrainedModel):
             outputs = block(x, cond)
             for x in outputs:
                 yield x
+
+    def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
+        """Those of ModelScope's original network."""
+        return unet_layer_names(paths, self.config.layers_per_block)
 
     # What goes into a forward.
 

@@ -16,18 +16,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..atomic import write_text
-from ..checkpoints import PretrainedModel, find_folder, read_component_config, read_json
+from ..checkpoints import find_folder, read_component_config, read_json
 from ..checkpoints.adapters import (
     TEXTUAL_INVERSION_NAMES,
     AdapterFile,
-    components_of,
     learned_token,
     read_adapter,
 )
 from ..checkpoints.config import naming
-from ..checkpoints.source import pinned_revision
+from ..checkpoints.source import choose_variants, pinned_revision
 from ..errors import CheckpointError, NonFiniteError
-from ..models.adapters import chosen_weights
+from ..models.adapters import chosen_weights, networks_of
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
 from ..models.outputs import ModelOutput
@@ -171,7 +170,8 @@ class VideoPipeline:
         Args:
             dtype: of the UNet and the text encoder; None for that of their files.
             vae_dtype: of the VAE, which is prone to overflow in half precision; None as above.
-            revision, variant, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
+            variant: such as "fp16"; networks without it are read from their plain files, with a warning.
+            revision, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
 
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
         """
@@ -191,9 +191,20 @@ class VideoPipeline:
                 f"{path_or_id}: model_index.json has no {', '.join(missing)}; the pipeline needs it"
             )
 
-        def load(kind: type[PretrainedModel], subfolder: str, dtype: mx.Dtype | None) -> Any:
-            return kind.from_pretrained(
-                path_or_id, subfolder=subfolder, variant=variant, dtype=dtype, **where
+        kinds = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+        stems = {name: kind.weights_stem for name, kind in kinds.items()}
+        variants = choose_variants(path_or_id, stems, variant, **where)
+        plain = [name for name, chosen in variants.items() if chosen != variant]
+        if plain:
+            warnings.warn(
+                f"{path_or_id} has no files of the variant {variant!r} for {' and '.join(plain)}; taking the "
+                "plain ones",
+                stacklevel=2,
+            )
+
+        def load(subfolder: str, dtype: mx.Dtype | None) -> Any:
+            return kinds[subfolder].from_pretrained(
+                path_or_id, subfolder=subfolder, variant=variants[subfolder], dtype=dtype, **where
             )
 
         config = read_component_config(path_or_id, "scheduler_config.json", subfolder="scheduler", **where)
@@ -202,9 +213,9 @@ class VideoPipeline:
         return cls(
             scheduler=scheduler,
             tokenizer=CLIPTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **where),
-            text_encoder=load(CLIPTextModel, "text_encoder", dtype),
-            vae=load(AutoencoderKL, "vae", vae_dtype),
-            unet=load(UNet3DConditionModel, "unet", dtype),
+            text_encoder=load("text_encoder", dtype),
+            vae=load("vae", vae_dtype),
+            unet=load("unet", dtype),
             recommended=Recommended.from_dict(index.get("_recommended", {})),
         )
 
@@ -319,7 +330,7 @@ class VideoPipeline:
 
     def load_textual_inversion(
         self,
-        source: str | Path | Mapping[str, mx.array],
+        source: str | Path | Mapping[str, mx.array] | AdapterFile,
         token: str | None = None,
         *,
         weight_name: str | None = None,
@@ -379,9 +390,9 @@ class VideoPipeline:
         other methods for adapters too.
         """
         file = read_adapter(source, weight_name=weight_name, **hub)
+        self._need("unet", "text_encoder")
         networks = {"unet": self.unet, "text_encoder": self.text_encoder}
-        wanted = sorted(components_of(file), reverse=True)
-        self._need(*wanted)
+        wanted = networks_of(file, networks)
         loaded: dict[str, int] = {}
         try:
             for name in wanted:
