@@ -22,8 +22,9 @@ from mlx_unet3d.checkpoints import (
 from mlx_unet3d.checkpoints.config import naming
 from mlx_unet3d.checkpoints.matching import file_format, majority_dtype, match
 from mlx_unet3d.checkpoints.pickles import is_pickle
+from mlx_unet3d.checkpoints.prefixes import unwrapped
 from mlx_unet3d.checkpoints.quantization import choose, to_config
-from mlx_unet3d.checkpoints.source import pinned_revision
+from mlx_unet3d.checkpoints.source import choose_variants, has_weights, pinned_revision
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.models.pretrained import PretrainedModel
@@ -34,7 +35,9 @@ from .modelscope import INDEX, PUBLISHED_FILES, find_tokenizer, padded_as_traine
 from .plan import CheckpointPlan, ComponentPlan, TensorPlan
 from .recognition import COMPONENTS, Recognized, is_image_model, recognize, weight_files_in
 
-CLASSES: dict[str, type[PretrainedModel]] = {cls.__name__: cls for cls in COMPONENTS}
+CLASSES: dict[str, type[PretrainedModel]] = {
+    name: cls for cls in COMPONENTS for name in (cls.class_names or (cls.__name__,))
+}
 """The networks that can be converted, by their names in `config.json` and `model_index.json`."""
 
 LAYOUTS = ("mlx", "diffusers")
@@ -142,7 +145,7 @@ def _plan_pipeline(
     """A folder with a `model_index.json`."""
     path = folder / "model_index.json"
     index = read_json(path)
-    components = []
+    networks: dict[str, type[PretrainedModel]] = {}
     for name, entry in index.items():
         cls = _known(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
         if cls is None:
@@ -157,7 +160,13 @@ def _plan_pipeline(
                 f"{path} lists a network by the name {name[:200]!r}, which must be plain, such as 'unet'; "
                 "correct it or download it again"
             )
-        components.append(_plan_component(source, name, cls, ways, hub))
+        networks[name] = cls
+    stems = {name: cls.weights_stem for name, cls in networks.items()}
+    variants = choose_variants(source, stems, ways.variant, pickles=True, **hub)
+    components = [
+        _plan_component(source, name, cls, replace(ways, variant=variants[name]), hub)
+        for name, cls in networks.items()
+    ]
     if not components:
         raise CheckpointError(f"{path} lists none of {', '.join(CLASSES)}; there is nothing to convert")
     words = scheduler = None
@@ -175,6 +184,11 @@ def _plan_pipeline(
         f"{name}: left out, as this converter does not know {str(entry[-1])[:200]}"
         for name, entry in index.items()
         if isinstance(entry, list) and any(entry) and name not in known and not name.startswith("_")
+    ]
+    notes += [
+        f"{name}: no files of the variant {ways.variant!r}; taking {', '.join(f.name for f in part.files)}"
+        for name, part in zip(networks, components, strict=True)
+        if variants[name] != ways.variant
     ]
     plan = CheckpointPlan(str(source), folder, index, components, hub, words, scheduler, notes)
     return _with_tokenizer(plan, tokenizer)
@@ -333,9 +347,8 @@ def _plan_recognized(network: Recognized, name: str, ways: _Ways) -> ComponentPl
         config |= assumed
     with naming(f"{path} does not describe a {cls.__name__}" if assumed else path.parent / "config.json"):
         model = cls.from_config(config)
-    tensors, _ = _plan_tensors(
-        str(path), model, headers, lambda key, _: network.names[key], ways, alone=not name
-    )
+    names = {unwrapped(key)[1]: parameter for key, parameter in network.names.items()}
+    tensors, _ = _plan_tensors(str(path), model, headers, lambda key, _: names[key], ways, alone=not name)
     return ComponentPlan(
         name, cls, _config(model, tensors), [path], reason, tensors, network.dropped, assumed
     )
@@ -403,9 +416,13 @@ def _find_weights(
 ) -> tuple[Path, list[Path], str]:
     where = dict(subfolder=name or None, variant=variant, stem=cls.weights_stem, **hub)
     folder = find_folder(source, **where)
-    if any(path.suffix == ".safetensors" for path in folder.iterdir()):
+    if has_weights(folder, cls.weights_stem, variant):
         return folder, weight_files(folder, cls.weights_stem, variant), "safetensors"
     folder = find_folder(source, pickles=True, **where)
+    if not has_weights(folder, cls.weights_stem, variant, pickles=True) and any(
+        path.suffix == ".safetensors" for path in folder.iterdir()
+    ):
+        weight_files(folder, cls.weights_stem, variant)  # raises, and says what there is
     try:
         files = pickle_files(folder, cls.weights_stem, variant)
     except FileNotFoundError as error:
@@ -417,7 +434,7 @@ def _find_weights(
             ) from error
         # Neither: the message of the other kind says what there is instead.
         return folder, weight_files(folder, cls.weights_stem, variant), "safetensors"
-    return folder, files, "torch pickles, read without running them: there is no .safetensors"
+    return folder, files, "torch pickles, read without running them: there is no .safetensors of it"
 
 
 def _tensors(headers: dict[Path, Header]) -> Iterator[tuple[Path, str, TensorInfo]]:

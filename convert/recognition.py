@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx_unet3d
 from mlx_unet3d.checkpoints import Header, read_header, read_pickle
 from mlx_unet3d.checkpoints.pickles import is_pickle
+from mlx_unet3d.checkpoints.prefixes import unwrapped, without_wrappers
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.models.pretrained import PretrainedModel
 
@@ -47,10 +48,15 @@ class Family:
     naming: Callable[[Collection[str]], Naming]
     within: tuple[str, ...] = ()
 
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """What the keys may have in front: nothing in a file of this network alone."""
-        return ("", *self.within, f"{COMPONENTS[self.cls]}.")
+    def prefixes(self, keys: Collection[str]) -> Iterator[str]:
+        """What keys of a network of this family have in front: nothing in a file of it alone, else its name
+        in a pipeline, what it is within, and what wrappers add, in any nesting."""
+        sign = self.signs[0]
+        for prefix in (key.removesuffix(sign) for key in keys if key == sign or key.endswith(f".{sign}")):
+            owner, name = unwrapped(f"{prefix}{sign}")
+            within = (sign, *(unwrapped(f"{prefix}{sign}")[1] for prefix in self.within))
+            if owner in (None, COMPONENTS[self.cls]) and name in within:
+                yield prefix
 
 
 def _own_names(cls: type[PretrainedModel]) -> Callable[[Collection[str]], Naming]:
@@ -170,6 +176,9 @@ def recognize(path: Path) -> list[Recognized]:
             prefixes, or a fused tensor that does not come apart.
     """
     header = read_pickle(path) if is_pickle(path) else read_header(path)
+    bare = {without_wrappers(key): info for key, info in header.tensors.items()}
+    if len(bare) == len(header.tensors):  # else some are there with a wrapper and without
+        header = Header(bare, header.metadata)
     found = list(_matches(header.tensors))
     if not found:
         raise CheckpointError(_unknown(path, header.tensors))
@@ -214,7 +223,7 @@ def weight_files_in(folder: Path) -> list[Path]:
 
 def _matches(keys: Collection[str]) -> Iterator[tuple[Family, str]]:
     for family in FAMILIES:
-        for prefix in family.prefixes:
+        for prefix in family.prefixes(keys):
             if all(prefix + sign in keys for sign in family.signs):
                 yield family, prefix
 
@@ -231,7 +240,11 @@ def _unknown(path: Path, keys: Collection[str]) -> str:
         alike = sum(bool(difflib.get_close_matches(sign, inside, 1, 0.8)) for sign in family.signs)
         return sum(prefix + sign in keys for sign in family.signs), alike
 
-    choices = [(family, prefix) for family in FAMILIES for prefix in family.prefixes]
+    choices = [
+        (family, prefix)
+        for family in FAMILIES
+        for prefix in ("", *family.within, f"{COMPONENTS[family.cls]}.")
+    ]
     family, prefix = max(choices, key=nearness)
     lacking = ", ".join(prefix + sign for sign in family.signs if prefix + sign not in keys)
     shown = ", ".join(key[:_LONGEST] for key in list(keys)[:4])

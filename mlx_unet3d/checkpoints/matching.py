@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from .headers import MLX_DTYPES, Header, TensorInfo
 from .layouts import file_shapes
+from .prefixes import unwrapped
 
 _SHOWN = 8
 # Finding the nearest name takes the product of the numbers and of the lengths; real ones stay far below.
@@ -99,23 +100,26 @@ def match(
 ) -> dict[str, str]:
     """Parameter name of each key of the files, without the keys that `rename` drops (None).
 
+    What wrappers and pipelines put in front of keys is left out first, see `prefixes`.
+
     Args:
         what: the checkpoint and the model, for the message.
         expected: the parameters of the model.
         headers: the checked headers by file.
         layout: "mlx" or "diffusers", see `file_format`.
-        rename: parameter name of a key, given all the keys.
+        rename: parameter name of a key, given all the keys, as they are without that.
 
     Raises:
         MismatchError: keys are missing, unexpected, or of the wrong shape or kind.
         CheckpointError: two keys are the same parameter.
     """
     infos = {key: info for header in headers.values() for key, info in header.tensors.items()}
-    keys = frozenset(infos)
+    bare = {key: unwrapped(key)[1] for key in infos}
+    keys = frozenset(bare.values())
     names: dict[str, str] = {}
     sources: dict[str, str] = {}
     for key in sorted(infos):
-        name = rename(key, keys)
+        name = rename(bare[key], keys)
         if name is None:
             continue
         if name in sources:

@@ -5,9 +5,10 @@ Source: transformers' class of that name; Radford et al., arXiv:2103.00020. Lett
 tokens, E = hidden_size.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -61,6 +62,12 @@ class CLIPTextConfig(ModelConfig):
         )
     )
 
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPTextConfig":
+        """See `ModelConfig.from_dict`; of the config of a whole CLIP, the part for text."""
+        part = config.get("text_config")
+        return super().from_dict(part if isinstance(part, Mapping) else config)
+
     def __post_init__(self) -> None:
         if self.hidden_act not in _ACTIVATIONS:
             raise ValueError(
@@ -106,9 +113,10 @@ class CLIPAttention(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.q_proj = nn.Linear(width, width)
+        # In transformers' order, which lists of adapters without names follow.
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
         self.heads = config.num_attention_heads
         self.scale = (width // self.heads) ** -0.5
@@ -203,7 +211,7 @@ class CLIPTextModel(LoRAMixin, PretrainedModel):
 
     config_class = CLIPTextConfig
     weights_stem = "model"
-    class_names = ("CLIPTextModel",)
+    class_names = ("CLIPTextModel", "CLIPModel")
     lora_component = "text_encoder"
 
     def __init__(
@@ -291,10 +299,24 @@ class CLIPTextModel(LoRAMixin, PretrainedModel):
             )
         return mx.array(ids.astype(np.int32))
 
+    def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
+        """Those of transformers 5, OpenCLIP and the web UI, and of diffusers' first text LoRAs."""
+        made = {}
+        for path in paths:
+            bare = path.removeprefix("text_model.")
+            block = bare.replace("encoder.layers.", "resblocks.").replace(".self_attn.", ".attn.")
+            original = block.replace(".mlp.fc1", ".mlp.c_fc").replace(".mlp.fc2", ".mlp.c_proj")
+            processor = re.sub(r"\.(q|k|v|out)_proj$", r".to_\1", path)
+            names = bare, block, original, f"transformer.{block}", f"transformer.{original}", processor
+            made |= dict.fromkeys((*names, processor.removeprefix("text_model.")), path)
+        return made
+
     @classmethod
     def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
         """Name of a file's tensor `key` here; None for what last hidden states do not need."""
         bare = key.removeprefix("text_model.")
         if bare in ("embeddings.position_ids", "text_projection.weight"):
+            return None
+        if key.startswith(("vision_model.", "visual_projection.")) or key == "logit_scale":  # of a whole CLIP
             return None
         return f"text_model.{bare}"

@@ -3,13 +3,14 @@
 Source: diffusers' class of that name (documentation of 0.23, numerics of 0.42). Letters as in `video_unet`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from ..checkpoints.config import ModelConfig, key
+from ..checkpoints.originals import unet_layer_names
 from ..layers.blocks import (
     CrossAttnDownBlock3D,
     CrossAttnUpBlock3D,
@@ -264,3 +265,7 @@ class UNet3DConditionModel(VideoUNet):
                 "one entry a text token"
             )
         return mask_bias(mask, dtype)
+
+    def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
+        """Those of ModelScope's original network."""
+        return unet_layer_names(paths, self.config.layers_per_block)

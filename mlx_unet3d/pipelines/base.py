@@ -20,18 +20,16 @@ from ..checkpoints import find_folder, read_component_config, read_json
 from ..checkpoints.adapters import (
     TEXTUAL_INVERSION_NAMES,
     AdapterFile,
-    components_of,
     learned_token,
     read_adapter,
 )
 from ..checkpoints.config import naming
-from ..checkpoints.source import pinned_revision
+from ..checkpoints.source import choose_variants, pinned_revision
 from ..errors import CheckpointError, NonFiniteError
-from ..models.adapters import chosen_weights
+from ..models.adapters import chosen_weights, networks_of
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
 from ..models.outputs import ModelOutput
-from ..models.pretrained import PretrainedModel
 from ..models.unet_3d_condition import UNet3DConditionModel
 from ..noise import NoiseSource, noise_source
 from ..schedulers import Scheduler, scheduler_of_pipeline
@@ -180,7 +178,8 @@ class VideoPipeline:
             vae_dtype: of the VAE, which is prone to overflow in half precision; None as above.
             scheduler: to take for the checkpoint's own; or the name of one to make from the checkpoint's
                 config, of a class or from `schedulers.SCHEDULERS`.
-            revision, variant, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
+            variant: such as "fp16"; networks without it are read from their plain files, with a warning.
+            revision, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
 
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
         """
@@ -203,9 +202,20 @@ class VideoPipeline:
         if dtype is None and mx.default_device() == mx.cpu:
             dtype = mx.float32
 
-        def load(kind: type[PretrainedModel], subfolder: str, dtype: mx.Dtype | None) -> Any:
-            return kind.from_pretrained(
-                path_or_id, subfolder=subfolder, variant=variant, dtype=dtype, **where
+        kinds = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+        stems = {name: kind.weights_stem for name, kind in kinds.items()}
+        variants = choose_variants(path_or_id, stems, variant, **where)
+        plain = [name for name, chosen in variants.items() if chosen != variant]
+        if plain:
+            warnings.warn(
+                f"{path_or_id} has no files of the variant {variant!r} for {' and '.join(plain)}; taking the "
+                "plain ones",
+                stacklevel=2,
+            )
+
+        def load(subfolder: str, dtype: mx.Dtype | None) -> Any:
+            return kinds[subfolder].from_pretrained(
+                path_or_id, subfolder=subfolder, variant=variants[subfolder], dtype=dtype, **where
             )
 
         if not isinstance(scheduler, Scheduler):
@@ -216,9 +226,9 @@ class VideoPipeline:
         return cls(
             scheduler=scheduler,
             tokenizer=CLIPTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **where),
-            text_encoder=load(CLIPTextModel, "text_encoder", dtype),
-            vae=load(AutoencoderKL, "vae", vae_dtype),
-            unet=load(UNet3DConditionModel, "unet", dtype),
+            text_encoder=load("text_encoder", dtype),
+            vae=load("vae", vae_dtype),
+            unet=load("unet", dtype),
             recommended=Recommended.from_dict(index.get("_recommended", {})),
         )
 
@@ -341,7 +351,7 @@ class VideoPipeline:
 
     def load_textual_inversion(
         self,
-        source: str | Path | Mapping[str, mx.array],
+        source: str | Path | Mapping[str, mx.array] | AdapterFile,
         token: str | None = None,
         *,
         weight_name: str | None = None,
@@ -401,9 +411,9 @@ class VideoPipeline:
         other methods for adapters too.
         """
         file = read_adapter(source, weight_name=weight_name, **hub)
+        self._need("unet", "text_encoder")
         networks = {"unet": self.unet, "text_encoder": self.text_encoder}
-        wanted = sorted(components_of(file), reverse=True)
-        self._need(*wanted)
+        wanted = networks_of(file, networks)
         loaded: dict[str, int] = {}
         try:
             for name in wanted:
