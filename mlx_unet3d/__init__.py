@@ -8,7 +8,8 @@ from . import media, memory  # noqa: E402
 from .layers.text_context import TextContext  # noqa: E402
 from .models.autoencoder_kl import AutoencoderKL  # noqa: E402
 from .models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder  # noqa: E402
-from .models.clip_text import CLIPTextModel  # noqa: E402
+from .models.clip_text import CLIPTextModel, CLIPTextModelOutput, CLIPTextModelWithProjection  # noqa: E402
+from .models.clip_vision import CLIPVisionModelOutput, CLIPVisionModelWithProjection  # noqa: E402
 from .models.feature_cache import FeatureCache  # noqa: E402
 from .models.motion_adapter import MotionAdapter  # noqa: E402
 from .models.unet_3d_condition import UNet3DConditionModel, UNet3DConditionOutput  # noqa: E402
@@ -36,7 +37,11 @@ __all__ = [
     "AutoencoderKL",
     "AutoencoderKLTemporalDecoder",
     "CLIPTextModel",
+    "CLIPTextModelOutput",
+    "CLIPTextModelWithProjection",
     "CLIPTokenizer",
+    "CLIPVisionModelOutput",
+    "CLIPVisionModelWithProjection",
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
