@@ -1,4 +1,4 @@
-"""What text-to-video and video-to-video share: components, prompts, decoding, output forms."""
+"""Base of the pipelines: components, prompts, decoding, output forms."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ _COMPONENTS = {
 
 @dataclass(frozen=True)
 class Recommended:
-    """What a checkpoint says of its own use, in `model_index.json` under "_recommended".
+    """A checkpoint's recommendation for its use, in `model_index.json` under "_recommended".
 
     Attributes:
         num_frames, num_inference_steps, guidance_scale: defaults of a call; None for diffusers' own.
@@ -254,7 +254,7 @@ class VideoPipeline:
             index["_recommended"] = self.recommended.to_dict()
         write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
-    # What a call leaves open.
+    # Defaults of a call.
 
     def num_frames(self, value: int | None = None) -> int:
         """`value`, or where it is None what the checkpoint recommends, or 16."""
@@ -527,7 +527,7 @@ class VideoPipeline:
     def release(self, name: str) -> None:
         """Let go of "text_encoder", "unet" or "vae", and of the memory it takes, if nobody else holds it.
 
-        What needs it afterwards raises ValueError.
+        Later uses of it raise ValueError.
         """
         if name not in ("text_encoder", "unet", "vae"):
             raise ValueError(f"release({name!r}): the networks are 'text_encoder', 'unet' and 'vae'")
@@ -546,7 +546,7 @@ class VideoPipeline:
                     "without enable_release() if it is to be called more than once"
                 )
 
-    # What the calls of the pipelines share.
+    # Shared by the calls of the pipelines.
 
     def _check_call(
         self,
