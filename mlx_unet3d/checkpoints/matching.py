@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
 from .headers import MLX_DTYPES, Header, TensorInfo
 from .layouts import file_shapes
 from .prefixes import unwrapped
@@ -185,7 +185,7 @@ def _listing(title: str, items: list[str], candidates: list[str], shown: int) ->
     candidates = [name for name in candidates[:_COMPARED] if len(name) <= _LONGEST]
     for i, item in enumerate(name[:_LONGEST] for name in items[:shown]):
         near = difflib.get_close_matches(item, candidates, n=1) if i < _NEAREST else []
-        lines.append(f"  {item}" + (f"  (nearest: {near[0]})" if near else ""))
+        lines.append(f"  {printable(item)}" + (f"  (nearest: {printable(near[0])})" if near else ""))
     if len(items) > shown:
         lines.append(f"  ... and {len(items) - shown} more")
     return lines
