@@ -5,6 +5,7 @@ from . import blas
 blas.preload()  # before anything imports mlx.core
 
 from . import media, memory  # noqa: E402
+from .image_processor import CLIPImageProcessor  # noqa: E402
 from .layers.text_context import TextContext  # noqa: E402
 from .models.autoencoder_kl import AutoencoderKL  # noqa: E402
 from .models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder  # noqa: E402
@@ -36,6 +37,7 @@ from .version import __version__  # noqa: E402
 __all__ = [
     "AutoencoderKL",
     "AutoencoderKLTemporalDecoder",
+    "CLIPImageProcessor",
     "CLIPTextModel",
     "CLIPTextModelOutput",
     "CLIPTextModelWithProjection",
