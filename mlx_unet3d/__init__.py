@@ -11,6 +11,7 @@ from .version import __version__  # noqa: E402
 
 if missing_backend() is None:
     from . import media, memory
+    from .image_processor import CLIPImageProcessor
     from .layers.text_context import TextContext
     from .models.autoencoder_kl import AutoencoderKL
     from .models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
@@ -51,6 +52,7 @@ else:
 __all__ = [
     "AutoencoderKL",
     "AutoencoderKLTemporalDecoder",
+    "CLIPImageProcessor",
     "CLIPTextModel",
     "CLIPTextModelOutput",
     "CLIPTextModelWithProjection",
