@@ -337,7 +337,7 @@ def test_absurd_sizes_are_refused_at_once(model, monkeypatch, capsys, arguments)
     except SystemExit as stop:
         status = stop.code
     assert status == 2
-    assert "at most" in (error := capsys.readouterr().err) or "more than 2.1" in error
+    assert "at most" in (error := capsys.readouterr().err) or "more than 0.3; make a smaller" in error
 
 
 def test_videos_of_any_size(model, capsys):

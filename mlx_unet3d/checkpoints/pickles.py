@@ -471,10 +471,10 @@ def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *_unused: Any) -
     """torch._utils._rebuild_tensor_v2, and its forerunner with fewer arguments."""
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError(f"a tensor of a {type(storage).__name__} and a {type(shape).__name__}")
-    if any(type(n) is int and n > MAX_DIMENSION for n in shape):
-        raise ValueError(f"a tensor of shape {', '.join(map(_shown, shape))}; sizes go to 2**31 - 1")
     if len(shape) != len(strides) or len(shape) > MAX_AXES:
         raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides, at most {MAX_AXES}")
+    if any(type(n) is int and n > MAX_DIMENSION for n in shape):
+        raise ValueError(f"a tensor of shape {', '.join(map(_shown, shape))}; sizes go to 2**31 - 1")
     if not all(type(n) is int and 0 <= n < 2**63 for n in (first, *shape, *strides)):
         raise ValueError(
             f"a tensor of shape {', '.join(map(_shown, shape))}, strides {', '.join(map(_shown, strides))}"
