@@ -42,13 +42,14 @@ Pictures = Picture | Sequence[Picture]
 
 
 def rgb_images(images: Pictures, *, exif_transpose: bool = False) -> list[Image.Image]:
-    """Images of 8 bits a colour, without transparency; what is transparent becomes white.
+    """Convert images to RGB with 8 bits a colour, and transparency to white.
 
     Args:
-        exif_transpose: turn and mirror Pillow's images as a camera noted in their EXIF data.
+        images: one image or several.
+        exif_transpose: first rotate and mirror Pillow's images as their EXIF data says.
 
-    Raises TypeError for what is no image, ValueError for shapes and values of none, and for Pillow's images
-    of 16 or 32 bits a pixel.
+    Returns Pillow images of mode "RGB". Raises TypeError for objects that are no images, ValueError for
+    shapes and values out of range, and for Pillow's images of 16 or 32 bits a pixel.
     """
     batch = isinstance(images, (np.ndarray, mx.array)) and images.ndim == 4
     pictures = list(images) if batch or isinstance(images, (list, tuple)) else [images]
@@ -80,7 +81,7 @@ def _rgb_image(picture: Picture, exif_transpose: bool) -> Image.Image:
 
 
 def _as_uint8(array: NDArray[Any] | mx.array) -> NDArray[np.uint8]:
-    """(H, W) or (H, W, C) -> the same of uint8, without an axis of one channel."""
+    """Convert (H, W) or (H, W, C) to uint8, without an axis of one channel."""
     pixels = np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
     if pixels.dtype != np.uint8:
         if not np.issubdtype(pixels.dtype, np.floating):
@@ -98,7 +99,7 @@ def _as_uint8(array: NDArray[Any] | mx.array) -> NDArray[np.uint8]:
 
 
 def _pair(name: str, value: Any) -> Any:
-    """A size as an integer or (height, width), of the dict that a file may have."""
+    """Return a size of a file, which may be a dict, as an integer or (height, width)."""
     if isinstance(value, Mapping):
         value = {name: number for name, number in value.items() if number is not None}
         if set(value) == {"shortest_edge"}:
@@ -146,7 +147,7 @@ class CLIPImageProcessorConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "CLIPImageProcessorConfig":
-        """The config of a file's content, see `ModelConfig.from_dict`; null is a key's default."""
+        """Make the config from a file's content, see `ModelConfig.from_dict`; null stands for the default."""
         given = {name: value for name, value in config.items() if value is not None}
         for name in {"size", "crop_size"} & given.keys():
             given[name] = _pair(name, given[name])
@@ -162,7 +163,7 @@ class CLIPImageProcessorConfig(ModelConfig):
 
 
 class CLIPImageProcessor:
-    """Images to the pixels that a CLIP image encoder takes; transformers' class of that name.
+    """Prepares images for a CLIP image encoder; transformers' class of that name.
 
     Its arguments are the keys of a `CLIPImageProcessorConfig`. Raises ValueError for values out of range.
     """
@@ -192,16 +193,16 @@ class CLIPImageProcessor:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `preprocessor_config.json`, which transformers reads as well; returns its path."""
-        content = self.config.to_dict()
-        for name, edge in (("size", "shortest_edge"), ("crop_size", None)):
-            value = content[name]
-            if isinstance(value, tuple) or edge is None:
-                height, width = value if isinstance(value, tuple) else (value, value)
-                content[name] = {"height": height, "width": width}
-            else:
-                content[name] = {edge: value}
-        content["do_convert_rgb"] = True
-        content["image_processor_type"] = "CLIPImageProcessor"
+        size, edges = self.config.size, ("height", "width")
+        content = {
+            **self.config,
+            "size": dict(zip(edges, size, strict=True))
+            if isinstance(size, tuple)
+            else {"shortest_edge": size},
+            "crop_size": dict(zip(edges, self.crop, strict=True)),
+            "do_convert_rgb": True,
+            "image_processor_type": "CLIPImageProcessor",
+        }
         path = Path(folder).expanduser() / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -209,12 +210,12 @@ class CLIPImageProcessor:
 
     @property
     def crop(self) -> tuple[int, int]:
-        """Height and width of what comes out of a centre crop."""
+        """Height and width of images after the centre crop."""
         size = self.config.crop_size
         return size if isinstance(size, tuple) else (size, size)
 
     def __call__(self, images: Pictures) -> mx.array:
-        """Pixels (N, 3, height, width) in float32, resized, cropped, rescaled and normalized by the config.
+        """Resize, crop, rescale and normalize images by the config; returns (N, 3, height, width), float32.
 
         Raises ValueError where images come out in several sizes; TypeError and ValueError, see `rgb_images`.
         """
@@ -235,18 +236,19 @@ class CLIPImageProcessor:
         return self.normalize(pixels) if config.do_normalize else _channels_first(pixels)
 
     def antialiased(self, images: Pictures, *, height: int = 224, width: int = 224) -> mx.array:
-        """Normalized pixels (N, 3, height, width) as `StableVideoDiffusionPipeline` makes them.
+        """Resize and normalize images as `StableVideoDiffusionPipeline` does; returns (N, 3, height, width).
 
-        The aspect ratio is not kept: the image encoder of that model was trained so.
+        The aspect ratio is not kept. Raises TypeError and ValueError, see `rgb_images`.
         """
         return self.normalize(
             np.stack([resize_antialiased(np.asarray(i), height, width) / 255 for i in rgb_images(images)])
         )
 
     def box_cropped(self, images: Pictures, *, width: int) -> mx.array:
-        """Normalized pixels (N, 3, *crop_size) as `I2VGenXLPipeline` makes them.
+        """Crop, resize and normalize images as `I2VGenXLPipeline` does; returns (N, 3, *crop_size).
 
-        `width` is that of the video: images are cropped to a square of it first.
+        `width` is the width of the video: the crop is a square of that many pixels, which is then resized.
+        Raises TypeError and ValueError, see `rgb_images`.
         """
         height, out_width = self.crop
         cropped = [crop_wide(image, width, width) for image in rgb_images(images)]
@@ -254,12 +256,12 @@ class CLIPImageProcessor:
         return self.normalize(np.stack([np.asarray(image) for image in resized]) / np.float32(255))
 
     def normalize(self, pixels: NDArray[Any]) -> mx.array:
-        """Pixels (N, H, W, 3) in [0, 1] -> (N, 3, H, W) in float32, of the config's mean and deviation."""
+        """Normalize (N, H, W, 3) in [0, 1] by mean and deviation; returns (N, 3, H, W) in float32."""
         mean, std = (np.array(x, np.float32) for x in (self.config.image_mean, self.config.image_std))
         return _channels_first((pixels.astype(np.float32) - mean) / std)
 
     def _target(self, image: Image.Image) -> tuple[int, int]:
-        """Width and height after the resize."""
+        """Return width and height after the resize."""
         size = self.config.size
         if isinstance(size, tuple):
             return size[1], size[0]
@@ -287,9 +289,10 @@ def _center_crop(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[
 
 
 def vae_pixels(images: Pictures, height: int, width: int, *, factor: int = 8) -> mx.array:
-    """Pixels (N, 3, height, width) in [-1, 1], float32, by a Lanczos filter; the aspect ratio is not kept.
+    """Resize images by a Lanczos filter; returns (N, 3, height, width) in [-1, 1], float32.
 
-    Height and width are rounded down to multiples of `factor`, pixels for one of the latents.
+    The aspect ratio is not kept. Height and width are rounded down to multiples of `factor`, the pixels of a
+    latent each way.
     Raises ValueError for less than one multiple; TypeError and ValueError, see `rgb_images`.
     """
     size = tuple(edge - edge % factor for edge in (width, height))
@@ -300,7 +303,7 @@ def vae_pixels(images: Pictures, height: int, width: int, *, factor: int = 8) ->
 
 
 def vae_pixels_cropped(images: Pictures, height: int, width: int) -> mx.array:
-    """Pixels (N, 3, height, width) in [-1, 1], float32, by `crop_wide`."""
+    """Resize images by `crop_wide`; returns (N, 3, height, width) in [-1, 1], float32."""
     return _signed([crop_wide(image, width, height) for image in rgb_images(images)])
 
 
@@ -310,10 +313,10 @@ def _signed(images: Sequence[Image.Image]) -> mx.array:
 
 
 def crop_wide(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of an image at its own aspect ratio, resized by a box filter to fill width x height.
+    """Resize an image by a box filter until it covers width x height, and crop its middle.
 
-    diffusers rounds the size before the crop down, twice, by which one row or column can be lost; it is black
-    there and here.
+    As diffusers does it: the size before the crop is rounded down, so that a row or column can be missing,
+    which is black. Raises ValueError for less than one pixel.
     """
     if width < 1 or height < 1:
         raise ValueError(f"width={width} and height={height} must be at least 1")
@@ -325,7 +328,7 @@ def crop_wide(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def resize_antialiased(pixels: NDArray[Any], height: int, width: int) -> NDArray[np.float64]:
-    """(H, W, C) -> (height, width, C) by a Gaussian blur, then bicubic interpolation, unclipped.
+    """Resize (H, W, C) to (height, width, C) by a Gaussian blur, then bicubic interpolation, unclipped.
 
     Of Stable Video Diffusion: the blur's deviation is half of what the scale exceeds 1 by, borders are
     mirrored, corners are aligned and the cubic has a = -0.75. Both are linear in each axis, so one sparse
@@ -336,7 +339,7 @@ def resize_antialiased(pixels: NDArray[Any], height: int, width: int) -> NDArray
 
 
 def _antialias_matrix(length: int, size: int) -> NDArray[np.float64]:
-    """(size, length): how much of each pixel of a row goes into each pixel of the resized row."""
+    """Return (size, length): the weight of each pixel of a row in each pixel of the resized row."""
     sigma = max((length / size - 1) / 2, 0.001)
     taps = int(max(4 * sigma, 3)) // 2 * 2 + 1
     offsets = np.arange(taps) - taps // 2
@@ -361,7 +364,7 @@ def _antialias_matrix(length: int, size: int) -> NDArray[np.float64]:
 
 
 def _along_rows(matrix: NDArray[np.float64], pixels: NDArray[Any]) -> NDArray[np.float64]:
-    """`matrix @ pixels` over the first axis, by the pixels that each row of the matrix uses."""
+    """Return `matrix @ pixels` over the first axis; each row reads only the pixels with a weight."""
     result = np.empty((len(matrix), *pixels.shape[1:]))
     for row, weights in zip(result, matrix, strict=True):
         used = np.flatnonzero(weights)

@@ -104,11 +104,11 @@ def test_grey_and_transparent_images():
 
 def test_exif_is_obeyed_where_asked_for():
     image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
-    image.getexif()[0x0112] = 6  # a camera turned clockwise
-    turned = rgb_images(image, exif_transpose=True)[0]
-    np.testing.assert_array_equal(np.array(turned)[..., 0], [[3, 0], [4, 1], [5, 2]])
+    image.getexif()[0x0112] = 6  # of a camera on its side
+    upright = rgb_images(image, exif_transpose=True)[0]
+    np.testing.assert_array_equal(np.array(upright)[..., 0], [[3, 0], [4, 1], [5, 2]])
     assert rgb_images(image)[0].size == (3, 2)
-    assert rgb_images(turned, exif_transpose=True)[0].size == (2, 3)
+    assert rgb_images(upright, exif_transpose=True)[0].size == (2, 3)
 
 
 @pytest.mark.parametrize(

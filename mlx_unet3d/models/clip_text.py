@@ -143,17 +143,16 @@ class CLIPTextTransformer(nn.Module):
         )
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def __call__(
-        self, input_ids: mx.array, num_layers: int | None = None, output_hidden_states: bool = False
-    ) -> CLIPTextModelOutput:
+    def __call__(self, input_ids: mx.array, num_layers: int | None = None) -> mx.array:
         """(B, L) -> (B, L, E) after the first `num_layers` layers, all by default."""
-        x, states = self.embeddings(input_ids), None
-        if output_hidden_states:
-            states = self.encoder.hidden_states(x)
-            x = states[-1 if num_layers is None else num_layers]
-        else:
-            x = self.encoder(x, num_layers)
-        return CLIPTextModelOutput(None, self.final_layer_norm(x), states)
+        return self.final_layer_norm(self.encoder(self.embeddings(input_ids), num_layers))
+
+    def with_hidden_states(
+        self, input_ids: mx.array, num_layers: int | None = None
+    ) -> tuple[mx.array, tuple[mx.array, ...]]:
+        """The same, and the states (B, L, E) after the embeddings and each layer, all before the norm."""
+        states = self.encoder.hidden_states(self.embeddings(input_ids))
+        return self.final_layer_norm(states[-1 if num_layers is None else num_layers]), states
 
 
 class _CLIPTextEncoder(LoRAMixin, PretrainedModel):
@@ -253,8 +252,9 @@ class CLIPTextModel(_CLIPTextEncoder):
                 f"{num_layers} layers and needs one of them"
             )
         ids = mx.array(self._checked_ids(input_ids))
-        output = self.text_model(ids, num_layers - skipped, output_hidden_states)
-        return output if output_hidden_states else output.last_hidden_state
+        if not output_hidden_states:
+            return self.text_model(ids, num_layers - skipped)
+        return CLIPTextModelOutput(None, *self.text_model.with_hidden_states(ids, num_layers - skipped))
 
     def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
         """Those of transformers 5, OpenCLIP and the web UI, and of diffusers' first text LoRAs."""
@@ -307,9 +307,12 @@ class CLIPTextModelWithProjection(_CLIPTextEncoder):
         ids = self._checked_ids(input_ids)
         eos = self.config.eos_token_id
         places = (ids if eos == 2 else ids == eos).argmax(axis=1)  # the first of equals
-        output = self.text_model(mx.array(ids), output_hidden_states=output_hidden_states)
-        pooled = output.last_hidden_state[mx.arange(len(ids)), mx.array(places)]  # (B, E)
-        return replace(output, text_embeds=self.text_projection(pooled))
+        if output_hidden_states:
+            last, states = self.text_model.with_hidden_states(mx.array(ids))
+        else:
+            last, states = self.text_model(mx.array(ids)), None
+        pooled = last[mx.arange(len(ids)), mx.array(places)]  # (B, E)
+        return CLIPTextModelOutput(self.text_projection(pooled), last, states)
 
     @classmethod
     def rename_key(cls, key: str, keys: Collection[str]) -> str | None:

@@ -107,9 +107,9 @@ def test_exif(orientation, tmp_path):
     picture(40, 70).save(tmp_path / "photo.png", exif=exif)
     expected = load_image(str(tmp_path / "photo.png"))
     with Image.open(tmp_path / "photo.png") as photo:
-        (turned,) = rgb_images(photo, exif_transpose=True)
+        (upright,) = rgb_images(photo, exif_transpose=True)
         (plain,) = rgb_images(photo)
-    np.testing.assert_array_equal(turned, expected)
+    np.testing.assert_array_equal(upright, expected)
     assert plain.size == (70, 40)
 
 
