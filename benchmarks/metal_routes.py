@@ -1,25 +1,29 @@
 """What MLX's Metal backend will do with the networks, predicted from their graphs: tables in Markdown.
 
     python benchmarks/metal_routes.py
+    python benchmarks/metal_routes.py --model svd-xt --chip M5
     python benchmarks/metal_routes.py --model demo --height 128 --width 128 --frames 16 --chip "M2 Max" M1
 
-Without a size: the three reference workloads. Nothing is computed and no Mac is needed; what is printed was
-predicted from MLX's dispatch rules and public figures of the chips, and none of it was measured on one.
+Without a size: the three reference workloads, or that of the model of that name. Nothing is computed and no
+Mac is needed; what is printed was predicted from MLX's dispatch rules and public figures of the chips, and
+none of it was measured on one.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import mlx_unet3d
 import mlx.core as mx
+from mlx_unet3d import AutoencoderKL
 from mlx_unet3d.chips import CHIPS, GIB, Chip, find_chip
+from mlx_unet3d.models.video_unet import VideoUNet
 
 sys.path.insert(0, str(Path(__file__).parent))
 from metal import rules, workloads
 from metal.predict import Prediction, kernel_seconds, kind_of_place
-from metal.workloads import REFERENCE, Workload
+from metal.workloads import FAMILY, REFERENCE, Workload
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Beside a forward: the other networks and the system's share of the working set, and what MLX encodes ahead.
@@ -28,7 +32,7 @@ RESERVE = GIB
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", choices=("full", "demo"), default="full")
+    parser.add_argument("--model", choices=("full", "demo", *FAMILY), default="full")
     parser.add_argument("--height", type=int, help="pixels; give --width and --frames with it")
     parser.add_argument("--width", type=int)
     parser.add_argument("--frames", type=int)
@@ -45,8 +49,8 @@ def main() -> None:
         parser.error(
             f"{args.width}x{args.height}x{args.frames}: sizes must be multiples of 8, frames at least 1"
         )
-    chosen = REFERENCE if None in size else [Workload(*size)]
-    unet, vae = workloads.demo() if args.model == "demo" else (workloads.full_unet(), workloads.full_vae())
+    unet, vae, reference = networks(args.model)
+    chosen = reference if None in size else [Workload(*size)]
     versions = f"MLX {rules.VERSION}'s rules, mlx-unet3d {mlx_unet3d.__version__}"
     print(f"Predicted ({versions}), not measured.\n")
     for work in chosen:
@@ -58,6 +62,17 @@ def main() -> None:
         decode, chunks = workloads.predict_decode(vae, work, DTYPES[args.vae_dtype])
         print(f"# {args.model} VAE, {work}, {args.vae_dtype}: one of {chunks} chunks\n")
         describe(decode, args.chip)
+
+
+def networks(model: str) -> tuple[VideoUNet, AutoencoderKL, Sequence[Workload]]:
+    """UNet, VAE, and the workloads where no size is given."""
+    if model in FAMILY:
+        make, work = FAMILY[model]
+        vae = workloads.full_temporal_vae() if model.startswith("svd") else workloads.full_vae()
+        return make(), vae, [work]
+    if model == "demo":
+        return *workloads.demo(), REFERENCE
+    return workloads.full_unet(), workloads.full_vae(), REFERENCE
 
 
 def chip_of(name: str) -> Chip:

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import tiny
-from mlx_unet3d import UNet3DConditionModel
+from mlx_unet3d import UNet3DConditionModel, UNetMotionModel
 from metal import rules, workloads
 from metal.predict import kind_of_place
 from metal.trace import trace
@@ -131,6 +131,121 @@ def test_decoding(work, dtype):
         "upsamplers": 3,
     }
     assert done.peak < 4.1e9
+
+
+# The other UNets. A merge is of heads that no kernel takes, or that were padded for one.
+MERGE = "puts the heads side by side again"
+MOTION = {
+    "motion_modules.norm": (21, NORM),
+    "motion_modules.transformer_blocks.attn1": (16, MERGE),
+    "motion_modules.transformer_blocks.attn2": (16, MERGE),
+}
+SVD_COPIES = {
+    "conv_in": (1, "channels first to channels last, of eight channels"),
+    "resnets.spatial_res_block.norm1": (22, NORM),
+    "resnets.temporal_res_block.norm1": (22, NORM),
+    "attentions.norm": (16, NORM),
+    "upsamplers": (3, "four times the pixels"),
+    "conv_norm_out": (1, NORM),
+}
+FAMILY_COPIES = {
+    "animatediff": {name: COPIES[name] for name in COPIES if "temp" not in name and "_in" not in name}
+    | MOTION
+    | {
+        "attentions.transformer_blocks.attn1": (11, MERGE),
+        "attentions.transformer_blocks.attn2": (11, MERGE),
+    },
+    "animatediff-sdxl": {
+        "the network itself": COPIES["the network itself"],
+        "resnets.norm1": (17, NORM),
+        "attentions.norm": (11, NORM),
+        "motion_modules.norm": (15, NORM),
+        "motion_modules.transformer_blocks.attn1": (10, MERGE),
+        "motion_modules.transformer_blocks.attn2": (10, MERGE),
+        "upsamplers": (2, "four times the pixels"),
+        "conv_norm_out": (1, NORM),
+    },
+    "svd": SVD_COPIES,
+    "svd-xt": SVD_COPIES,
+    "i2vgen-xl": COPIES
+    | {
+        "the network itself": (3, "channels first to channels last, and frames inside, of four channels"),
+        "image_latents_temporal_encoder.attn1": (1, MERGE),
+    },
+}
+# GB of activations alive at once in a step. Without padded heads AnimateDiff took 9.19.
+PEAKS = {"animatediff": 1.72, "animatediff-sdxl": 6.76, "svd": 6.18, "svd-xt": 11.01, "i2vgen-xl": 6.31}
+
+
+@pytest.fixture(scope="module", params=workloads.FAMILY)
+def member(request):
+    """A step of another UNet with guidance, and what is done once."""
+    make, work = workloads.FAMILY[request.param]
+    return request.param, *workloads.predict_unet(make(), work)
+
+
+def test_nothing_is_slow_or_large_in_the_family(member):
+    _, step, once = member
+    routes = {(c.route, "conv_in" if c.place == "conv_in" else "") for c in step.done.convolutions}
+    # MLX pads the eight channels of conv_in, and its kernel, to sixteen.
+    routes -= {(rules.IMPLICIT_PADDED, "conv_in")}
+    assert {route for route, _ in routes} == {rules.WINOGRAD, rules.IMPLICIT}
+    large = [a for a in step.attentions if a.keys > 256]
+    assert {a.route for a in large} == {rules.FUSED}
+    assert step.weight_work == once.weight_work == []
+    # Sinusoids of the positions of frames and of SDXL's sizes are single: (F, C) and (2, 2816).
+    leaks = [*step.leaks, *once.leaks]
+    assert all(re.search("time_pos_embed|^$", place) and len(shape) == 2 for place, _, shape in leaks)
+    assert all(max(shape) <= 2816 and min(shape) <= 25 for *_, shape in leaks)
+    assert max(step.done.largest[1], once.done.largest[1]) < 2**31
+    assert max(c.conv.rows for c in step.done.convolutions) < 2**31
+
+
+def test_every_copy_of_the_family_is_known(member):
+    name, step, once = member
+    assert once.copies == []
+    found = Counter(kind_of_place(copy.place) or "the network itself" for copy in step.copies)
+    assert found == {place: count for place, (count, _) in FAMILY_COPIES[name].items()}
+
+
+def test_memory_of_the_family(member):
+    name, step, _ = member
+    assert round(step.peak / 1e9, 2) == PEAKS[name]
+    # Two sums of I2VGen-XL's embeddings could be fused with what is before them.
+    assert step.kernels - step.kernels_fused == (2 if name == "i2vgen-xl" else 0)
+
+
+@pytest.mark.parametrize("padding", ["auto", "always", "never"])
+def test_padded_heads(padding):
+    """Heads of 40 are padded where there are many scores, or everywhere, or nowhere; of 160 never."""
+    unet = UNetMotionModel(
+        block_out_channels=(320, 1280),
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        layers_per_block=1,
+        cross_attention_dim=768,
+    )
+    unet.set_attention_padding(padding)
+    step, _ = workloads.predict_unet(unet, Workload(160, 160, 16))
+    fused = {(a.keys, a.dim) for a in step.attentions if a.route == rules.FUSED}
+    unfused = {(a.keys, a.dim) for a in step.attentions if a.route == rules.UNFUSED}
+    coarse = {(16, 160), (77, 160), (100, 160)}
+    assert fused == dict(auto={(400, 64)}, always={(n, 64) for n in (16, 77, 400)}, never=set())[padding]
+    assert unfused - coarse == {(n, 40) for n in (16, 77, 400)} - {(keys, 40) for keys, _ in fused}
+    assert unfused & coarse == coarse
+
+
+@pytest.mark.parametrize("name", ["svd", "svd-xt"])
+def test_decoding_of_a_clip(name):
+    """As many frames together as MLX can index; spatial layers take them one by one."""
+    work = workloads.FAMILY[name][1]
+    done, chunks = workloads.predict_decode(workloads.full_temporal_vae(), work, mx.float16)
+    assert chunks == dict(zip(("svd", "svd-xt"), (1, 2), strict=True))[name]
+    assert {c.route for c in done.done.convolutions} <= {rules.WINOGRAD, rules.IMPLICIT}
+    assert done.leaks == done.weight_work == []
+    assert done.done.largest[1] < 2**31
+    assert {(a.batch, a.keys, a.dim) for a in done.attentions} == {(1, 9216, 512)}
+    assert done.peak < 30e9
 
 
 def test_demo_and_its_weights():

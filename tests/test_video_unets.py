@@ -5,9 +5,10 @@ import mlx_unet3d
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_unet3d import FeatureCache, MotionAdapter, UNetMotionModel
+from mlx_unet3d import FeatureCache, MotionAdapter, UNetMotionModel, cpu
 from mlx.utils import tree_flatten
 from mlx_unet3d.checkpoints import file_shapes, parameter_layouts, to_mlx
+from mlx_unet3d.operations import Tracer, traced_by
 from seeded import CONFIGS, inputs, weight
 
 UNETS = [name for name in CONFIGS if name.endswith("UNet") or name.startswith("UNet")]
@@ -248,3 +249,55 @@ def test_only_motion_modules_train():
     assert all(".motion_modules." in name for name in names)
     assert not any(name.endswith(".pe") for name in names)
     assert unet.num_parameters(only_trainable=True) < unet.num_parameters()
+
+
+def heads_of(model):
+    """The channels of heads that MLX's attention is given."""
+
+    class Heads(Tracer):
+        def attention(self, query, *others):
+            seen.add(query.shape[-1])
+            return super().attention(query, *others)
+
+    seen = set()
+    with cpu.routes(False), traced_by(Heads()):
+        run(model)
+    return seen
+
+
+def test_padded_heads_change_nothing():
+    model = make("UNetMotionModel")
+    plain, narrow = run(model), heads_of(model)
+    assert max(narrow) < 64
+    model.set_attention_padding("always")
+    assert heads_of(model) == {64}
+    close(run(model), plain, 1e-6)
+    model.set_attention_padding("never")
+    assert heads_of(model) == narrow
+    with pytest.raises(ValueError, match="'auto', 'always', 'never'"):
+        model.set_attention_padding("on")
+
+
+def test_the_temporal_autoencoder_takes_what_can_be_indexed(monkeypatch):
+    vae = make("AutoencoderKLTemporalDecoder")
+    (z,) = inputs("AutoencoderKLTemporalDecoder", 1, 4, 2, 2)[:1]
+    z = mx.array(z)
+    clips = vae.decode(z, 2)
+    size = vae.spatial_factor * 2
+    frame = 2**31 // vae.check_frame(size, size)
+    calls = []
+    monkeypatch.setattr(type(vae), "decode", counted(type(vae).decode, calls))
+    monkeypatch.setattr("mlx_unet3d.models.autoencoder_kl._MAX_ELEMENTS", 3 * frame)
+    monkeypatch.setattr("mlx_unet3d.models.autoencoder_kl._CHUNK_ELEMENTS", frame)
+    close(vae.decode(z, 2), clips)  # a clip at a time, spatial layers a frame at a time
+    assert [n for n, _ in calls] == [4, 2, 2]
+    with pytest.raises(ValueError, match=r"4 frames .* give chunk_size=3 or less"):
+        vae.decode(z, 4)
+
+
+def counted(decode, calls):
+    def call(vae, z, num_frames, *args, **options):
+        calls.append((z.shape[0], num_frames))
+        return decode(vae, z, num_frames, *args, **options)
+
+    return call

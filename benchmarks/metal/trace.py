@@ -73,6 +73,7 @@ class _Tracer(Marks):
         self.regions = 0
         self.attentions: list[Attention] = []
         self.paths: dict[int, str] = {}  # of modules, by id
+        self.inputs: tuple[mx.array, ...] = ()  # the first argument of the forward
         self.new(_BORDER)  # number 0, for what comes before all others
 
     def new(self, name: str) -> mx.array:
@@ -82,7 +83,8 @@ class _Tracer(Marks):
     def border(self, value: Any) -> Any:
         """Arrays of a tuple or list, or the one array, marked as being here; anything else as it is."""
         if isinstance(value, mx.array):
-            return self.whole(_BORDER, value)
+            # Made of the inputs: MLX compiles, and cannot export, a function of constants alone.
+            return self.whole(_BORDER, value, *self.inputs)
         if type(value) in (tuple, list):
             return type(value)(map(self.border, value))
         return value
@@ -170,8 +172,13 @@ def trace(fn: Callable[..., mx.array], *args: mx.array, model: nn.Module) -> Gra
     """
     tracer = _Tracer()
     model = tracer.bordered(model)
+
+    def forward(*args: mx.array) -> mx.array:
+        tracer.inputs = args[:1]
+        return fn(model, *args)
+
     with cpu.routes(False), traced_by(tracer):
-        recorded = record(lambda *args: fn(model, *args), args, tracer)
+        recorded = record(forward, args, tracer)
     graph = Graph(**vars(recorded) | {"nodes": []}, attentions=tracer.attentions)
     same: dict[str, str] = {}  # name of an array at a border -> what it was before
     latest: dict[str, int] = {}  # name of an array -> the latest mark before it

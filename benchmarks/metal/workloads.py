@@ -1,15 +1,24 @@
 """Forwards of the networks at the reference sizes, traced without weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx_unet3d
 import mlx.core as mx
-from mlx_unet3d import AutoencoderKL, UNet3DConditionModel
+from mlx_unet3d import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    I2VGenXLUNet,
+    UNet3DConditionModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+)
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_unet3d.memory.forwards import Latents, unet_inputs
+from mlx_unet3d.models.video_unet import VideoUNet
 
 from .predict import Prediction, hoisted, predict
 from .trace import hollow, trace
-
-TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,38 @@ def full_unet() -> UNet3DConditionModel:
     return UNet3DConditionModel()
 
 
+def animatediff() -> UNetMotionModel:
+    """Stable Diffusion 1.5 with a motion adapter of the second version: 1.31 B parameters."""
+    return UNetMotionModel(cross_attention_dim=768)
+
+
+def animatediff_sdxl() -> UNetMotionModel:
+    """Stable Diffusion XL with its motion adapter: 2.80 B parameters."""
+    return UNetMotionModel(
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion"),
+        up_block_types=("CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion", "UpBlockMotion"),
+        num_attention_heads=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        use_motion_mid_block=False,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+FAMILY: dict[str, tuple[Callable[[], VideoUNet], Workload]] = {
+    "animatediff": (animatediff, Workload(512, 512, 16)),
+    "animatediff-sdxl": (animatediff_sdxl, Workload(1024, 1024, 16)),
+    "svd": (UNetSpatioTemporalConditionModel, Workload(576, 1024, 14)),
+    "svd-xt": (UNetSpatioTemporalConditionModel, Workload(576, 1024, 25)),
+    "i2vgen-xl": (I2VGenXLUNet, Workload(704, 1280, 16)),
+}
+"""The other UNets at the sizes of their checkpoints."""
+
+
 def full_vae() -> AutoencoderKL:
     """Stable Diffusion's and ModelScope's."""
     return AutoencoderKL(
@@ -44,6 +85,16 @@ def full_vae() -> AutoencoderKL:
     )
 
 
+def full_temporal_vae() -> AutoencoderKLTemporalDecoder:
+    """Stable Video Diffusion's."""
+    return AutoencoderKLTemporalDecoder(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=768,
+    )
+
+
 def empty(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """An evaluated array that takes one number's memory."""
     array = mx.broadcast_to(mx.zeros((), dtype=dtype), shape)
@@ -52,36 +103,40 @@ def empty(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 
 
 def predict_unet(
-    unet: UNet3DConditionModel, work: Workload, dtype: mx.Dtype = mx.float16, scale: int = 8, **options
+    unet: VideoUNet, work: Workload, dtype: mx.Dtype = mx.float16, scale: int = 8, **options
 ) -> tuple[Prediction, Prediction]:
     """A step of denoising, and what is done once for a prompt. The network is emptied of its weights.
 
     `scale` is the VAE's; `options` are those of `predict`.
     """
     hollow(unet, dtype)
-    batch = 2 if work.guidance else 1
-    config = unet.config
-    sample = empty((batch, config.in_channels, work.frames, work.height // scale, work.width // scale), dtype)
-    text = empty((batch, TOKENS, config.cross_attention_dim), dtype)
-    timestep = empty((), mx.float32)
+    latents = Latents(2 if work.guidance else 1, work.frames, work.height // scale, work.width // scale)
+    inputs = unet_inputs(type(unet), unet.config, latents, dtype)
+    names, arrays = zip(*tree_flatten(inputs), strict=True)
 
-    def step(unet: UNet3DConditionModel, sample: mx.array, timestep: mx.array, text: mx.array) -> mx.array:
-        return unet(sample, timestep, text).sample
+    def step(unet: VideoUNet, *arrays: mx.array) -> mx.array:
+        return unet(**tree_unflatten(list(zip(names, arrays, strict=True)))).sample
 
-    graph = trace(step, sample, timestep, text, model=unet)
-    parts = hoisted(graph, graph.inputs[2])
+    graph = trace(step, *(empty(a.shape, a.dtype) for a in arrays), model=unet)
+    parts = hoisted(graph, graph.inputs[names.index("encoder_hidden_states")])
     return tuple(predict(part, **options) for part in parts)
 
 
 def predict_decode(
     vae: AutoencoderKL, work: Workload, dtype: mx.Dtype = mx.float32, **options
 ) -> tuple[Prediction, int]:
-    """The decoding of one chunk of frames, as large as the pipelines make it, and the number of chunks."""
+    """The decoding of one chunk of frames, as large as the pipelines make it, and the number of chunks.
+
+    A temporal decoder takes the whole clip, or as much of it as MLX can index.
+    """
     hollow(vae, dtype)
     scale = vae.spatial_factor
-    frames = min(work.frames, vae.frames_per_chunk(work.height, work.width))
+    temporal = isinstance(vae, AutoencoderKLTemporalDecoder)
+    most = (vae.check_frame if temporal else vae.frames_per_chunk)(work.height, work.width)
+    frames = min(work.frames, most)
     latents = empty((frames, vae.config.latent_channels, work.height // scale, work.width // scale), dtype)
-    graph = trace(lambda vae, latents: vae.decode(latents), latents, model=vae)
+    more = (frames,) if temporal else ()
+    graph = trace(lambda vae, latents: vae.decode(latents, *more), latents, model=vae)
     return predict(graph, **options), -(-work.frames // frames)
 
 

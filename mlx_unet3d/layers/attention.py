@@ -98,6 +98,7 @@ class Attention(nn.Module):
         self.upcast_softmax = upcast_softmax
         self.rescale_output_factor = rescale_output_factor
         self.residual_connection = residual_connection
+        self.padding = "auto"  # see `AttentionControl.set_attention_padding`
 
         if processor is None:
             processor = AttnAddedKVProcessor2_0() if self.has_added_kv else AttnProcessor2_0()

@@ -15,6 +15,16 @@ from .. import cpu, operations
 from .chunking import in_sequence, ranges
 from .text_context import TextContext
 
+FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
+"""Channels of a head for which Metal has an attention kernel that keeps no scores; MLX 0.32."""
+
+PADDINGS = ("auto", "always", "never")
+
+# Keys above which "auto" pads: with fewer, writing the scores costs less than the wider heads.
+_KEYS_IN_MEMORY = 256
+# Queries up to which Metal takes another kernel, of other widths.
+_FEW_QUERIES = 8
+
 # Scores that slices may make before they are evaluated, or hold on the CPU: 16 MB in fp32.
 _SCORES_AT_ONCE = 2**22
 
@@ -34,9 +44,30 @@ def fused_attention(
     """The same by `mx.fast.scaled_dot_product_attention`.
 
     On the CPU it is not fused: there it takes as many rows of the batch at a time as make some scores.
+    Heads are padded with zeros as `set_attention_padding` has it, which changes nothing else.
     """
     if mask is not None:
         mask = mask[:, None].astype(query.dtype)
+    dim = query.shape[-1]
+    wider = padded_head_dim(attn.padding, dim, query.shape[2], key.shape[2])
+    if wider != dim:
+        query, key, value = (mx.pad(x, [(0, 0)] * 3 + [(0, wider - dim)]) for x in (query, key, value))
+    y = _fused_attention(attn, query, key, value, mask)
+    return y if wider == dim else y[..., :dim]
+
+
+def padded_head_dim(padding: str, dim: int, queries: int, keys: int) -> int:
+    """The channels to which heads of `dim` are padded, `dim` itself for none; see `set_attention_padding`."""
+    if padding == "auto" and (cpu.chosen() or keys <= _KEYS_IN_MEMORY or queries <= _FEW_QUERIES):
+        return dim
+    if padding == "never" or dim in FUSED_HEAD_DIMS:
+        return dim
+    return next((wider for wider in FUSED_HEAD_DIMS if wider > dim), dim)
+
+
+def _fused_attention(
+    attn: Any, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None
+) -> mx.array:
     if cpu.active(query):
         return cpu.attention(query, key, value, attn.scale, mask)
 

@@ -92,7 +92,7 @@ class BasicTransformerBlock(nn.Module):
         keywords = cond.cross_attention_kwargs or {}
         x = x + self.attn1(self._placed(self.norm1(x)), attention_mask=self._pixel_mask(x, cond), **keywords)
         if "attn2" in self:
-            x = x + self._second_attention(x, cond)
+            x = self._add_second_attention(x, cond)
         return x + self._in_chunks(self.ff, self.norm3(x))
 
     def _placed(self, x: mx.array) -> mx.array:
@@ -103,18 +103,19 @@ class BasicTransformerBlock(nn.Module):
         spatial = "attn2" in self and self.attn2.is_cross_attention
         return mask if spatial and mask is not None and mask.shape[0] == x.shape[0] else None
 
-    def _second_attention(self, x: mx.array, cond: Conditions) -> mx.array:
+    def _add_second_attention(self, x: mx.array, cond: Conditions) -> mx.array:
         attn, keywords = self.attn2, cond.cross_attention_kwargs or {}
         if cond.context is None or not attn.is_cross_attention:
-            return attn(self._placed(self.norm2(x)), **keywords)
+            return x + attn(self._placed(self.norm2(x)), **keywords)
         states = cond.context_states
         if states.shape[1] == 1 and cond.context_mask is None and attn.one_token_is_linear:
-            # The softmax over one key is 1: one row for all queries of a context, (B, 1, K) -> (N, 1, K).
+            # The softmax over one key is 1: one row (B, 1, K) for all queries of a context.
             y = attn.of_one_token(cond.context)
-            return mx.repeat(y, x.shape[0] // y.shape[0], axis=0)
+            # (N, S, K) -> (B, F*S, K) and back
+            return (x.reshape(y.shape[0], -1, x.shape[-1]) + y).reshape(x.shape)
         # (N, S, K) -> (B, F*S, K): all rows of a sample ask the same keys
         query = self._placed(self.norm2(x)).reshape(states.shape[0], -1, x.shape[-1])
-        return attn(query, cond.context, cond.context_mask, **keywords).reshape(x.shape)
+        return x + attn(query, cond.context, cond.context_mask, **keywords).reshape(x.shape)
 
     def _in_chunks(self, ff: FeedForward, x: mx.array) -> mx.array:
         if self.chunk_size is None:
@@ -337,7 +338,7 @@ class TransformerSpatioTemporalModel(nn.Module):
     ) -> mx.array:
         """(B, F, L, C), or some of its pixels -> the same."""
         batch, frames, pixels, channels = video.shape
-        # (B, F, L, C) -> (B*L, F, C)
-        h = (video + emb[:, None]).transpose(0, 2, 1, 3).reshape(batch * pixels, frames, channels)
+        # (B, F, L, C) -> (B*L, F, C); the sum is written in the new order, which saves a copy
+        h = (video.transpose(0, 2, 1, 3) + emb).reshape(batch * pixels, frames, channels)
         h = block(h, cond).reshape(batch, pixels, frames, channels).transpose(0, 2, 1, 3)
         return self.time_mixer(video, h, cond)

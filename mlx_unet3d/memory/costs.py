@@ -6,10 +6,9 @@ Everything that differs between backends, and may change with MLX, is in this fi
 
 import math
 
+from ..layers.attention_processors import FUSED_HEAD_DIMS
 from .tracing import Graph, Node
 from .views import ELEMENTWISE, View
-
-_FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)  # of Metal's attention kernel
 
 
 class Backend:
@@ -86,7 +85,7 @@ class MetalBackend(Backend):
     def attention(self, node: Node, graph: Graph) -> list[int]:
         """All scores, where no fused kernel takes these heads."""
         (batch, heads, queries, dim), keys = graph.shapes[node.inputs[0]], graph.shapes[node.inputs[1]][2]
-        if dim in _FUSED_HEAD_DIMS:
+        if dim in FUSED_HEAD_DIMS:
             return []
         return [batch * heads * queries * keys * graph.dtypes[node.inputs[0]].size]
 

@@ -22,6 +22,7 @@ from ..layers.attention_adapters import (
     lora_processor,
 )
 from ..layers.attention_processors import (
+    PADDINGS,
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
@@ -80,6 +81,25 @@ class AttentionControl(LoRAMixin):
             processors.append(SlicedAttnProcessor(size))
         for layer, processor in zip(layers, processors, strict=True):
             layer.set_processor(processor)
+
+    def set_attention_padding(self, padding: str) -> None:
+        """Pad attention heads with zeros to a width for which a Mac's GPU has a fused kernel.
+
+        The result stays the same up to rounding. Kernels exist for 64, 72, 80, 96 and 128 channels a head.
+        For others, such as the 40 of Stable Diffusion 1, all scores are written to memory: 8.6 GB for a layer
+        of AnimateDiff at 512x512 and 16 frames.
+
+        Args:
+            padding: "auto", the default, pads where a query looks at more than 256 keys, and never on a CPU;
+                "always" pads wherever there is a kernel for more channels, on a CPU too; "never".
+
+        Heads of more than 128 channels have no wider kernel and stay as they are. Only the processors that
+        use MLX's fused attention pad. ValueError for another value.
+        """
+        if padding not in PADDINGS:
+            raise ValueError(f"padding={padding!r} is not known; use {', '.join(map(repr, PADDINGS))}")
+        for layer in self._attentions().values():
+            layer.padding = padding
 
     def _attentions(self) -> dict[str, Attention]:
         """Path -> attention layer, in the order of diffusers' registration."""

@@ -15,7 +15,7 @@ from ..checkpoints.config import ModelConfig, key
 from ..layers.chunking import Chunks
 from ..layers.conditions import Conditions
 from ..layers.resnet import PointwiseConv2d
-from ..layers.vae_blocks import Encoder, TemporalDecoder
+from ..layers.vae_blocks import Encoder, TemporalDecoder, in_chunks
 from .autoencoder_kl import AutoencoderKL, check_autoencoder
 
 
@@ -74,7 +74,8 @@ class AutoencoderKLTemporalDecoder(AutoencoderKL):
             num_frames: F, frames of a clip; divides N. Frames that are decoded together influence each other.
             image_only_indicator: (N / F, F), as diffusers takes it; without effect on this decoder.
             chunk_size: decode so many frames at a time, each chunk as a clip of its own, as pipelines with
-                `decode_chunk_size` do: less memory and another result. None for whole clips.
+                `decode_chunk_size` do: less memory and another result. None for whole clips, which MLX can
+                index up to about 14 frames of 1024x576.
 
         Returns frames (N, out_channels, h * spatial_factor, w * spatial_factor), about [-1, 1] and not
         clipped, in the dtype of the network. Raises ValueError for shapes and numbers out of range.
@@ -97,19 +98,32 @@ class AutoencoderKLTemporalDecoder(AutoencoderKL):
                 parts.append(self.decode(part, part.shape[0]))
                 mx.eval(parts[-1])
             return mx.concatenate(parts)
-        cond = Conditions(n // num_frames, num_frames, chunks=self.chunks)
+        height, width = (size * self.spatial_factor for size in z.shape[2:])
+        most = self.check_frame(height, width)
+        if num_frames > most:
+            raise ValueError(
+                f"{num_frames} frames of {width}x{height} decoded together need an array of more than the "
+                f"2^31 - 1 elements that MLX can index; give chunk_size={most} or less"
+            )
+        if n > most:  # clips do not influence each other
+            clips = most // num_frames * num_frames
+            return in_chunks(lambda z: self.decode(z, num_frames), z, clips)
+        chunks, few = self.chunks, self.frames_per_chunk(height, width)
+        if chunks.frames is None and few < num_frames:
+            chunks = dataclasses.replace(chunks, frames=few)
+        cond = Conditions(n // num_frames, num_frames, chunks=chunks)
         # (N, c, h, w) -> (N, h, w, c), and (N, H, W, C) -> (N, C, H, W)
         return self.decoder(z.astype(self.dtype).transpose(0, 2, 3, 1), cond).transpose(0, 3, 1, 2)
 
     def enable_frame_chunking(self, frames: int = 1) -> None:
-        """Decode `frames` frames at a time in spatial layers, to save memory; the result stays the same.
+        """Decode `frames` frames at a time in spatial layers; the result stays the same.
 
-        ValueError for less than 1.
+        Without it, these layers take `frames_per_chunk`. ValueError for less than 1.
         """
         self.chunks = dataclasses.replace(self.chunks, frames=frames)
 
     def disable_frame_chunking(self) -> None:
-        """Take all frames at once again."""
+        """Take `frames_per_chunk` again."""
         self.chunks = dataclasses.replace(self.chunks, frames=None)
 
     def enable_pixel_chunking(self, pixels: int = 4096) -> None:

@@ -25,8 +25,9 @@ from .feature_cache import FeatureCache
 from .unet_3d_condition import DOWN_BLOCKS, TRANSFORMER_IN_HEADS, UP_BLOCKS, levels_of_3d
 from .video_unet import Context, VideoUNet, VideoUNetConfig, VideoUNetOutput, as_timestep, check_levels
 
-_LATENT_CHANNELS = 4  # of the image's latents, whatever in_channels is
+LATENT_CHANNELS = 4  # of the image's latents, whatever in_channels is
 _POOLED = 32  # height and width of the image's latents in the context, before they are halved twice
+IMAGE_TOKENS = (_POOLED // 4) ** 2  # of these in the context
 
 
 @dataclass
@@ -110,7 +111,7 @@ class I2VGenXLUNet(VideoUNet):
         config = self.config
         c, latent, width, dim = (
             config.in_channels,
-            _LATENT_CHANNELS,
+            LATENT_CHANNELS,
             config.block_out_channels[0],
             config.cross_attention_dim,
         )
@@ -212,7 +213,7 @@ class I2VGenXLUNet(VideoUNet):
         self._check_sample(sample)
         batch, _, frames, height, width = sample.shape
         dtype, dim = sample.dtype, self.config.cross_attention_dim
-        latents, wanted = inputs["image_latents"], (batch, _LATENT_CHANNELS, frames, height, width)
+        latents, wanted = inputs["image_latents"], (batch, LATENT_CHANNELS, frames, height, width)
         if tuple(latents.shape) != wanted or latents.dtype != dtype:
             raise ValueError(
                 f"image_latents are {latents.dtype} {tuple(latents.shape)}; they must be {dtype} {wanted}"
