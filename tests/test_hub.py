@@ -116,21 +116,21 @@ def test_a_variant_of_some_networks(hub, capsys):
 def test_adapters_in_folders_of_a_repository(hub, model, tmp_path):
     pipe = TextToVideoPipeline.from_pretrained(model)
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    lora = {f"{key}.lora_A.weight": mx.ones((2, 16)), f"{key}.lora_B.weight": mx.ones((16, 2))}
-    mx.save_safetensors(str(tmp_path / "lora.safetensors"), lora)
-    content = (tmp_path / "lora.safetensors").read_bytes()
+    name = "pytorch_lora_weights.safetensors"
+    names, files = (name, f"ink/{name}", "ink/deep/my.safetensors"), {}
+    for i, path in enumerate(
+        (*names, "ink/other.safetensors")
+    ):  # each its own content: the cache knows those
+        lora = {f"{key}.lora_A.weight": i * mx.ones((2, 16)), f"{key}.lora_B.weight": mx.ones((16, 2))}
+        mx.save_safetensors(str(tmp_path / "lora.safetensors"), lora)
+        files[path] = (tmp_path / "lora.safetensors").read_bytes()
     hub.repos["owner/styles"] = Repo()
-    names = (
-        "pytorch_lora_weights.safetensors",
-        "ink/pytorch_lora_weights.safetensors",
-        "ink/deep/my.safetensors",
-    )
-    hub.repos["owner/styles"].commit(dict.fromkeys((*names, "ink/other.safetensors"), content))
+    hub.repos["owner/styles"].commit(files)
     hub.files()
     for i, (source, asked) in enumerate(zip(("", "/ink", "/ink/deep/my.safetensors"), names, strict=True)):
         assert pipe.load_lora_weights(f"owner/styles{source}", f"style{i}") == {"unet": 1}
         assert hub.files() == [f"owner/styles/{asked}"]
-    with pytest.raises(FileNotFoundError, match=r"ink/none\.safetensors does not exist, and of the hub"):
+    with pytest.raises(FileNotFoundError, match=r"has none of none\.safetensors; it has"):
         pipe.load_lora_weights("owner/styles/ink/none.safetensors", "none")
     with pytest.raises(ValueError, match="must lie inside"):
         pipe.load_lora_weights("owner/styles/../other/a.safetensors", "outside")
