@@ -105,6 +105,28 @@ def test_one_network(model):
     assert "AutoencoderKL.from_pretrained" in Path("out/README.md").read_text()
 
 
+def test_pickles_beside_safetensors_of_something_else(model):
+    """A LoRA beside the weights, or the weights of a variant, are not the weights that are asked for."""
+    torch = pytest.importorskip("torch")
+    source = Path(shutil.copytree(model, "mixed"))
+    UNet3DConditionModel.from_pretrained(model / "unet").save_pretrained(source / "unet", layout="diffusers")
+    weights = mx.load(str(source / "unet" / WEIGHTS))
+    torch.save(
+        {key: torch.tensor(np.array(array)) for key, array in weights.items()},
+        source / "unet/diffusion_pytorch_model.bin",
+    )
+    (source / "unet" / WEIGHTS).rename(source / "unet/diffusion_pytorch_model.fp16.safetensors")
+    (source / "unet/pytorch_lora_weights.safetensors").write_bytes(b"something else")
+    for i, variant in enumerate(([], ["--variant", "fp16"])):
+        assert convert(source, *variant, target=f"out{i}") == 0
+        assert same(model / "unet", Path(f"out{i}/unet"))
+    with pytest.raises(FileNotFoundError, match="it has the variant 'fp16': ask for that"):
+        TextToVideoPipeline.from_pretrained(source)
+    (source / "unet/diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"only as torch pickles.*mlx-unet3d convert"):
+        TextToVideoPipeline.from_pretrained(source)
+
+
 def test_shards_and_variants(model):
     unet = UNet3DConditionModel.from_pretrained(model / "unet")
     unet.save_pretrained("sharded", variant="fp16", max_shard_size="100KB")

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import tiny
 from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel
@@ -96,6 +97,43 @@ def test_only_what_is_needed_is_downloaded_and_once(hub, model):
 def test_a_variant_alone(hub):
     assert convert("--variant", "fp16") == 0
     assert hub.files() == needed(f"{STEM}.fp16.safetensors", "model.fp16.safetensors")
+
+
+def test_a_variant_of_some_networks(hub, capsys):
+    """The plain files are downloaded for the network that has no others, and only for that."""
+    commit = hub.repos["owner/video"].commits[hub.repos["owner/video"].refs["main"]]
+    del commit[f"vae/{STEM}.fp16.safetensors"]
+    assert convert("--variant", "fp16") == 0
+    assert f"vae: no files of the variant 'fp16'; taking {WEIGHTS}" in "".join(capsys.readouterr())
+    files = needed(f"{STEM}.fp16.safetensors", "model.fp16.safetensors")
+    files = {name.replace(f"vae/{STEM}.fp16", f"vae/{STEM}") for name in files}
+    assert set(hub.files()) == files
+    with pytest.warns(UserWarning, match="no files of the variant 'fp16' for vae; taking the plain ones"):
+        TextToVideoPipeline.from_pretrained("owner/video", variant="fp16")
+    assert hub.files() == []
+
+
+def test_adapters_in_folders_of_a_repository(hub, model, tmp_path):
+    pipe = TextToVideoPipeline.from_pretrained(model)
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    name = "pytorch_lora_weights.safetensors"
+    names, files = (name, f"ink/{name}", "ink/deep/my.safetensors"), {}
+    for i, path in enumerate(
+        (*names, "ink/other.safetensors")
+    ):  # each its own content: the cache knows those
+        lora = {f"{key}.lora_A.weight": i * mx.ones((2, 16)), f"{key}.lora_B.weight": mx.ones((16, 2))}
+        mx.save_safetensors(str(tmp_path / "lora.safetensors"), lora)
+        files[path] = (tmp_path / "lora.safetensors").read_bytes()
+    hub.repos["owner/styles"] = Repo()
+    hub.repos["owner/styles"].commit(files)
+    hub.files()
+    for i, (source, asked) in enumerate(zip(("", "/ink", "/ink/deep/my.safetensors"), names, strict=True)):
+        assert pipe.load_lora_weights(f"owner/styles{source}", f"style{i}") == {"unet": 1}
+        assert hub.files() == [f"owner/styles/{asked}"]
+    with pytest.raises(FileNotFoundError, match=r"has none of none\.safetensors; it has"):
+        pipe.load_lora_weights("owner/styles/ink/none.safetensors", "none")
+    with pytest.raises(ValueError, match="must lie inside"):
+        pipe.load_lora_weights("owner/styles/../other/a.safetensors", "outside")
 
 
 def test_from_pretrained(hub):

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel, media
 from mlx.utils import tree_flatten
+from mlx_unet3d.checkpoints.adapters import AdapterFile
 from mlx_unet3d.cli import main
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers import attention_adapters
@@ -157,6 +158,46 @@ def test_spellings(name, tmp_path):
         unet.set_adapters("default")
     unet.unload_lora()
     assert mx.array_equal(run(unet), before)
+
+
+def test_original_names():
+    """ModelScope's names of blocks, as the web UI and, with "_" for every ".", kohya's scripts write them."""
+    unet = make()
+    names = {path: name for name, path in unet.other_layer_names(layers_of(unet)).items()}
+    assert names.keys() == layers_of(unet).keys()
+    block = "transformer_blocks.0.attn1.to_q"
+    known = {
+        "time_embedding.linear_1": "time_embed.0",
+        f"transformer_in.{block}": f"input_blocks.0.1.{block}",
+        f"down_blocks.0.attentions.0.{block}": f"input_blocks.1.1.{block}",
+        "down_blocks.0.temp_convs.0.conv1.2": "input_blocks.1.0.temopral_conv.conv1.2",
+        f"mid_block.temp_attentions.0.{block}": f"middle_block.2.{block}",
+        "up_blocks.1.resnets.1.conv_shortcut": "output_blocks.3.0.skip_connection",
+    }
+    lora = random_lora(unet, wanted=lambda path: path in known)
+    truth = run(merged(make(), lora, 1))
+    for spell in (
+        lambda name: f"model.diffusion_model.{name}.lora_{{}}.weight",
+        lambda name: f"lora_unet_{name.replace('.', '_')}.lora_{{}}.weight",
+    ):
+        tensors = {}
+        for path, (down, up) in lora.items():
+            key = spell(known[path])
+            tensors |= {key.format("down"): down, key.format("up"): up}
+        again = make()
+        assert again.load_lora_adapter(tensors) == len(known)
+        assert mx.allclose(run(again), truth, atol=2e-5)
+
+
+def test_list_that_fits_several_classes_is_refused(monkeypatch):
+    unet = make()
+    several = {("conv_in",): "ResnetBlock2D", ("conv_out",): "Attention"}
+    monkeypatch.setattr(UNet3DConditionModel, "layers_of_list", lambda self, file: several)
+    file = AdapterFile(None, {"0": mx.zeros((8, 1)), "1": mx.zeros((1, 4, 3, 3))}, {})
+    with pytest.raises(
+        CheckpointError, match="layers in ResnetBlock2D or in Attention; give a file with names"
+    ):
+        unet.load_lora_adapter(file)
 
 
 def stable_pairs(unet):
