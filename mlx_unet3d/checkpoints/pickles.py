@@ -105,9 +105,9 @@ def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
 
     A file that wraps its state dict ("state_dict", "module" or "model", beside an optimizer and the like)
     gives the wrapped one; one that has a state dict for each network of a pipeline ("unet", "vae",
-    "text_encoder") gives them all, as "unet.NAME" and so on. With `lists`, a list of tensors counts as well:
-    their names are "0", "1" and so on. Of an embedding of the web UI
-    ("string_to_param"), the metadata has the "name".
+    "text_encoder"), or for each part of an IP-Adapter, gives them all, as "unet.NAME" and so on. With
+    `lists`, a list of tensors counts as well: their names are "0", "1" and so on. Of an embedding of the web
+    UI ("string_to_param"), the metadata has the "name".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -138,7 +138,7 @@ def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
     return Header(located, metadata)
 
 
-_PARTS = ("unet", "vae", "text_encoder")
+_PARTS = ("unet", "vae", "text_encoder", "image_proj", "ip_adapter")
 
 
 def _state_dict(path: Path, value: Any) -> dict[str, _Tensor]:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .adapted import PROCESSORS, AdaptedLayer, scaled_adapters
-from .attention_processors import AttnAddedKVProcessor2_0, AttnProcessor2_0
+from .attention_processors import AttnAddedKVProcessor2_0, AttnProcessor, AttnProcessor2_0
 from .normalization import LayerNorm, group_norm
 from .text_context import TextContext
 
@@ -164,7 +164,7 @@ class Attention(nn.Module):
         """Whether attention to a single token is `of_one_token`: true for softmax attention without
         extras."""
         return (
-            getattr(self.processor, "takes_text_context", False)
+            getattr(self.processor, "attends_to_text_alone", False)
             and not self.residual_connection
             and self.rescale_output_factor == 1
         )
@@ -210,6 +210,7 @@ class Attention(nn.Module):
 
         The layers of a LoRA processor become an adapter beside the projections and the processor that it
         stands on is used. They stay under later processors until `_remove_lora=True`, as in diffusers 0.23.
+        An IP-Adapter stays as well, and then attends as `processor` does.
         Raises ValueError as `check_processor`.
         """
         self.check_processor(processor, _remove_lora)
@@ -220,6 +221,9 @@ class Attention(nn.Module):
                     self.replace_projection(name, layer.base)
         if hasattr(processor, "put_beside"):
             processor = processor.put_beside(self)
+        current = getattr(self, "processor", None)
+        if hasattr(current, "standing_on") and not hasattr(processor, "standing_on"):
+            processor = current.standing_on(processor)
         self.processor = processor
 
     def check_processor(self, processor: Any, _remove_lora: bool = False) -> None:
@@ -232,6 +236,11 @@ class Attention(nn.Module):
             )
         if hasattr(processor, "check"):
             processor.check(self)
+        elif not isinstance(processor, AttnProcessor) and hasattr(self.get("processor"), "standing_on"):
+            raise ValueError(
+                f"{type(processor).__name__} does not know the IP-Adapter that is loaded; call "
+                "unload_ip_adapter first"
+            )
         layers = [layer for layer in self.projections().values() if isinstance(layer, AdaptedLayer)]
         changed = hasattr(processor, "put_beside") or (
             _remove_lora and any(PROCESSORS in layer.branches for layer in layers)

@@ -209,6 +209,7 @@ def lora_processor(attn: Attention) -> _LoRAProcessor | None:
         return None
     kinds = LoRAAttnAddedKVProcessor, LoRAXFormersAttnProcessor, LoRAAttnProcessor2_0
     base = attn.get_processor()
+    base = getattr(base, "base", base)  # below an IP-Adapter
     kind = next((kind for kind in kinds if isinstance(base, kind.base_processor)), LoRAAttnProcessor)
     query = layers["to_q_lora"]
     context = layers["add_k_proj_lora" if attn.has_added_kv else "to_k_lora"].down.weight.shape[1]

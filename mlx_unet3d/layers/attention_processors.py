@@ -122,6 +122,7 @@ class AttnProcessor:
 
     added_kv = False
     takes_text_context = True
+    attends_to_text_alone = True
     attention = staticmethod(explicit_attention)
 
     def __call__(
@@ -140,12 +141,25 @@ class AttnProcessor:
             context = x if encoder_hidden_states is None else encoder_hidden_states
             query = attn.to_q(x)
             key, value = attn.project_keys_values(context)
-        query, key, value = map(attn.split_heads, (query, key, value))
-        y = attn.merge_heads(self.attention(attn, query, key, value, attention_mask))
+        y = self._attend(attn, query, key, value, attention_mask)
+        y = self._add_images(attn, query, encoder_hidden_states, y)
         y = attn.project_out(y).reshape(hidden_states.shape)
         if attn.residual_connection:
             y = y + hidden_states
         return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
+
+    def _attend(
+        self, attn: Any, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None = None
+    ) -> mx.array:
+        """(B, S, E), twice (B, L, E) -> (B, S, E)."""
+        query, key, value = map(attn.split_heads, (query, key, value))
+        return attn.merge_heads(self.attention(attn, query, key, value, mask))
+
+    def _add_images(
+        self, attn: Any, query: mx.array, context: mx.array | TextContext | None, y: mx.array
+    ) -> mx.array:
+        """The attention y (B, S, E) to the text, with that to images added."""
+        return y
 
 
 class AttnProcessor2_0(AttnProcessor):

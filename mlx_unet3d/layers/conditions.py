@@ -57,7 +57,7 @@ class Conditions:
 
         context = self.context
         if isinstance(context, TextContext):
-            context = context.rows(rows(context.states))
+            context = context.rows(rows)
         return replace(
             self,
             batch=1,

@@ -10,9 +10,9 @@ from .activations import geglu, gelu
 class GEGLU(nn.Module):
     """Linear to twice the width, one half gating the other through GELU (arXiv:2002.05202)."""
 
-    def __init__(self, dim_in: int, dim_out: int):
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True):
         super().__init__()
-        self.proj = nn.Linear(dim_in, 2 * dim_out)
+        self.proj = nn.Linear(dim_in, 2 * dim_out, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         value, gate = mx.split(self.proj(x), 2, axis=-1)
@@ -22,9 +22,9 @@ class GEGLU(nn.Module):
 class GELU(nn.Module):
     """Linear and the exact GELU; diffusers' class of that name."""
 
-    def __init__(self, dim_in: int, dim_out: int):
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True):
         super().__init__()
-        self.proj = nn.Linear(dim_in, dim_out)
+        self.proj = nn.Linear(dim_in, dim_out, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return gelu(self.proj(x))
@@ -34,11 +34,29 @@ _ACTIVATIONS = {"geglu": GEGLU, "gelu": GELU}
 
 
 class FeedForward(nn.Module):
-    """An activation at four times the width, "geglu" or "gelu", and a linear back; diffusers' class."""
+    """An activation at another width, "geglu" or "gelu", and a linear behind; diffusers' class.
 
-    def __init__(self, dim: int, dropout: float = 0.0, activation: str = "geglu"):
+    Args:
+        dim: channels of the input.
+        dim_out: of the output; None for `dim`.
+        inner: of the activation; None for four times `dim`.
+        bias: of both linears.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dropout: float = 0.0,
+        activation: str = "geglu",
+        *,
+        dim_out: int | None = None,
+        inner: int | None = None,
+        bias: bool = True,
+    ):
         super().__init__()
-        self.net = [_ACTIVATIONS[activation](dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)]
+        inner = 4 * dim if inner is None else inner
+        last = nn.Linear(inner, dim if dim_out is None else dim_out, bias=bias)
+        self.net = [_ACTIVATIONS[activation](dim, inner, bias), nn.Dropout(dropout), last]
 
     def __call__(self, x: mx.array) -> mx.array:
         # Unlike a GPU, the CPU gains by keeping what lies between the products in its cache.

@@ -31,6 +31,11 @@ from ..layers.attention_processors import (
     XFormersAttnProcessor,
     processor_path,
 )
+from ..layers.image_attention import (
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
+)
 from .adapters import LoRAMixin, custom_diffusion_processors, write_adapter
 
 
@@ -155,6 +160,9 @@ class AttentionControl(LoRAMixin):
             LoRAXFormersAttnProcessor,
             SlicedAttnProcessor,
             XFormersAttnProcessor,
+            IPAdapterAttnProcessor,
+            IPAdapterAttnProcessor2_0,
+            IPAdapterXFormersAttnProcessor,
         }
         for processor in self.attn_processors.values():
             if type(processor) not in standard:
@@ -190,7 +198,11 @@ class AttentionControl(LoRAMixin):
         Adapters of `load_lora_adapter` are written by `save_lora_adapter`. ValueError where no processor has
         weights, or processors of both kinds are set.
         """
-        found = {k: p for k, p in self.attn_processors.items() if isinstance(p, nn.Module)}
+        found = {
+            k: p
+            for k, p in self.attn_processors.items()
+            if isinstance(p, nn.Module) and not isinstance(p, IPAdapterAttnProcessor)
+        }
         tensors = {
             f"{key}.{name}": array for key, p in found.items() for name, array in tree_flatten(p.parameters())
         }
@@ -206,7 +218,8 @@ class AttentionControl(LoRAMixin):
         """One matrix product for query, key and value (for key and value in cross-attention)."""
         if self.processors_before_fusion is not None:
             return
-        self.processors_before_fusion = _Frozen(self.attn_processors)
+        bases = {key: getattr(p, "base", p) for key, p in self.attn_processors.items()}  # below IP-Adapters
+        self.processors_before_fusion = _Frozen(bases)
         for layer in self._attentions().values():
             layer.fuse_projections()
         self.set_attn_processor(FusedAttnProcessor2_0())

@@ -34,6 +34,9 @@ _ORIGINAL = {
     "ff_norm": "norm3",
 }
 _ORIGINAL_NAME = re.compile(r"\.(attention_blocks\.[01]|norms\.[01]|ff_norm)(?=\.)")
+_OURS = {ours: original for original, ours in _ORIGINAL.items()}
+_MODULE = re.compile(r"(\.motion_modules\.\d+)")
+_OWN_NAME = re.compile(r"\.(attn[12]|norm[123])(?=\.|$)")
 
 
 @dataclass
@@ -145,6 +148,12 @@ def motion_name(name: str) -> str | None:
         return None
     name = name.replace(".temporal_transformer.", ".")
     return _ORIGINAL_NAME.sub(lambda match: f".{_ORIGINAL[match[1]]}", name)
+
+
+def original_motion_name(name: str) -> str:
+    """The name that the files of AnimateDiff's authors have for a layer of a motion module."""
+    name = _MODULE.sub(r"\1.temporal_transformer", name)
+    return _OWN_NAME.sub(lambda match: f".{_OURS[match[1]]}", name)
 
 
 def _one_more(depths: int | tuple[int, ...]) -> int | tuple[int, ...]:

@@ -3,7 +3,7 @@
 Source: diffusers' class of that name; Guo et al., arXiv:2307.04725. Letters as in `video_unet`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from ..layers.conditions import Conditions
 from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
 from ..layers.text_context import TextContext
 from .feature_cache import FeatureCache
-from .motion_adapter import MotionAdapter, from_unet2d
+from .ip_adapter import IPAdapterMixin
+from .motion_adapter import MotionAdapter, from_unet2d, original_motion_name
 from .video_unet import (
     Context,
     Levels,
@@ -93,7 +94,9 @@ class UNetMotionConfig(VideoUNetConfig):
     use_motion_mid_block: bool = key(True, "motion modules in the mid block")
     mid_block_layers: int = key(1, "transformers of the mid block; it has one more resnet", least=1)
     encoder_hid_dim: int | None = key(None, "without effect, as in diffusers")
-    encoder_hid_dim_type: str | None = key(None, "None; IP-Adapters set it")
+    encoder_hid_dim_type: str | None = key(
+        None, 'None; "ip_image_proj" while an IP-Adapter is loaded, without effect of its own'
+    )
     addition_embed_type: str | None = key(None, '"text_time" for the conditions of SDXL, or None')
     addition_time_embed_dim: int | None = key(
         None, "channels of the sinusoid of each time id of SDXL", least=1
@@ -143,7 +146,7 @@ class UNetMotionOutput(VideoUNetOutput):
     """`sample`: the prediction, (B, C, F, H, W)."""
 
 
-class UNetMotionModel(VideoUNet):
+class UNetMotionModel(IPAdapterMixin, VideoUNet):
     """Predicts noise of a noisy video latent at a timestep, given text states: Stable Diffusion that moves.
 
     Raises ValueError where the numbers of its config do not fit together.
@@ -185,7 +188,7 @@ class UNetMotionModel(VideoUNet):
         timestep_cond: mx.array | None = None,
         attention_mask: mx.array | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        added_cond_kwargs: dict[str, mx.array] | None = None,
+        added_cond_kwargs: dict[str, mx.array | Sequence[mx.array]] | None = None,
         down_block_additional_residuals: Sequence[mx.array] | None = None,
         mid_block_additional_residual: mx.array | None = None,
         return_dict: bool = True,
@@ -203,7 +206,9 @@ class UNetMotionModel(VideoUNet):
             timestep_cond: (B, time_cond_proj_dim), added to the sinusoid of the timestep.
             attention_mask: (B*F, H*W), 1 for pixels to attend to, 0 for others; of networks of one level.
             cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA.
-            added_cond_kwargs: for SDXL "text_embeds" (B, E) and "time_ids" (B, n).
+            added_cond_kwargs: for SDXL "text_embeds" (B, E) and "time_ids" (B, n); for IP-Adapters
+                "image_embeds", a list with one array each, see `load_ip_adapter`. Beside a `TextContext` the
+                same arrays are projected only once.
             down_block_additional_residuals: added to the skip connections, one each, (N, C, h, w) with
                 frames of a sample together, or broadcasting to that.
             mid_block_additional_residual: the same for the output of the mid block.
@@ -213,16 +218,17 @@ class UNetMotionModel(VideoUNet):
         Returns the prediction (B, out_channels, F, H, W) in the dtype of the sample.
         Raises ValueError for shapes, dtypes and counts that do not fit, and for more frames than positions.
         """
+        context, added = self._take_images(encoder_hidden_states, added_cond_kwargs, sample.shape[0])
         inputs = dict(
             timestep=as_timestep(timestep),
             timestep_cond=timestep_cond,
             attention_mask=attention_mask,
             cross_attention_kwargs=cross_attention_kwargs,
-            added=added_cond_kwargs,
+            added=added,
             down_residuals=down_block_additional_residuals,
             mid_residuals=mid_block_additional_residual,
         )
-        x = self._run(sample, encoder_hidden_states, inputs, feature_cache)
+        x = self._run(sample, context, inputs, feature_cache)
         return UNetMotionOutput(sample=x) if return_dict else (x,)
 
     def _prepare(
@@ -241,13 +247,14 @@ class UNetMotionModel(VideoUNet):
         if "add_embedding" in self:
             temb = temb + self._embed_text_time(inputs["added"] or {}, batch, dtype)
         mask = inputs["attention_mask"]
+        context = self._check_context(
+            context, (batch, batch * frames), dims if isinstance(dims, int) else dims[0], dtype
+        )
         return sample, Conditions(
             batch=batch,
             num_frames=frames,
             temb=temb,
-            context=self._check_context(
-                context, (batch, batch * frames), dims if isinstance(dims, int) else dims[0], dtype
-            ),
+            context=self._beside_images(context, inputs["added"], batch),
             pixel_mask=None if mask is None else mask_bias(mask, dtype),
             cross_attention_kwargs=inputs["cross_attention_kwargs"],
             freeu=self.freeu,
@@ -336,6 +343,12 @@ class UNetMotionModel(VideoUNet):
                 f"the first is {differing[0]}; take an adapter for this base model"
             )
         self.load_weights([(k, a.astype(own[k].dtype)) for k, a in given.items()], strict=False)
+
+    def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
+        """The names of AnimateDiff's authors, who wrote the files of motion LoRAs."""
+        names = {original_motion_name(path): path for path in paths if ".motion_modules." in path}
+        outs = {name.removesuffix(".0"): path for name, path in names.items() if name.endswith("to_out.0")}
+        return names | outs
 
     def freeze_unet2d_params(self) -> None:
         """Freeze all parameters but those of the motion modules, for fine-tuning of these."""

@@ -142,7 +142,7 @@ class CompiledUNet(CompiledForward):
             if context not in self._projected:
                 # Making a graph runs none of it, but has the context make all keys and values.
                 self._unet._forward(sample, context, *others[:-1])  # no features: all layers
-                mx.eval(context.take_apart()[2])
+                mx.eval(context.take_apart())
                 self._projected.add(context)
         return super().__call__(sample, context.take_apart(), *others)
 

@@ -1,0 +1,225 @@
+"""Files of IP-Adapters -> a projection of images, and the weights of the layers that look at these.
+
+A file has `image_proj.*`, and `ip_adapter.N.to_k_ip.weight` and `to_v_ip` with N = 1, 3, 5, ... for the
+layers with cross-attention: down, up, mid.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..checkpoints.adapters import AdapterFile, read_adapter
+from ..checkpoints.config import naming
+from ..errors import CheckpointError
+from ..layers.attention import Attention
+from ..layers.image_projection import (
+    ImageProjection,
+    IPAdapterFaceIDImageProjection,
+    IPAdapterFullImageProjection,
+    IPAdapterPlusImageProjection,
+)
+
+IPAdapterSource = str | Path | Mapping[str, Any] | AdapterFile
+"""A file, a folder, a hub id; or arrays in torch's layout by key, or by key within "image_proj" and
+"ip_adapter"."""
+
+_PARTS = ("image_proj", "ip_adapter")
+_DIM_HEAD = 64  # of the resamplers of all IP-Adapters; no shape tells it
+
+KeysValues = list[tuple[mx.array, mx.array]]
+
+
+def find_files(source: Any, subfolder: Any, weight_name: Any, **hub: Any) -> list[AdapterFile]:
+    """The files of one IP-Adapter or several; see `IPAdapterMixin.load_ip_adapter`."""
+    return [_read(*one, hub) for one in _broadcast(source, subfolder, weight_name)]
+
+
+def parse_file(file: AdapterFile, layers: Sequence[Attention]) -> tuple[nn.Module, KeysValues]:
+    """The projection of a file, and the weights for keys and values of each layer.
+
+    Raises CheckpointError unless the file is an IP-Adapter for these layers and nothing else.
+    """
+    with naming(file.name):
+        image_proj, ip_adapter = _parts(file)
+        return _projection(file, image_proj, layers), _keys_values(file, ip_adapter, layers)
+
+
+def _broadcast(source: Any, subfolder: Any, weight_name: Any) -> list[tuple[Any, Any, Any]]:
+    """Sources, subfolders and names of files, one for all or one each, as one tuple each."""
+    given = {"source": source, "subfolder": subfolder, "weight_name": weight_name}
+    lists = {k: list(v) if isinstance(v, list | tuple) else [v] for k, v in given.items()}
+    count = max(map(len, lists.values()))
+    for name, values in lists.items():
+        if len(values) not in (1, count):
+            raise ValueError(
+                f"load_ip_adapter: {name} has {len(values)} entries, another list {count}; give one for all "
+                "or one for each IP-Adapter"
+            )
+    return list(zip(*(v * count if len(v) == 1 else v for v in lists.values()), strict=True))
+
+
+def _read(
+    source: IPAdapterSource, subfolder: str | None, weight_name: str | None, hub: dict[str, Any]
+) -> AdapterFile:
+    if isinstance(source, Mapping):
+        flat = {
+            f"{part}.{key}": array
+            for part in _PARTS
+            if isinstance(source.get(part), Mapping)
+            for key, array in source[part].items()
+        }
+        return AdapterFile(None, flat or dict(source), {})
+    if not isinstance(source, AdapterFile) and weight_name is None and Path(source).expanduser().is_dir():
+        raise ValueError(f"{source} is a folder; say which file in it by weight_name")
+    return read_adapter(source, weight_name=weight_name, names=(), subfolder=subfolder, **hub)
+
+
+def _parts(file: AdapterFile) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """The arrays of "image_proj" and "ip_adapter"; CheckpointError unless there are both and nothing else."""
+    found: dict[str, dict[str, mx.array]] = {part: {} for part in _PARTS}
+    others = []
+    for key, array in file.tensors.items():
+        part, _, name = key.partition(".")
+        (found[part].__setitem__(name, array) if part in found else others.append(key))
+    if others or not all(found.values()):
+        what = f"has {others[0][:200]!r}" if others else "lacks a part"
+        raise CheckpointError(
+            f"{file.name} is no IP-Adapter: it {what}; one has image_proj.* and ip_adapter.* and nothing else"
+        )
+    return found["image_proj"], found["ip_adapter"]
+
+
+_LAYER = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
+
+
+def _keys_values(
+    file: AdapterFile, arrays: Mapping[str, mx.array], layers: Sequence[Attention]
+) -> list[tuple[mx.array, mx.array]]:
+    """The weights for keys and values of each layer; CheckpointError where they are others."""
+    lora = next((key for key in arrays if "_lora." in key), None)
+    if lora is not None:
+        raise CheckpointError(
+            f"{file.name} is a FaceID with a LoRA inside (ip_adapter.{lora[:200]}), which this package does "
+            "not read; take an IP-Adapter without"
+        )
+    wanted = {
+        f"{2 * i + 1}.to_{letter}_ip.weight": (attn.heads * attn.dim_head, attn.cross_attention_dim)
+        for i, attn in enumerate(layers)
+        for letter in "kv"
+    }
+    differing = sorted(wanted.keys() ^ arrays.keys()) or [
+        key for key, shape in wanted.items() if tuple(arrays[key].shape) != shape
+    ]
+    if differing:
+        first = differing[0]
+        has, needs = (tuple(arrays[first].shape) if first in arrays else "none"), wanted.get(first, "none")
+        raise CheckpointError(
+            f"{file.name}: {len(differing)} tensors of ip_adapter do not fit the {len(layers)} layers with "
+            f"cross-attention of this network, the first is {first[:200]!r}: the file has {has}, the network "
+            f"needs {needs}. It is for another base model"
+        )
+    return [
+        (arrays[f"{2 * i + 1}.to_k_ip.weight"], arrays[f"{2 * i + 1}.to_v_ip.weight"])
+        for i in range(len(layers))
+    ]
+
+
+def _projection(file: AdapterFile, arrays: Mapping[str, mx.array], layers: Sequence[Attention]) -> nn.Module:
+    """The projection whose weights these are; CheckpointError for others, and for another width of text."""
+
+    def shape(key: str, axes: int = 2) -> tuple[int, ...]:
+        if key not in arrays or arrays[key].ndim != axes:
+            raise CheckpointError(
+                f"{file.name}: image_proj.{key} is missing or has not {axes} axes; this is no image "
+                "projection that this package knows"
+            )
+        return tuple(arrays[key].shape)
+
+    if "perceiver_resampler.proj_in.weight" in arrays:
+        raise CheckpointError(
+            f"{file.name} is a FaceID Plus, which this package does not read; take a plain, plus or full "
+            "IP-Adapter"
+        )
+    names: dict[str, mx.array] = dict(arrays)
+    if "proj.weight" in arrays:
+        (width,), (out, dim) = shape("norm.weight", 1), shape("proj.weight")
+        layer: nn.Module = ImageProjection(dim, width, max(out // width, 1))
+        names = {key.replace("proj.", "image_embeds."): a for key, a in arrays.items()}
+    elif "proj.3.weight" in arrays:
+        (width,), (_, dim) = shape("proj.3.weight", 1), shape("proj.0.weight")
+        layer = IPAdapterFullImageProjection(dim, width)
+        names = _renamed(arrays, _FULL)
+    elif "norm.weight" in arrays:
+        (width,), (inner, dim), (out, _) = (
+            shape("norm.weight", 1),
+            shape("proj.0.weight"),
+            shape("proj.2.weight"),
+        )
+        layer = IPAdapterFaceIDImageProjection(dim, width, max(inner // dim, 1), max(out // width, 1))
+        names = _renamed(arrays, _FULL)
+    else:
+        (_, queries, hidden), (_, dim) = shape("latents", 3), shape("proj_in.weight")
+        (width, _), names = shape("proj_out.weight"), _resampler_names(arrays)
+        depth = len({key.split(".")[1] for key in names if key.startswith("layers.")})
+        heads = names["layers.0.attn.to_q.weight"].shape[0] // _DIM_HEAD if depth else 1
+        inner = names["layers.0.ff.1.net.0.proj.weight"].shape[0] if depth else hidden
+        layer = IPAdapterPlusImageProjection(
+            dim, width, hidden, depth, heads=heads, num_queries=queries, ffn_ratio=inner / hidden
+        )
+    wanted = {key: tuple(array.shape) for key, array in tree_flatten(layer.parameters())}
+    has = {key: tuple(array.shape) for key, array in names.items()}
+    if wanted != has:
+        first = sorted(key for key in wanted.keys() | has.keys() if wanted.get(key) != has.get(key))[0]
+        raise CheckpointError(
+            f"{file.name}: the tensors of image_proj do not make up a {type(layer).__name__}, the first that "
+            f"differs is {first[:200]!r}: {has.get(first, 'none')} instead of {wanted.get(first, 'none')}"
+        )
+    text = layers[0].cross_attention_dim
+    if width != text:
+        raise CheckpointError(
+            f"{file.name} makes tokens of {width} channels, the text of this network has {text}; it is for "
+            "another base model"
+        )
+    layer.load_weights(list(names.items()))
+    return layer
+
+
+_FULL = {"proj.0": "ff.net.0.proj", "proj.2": "ff.net.2", "proj.3": "norm"}
+_RESAMPLER = {
+    "0.norm1": "ln0",
+    "0.norm2": "ln1",
+    "0.to_q": "attn.to_q",
+    "0.to_out": "attn.to_out.0",
+    "1.0": "ff.0",
+    "1.1": "ff.1.net.0.proj",
+    "1.3": "ff.1.net.2",
+}
+
+
+def _renamed(arrays: Mapping[str, mx.array], names: Mapping[str, str]) -> dict[str, mx.array]:
+    """The arrays, the modules of whose keys are called as in `names`."""
+    made = {}
+    for key, array in arrays.items():
+        module, _, parameter = key.rpartition(".")
+        made[f"{names.get(module, module)}.{parameter}"] = array
+    return made
+
+
+def _resampler_names(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The arrays of a resampler under the names of `IPAdapterPlusImageProjection`."""
+    made = {}
+    for key, array in arrays.items():
+        match = re.fullmatch(r"(layers\.\d+)\.(\d\.\w+)\.(\w+)", key)
+        if match is None:
+            made[key] = array
+        elif match[2] == "0.to_kv" and array.ndim == 2 and array.shape[0] % 2 == 0:
+            for name, half in zip(("to_k", "to_v"), mx.split(array, 2), strict=True):
+                made[f"{match[1]}.attn.{name}.{match[3]}"] = half
+        else:
+            made[f"{match[1]}.{_RESAMPLER.get(match[2], match[2])}.{match[3]}"] = array
+    return made
