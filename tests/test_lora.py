@@ -647,7 +647,7 @@ def test_command(folder, both, tmp_path, monkeypatch, capsys):
     one = media.read_metadata("one.png")
     assert one["lora"] == '[["both.safetensors", 0.5]]'
     assert one["weights"] != media.read_metadata("plain.png")["weights"]
-    assert main(["generate", "--from", "one.png", "-o", "again.png"]) == 0
+    assert main(["generate", "--from", "one.png", "--model", str(folder), "-o", "again.png"]) == 0
     assert Path("again.png").read_bytes() == Path("one.png").read_bytes()
     assert main([*command, "-o", "none.png", "--lora", "both.safetensors", "0"]) == 0
     frames = [media.read_video(f"{name}.png")[0] for name in ("plain", "one", "none")]

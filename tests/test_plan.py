@@ -78,7 +78,7 @@ def test_plan_counts_cached_features(configs, capsys):
 
 
 def test_plan_of_a_frame_that_is_too_large_for_one_array(configs, capsys):
-    command = ["plan", "--model", str(configs), "--frames", "1", "--height", "32768", "--width", "32768"]
+    command = ["plan", "--model", str(configs), "--frames", "1", "--height", "16384", "--width", "16384"]
     assert main(command) == 2
     assert "--vae-tiling" in capsys.readouterr().err
 

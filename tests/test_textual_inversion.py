@@ -130,7 +130,7 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
     assert not np.array_equal(frames[0], frames[1])
     assert np.array_equal(frames[1], frames[2])
     assert media.read_metadata("own.png")["weights"] != media.read_metadata("plain.png")["weights"]
-    assert main(["generate", "--from", "own.png", "-o", "again.png"]) == 0
+    assert main(["generate", "--from", "own.png", "--model", str(folder), "-o", "again.png"]) == 0
     assert Path("again.png").read_bytes() == Path("own.png").read_bytes()
     for wrong, message in (
         (("toy.safetensors", "a", "b"), "repeat --embedding"),

@@ -9,6 +9,7 @@ from mlx_unet3d import (
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
     I2VGenXLUNet,
+    TextContext,
     UNet3DConditionModel,
     UNetMotionModel,
     UNetSpatioTemporalConditionModel,
@@ -115,7 +116,10 @@ def predict_unet(
     names, arrays = zip(*tree_flatten(inputs), strict=True)
 
     def step(unet: VideoUNet, *arrays: mx.array) -> mx.array:
-        return unet(**tree_unflatten(list(zip(names, arrays, strict=True)))).sample
+        made = tree_unflatten(list(zip(names, arrays, strict=True)))
+        if isinstance(unet, I2VGenXLUNet):  # made once for all steps, with the tokens of the image
+            made["encoder_hidden_states"] = TextContext(made["encoder_hidden_states"])
+        return unet(**made).sample
 
     graph = trace(step, *(empty(a.shape, a.dtype) for a in arrays), model=unet)
     parts = hoisted(graph, graph.inputs[names.index("encoder_hidden_states")])
