@@ -580,7 +580,7 @@ def test_hostile_files(tmp_path, monkeypatch, capsys):
         unlike = status != 2 or len(errors) != 1 or not fair or not named or "Traceback" in said
         if unlike or listing() != there:
             wrong.append((name, status, said[-300:]))
-        if seconds > 4:  # 2 on a machine that does nothing else
+        if seconds > 10:  # 2 on a machine that does nothing else: a bound for what hangs
             slow.append((name, seconds))
         if Path(file).is_file() and not Path(file).is_symlink():
             Path(file).unlink()
