@@ -83,8 +83,7 @@ class _Tracer(Marks):
     def border(self, value: Any) -> Any:
         """Arrays of a tuple or list, or the one array, marked as being here; anything else as it is."""
         if isinstance(value, mx.array):
-            # Made of the inputs: MLX compiles, and cannot export, a function of constants alone.
-            return self.whole(_BORDER, value, *self.inputs)
+            return self.whole(_BORDER, value)
         if type(value) in (tuple, list):
             return type(value)(map(self.border, value))
         return value
@@ -137,10 +136,12 @@ class _Tracer(Marks):
 
     def fused(self, function: Callable, *args: mx.array) -> Any:
         """As the primitives that it is made of, in a region of their own."""
+        # Made of the inputs: MLX compiles, and cannot export, a function of constants alone.
+        args = tuple(self.whole(_BORDER, x, *self.inputs) for x in args)
         return self.call(function, self.stack[-1][0], self.new_region(), args, {})
 
     def compiled(self, forward: Callable, *args: Any) -> Any:
-        return self.fused(forward, *args)
+        return self.call(forward, self.stack[-1][0], self.new_region(), args, {})
 
     def attention(
         self, query: mx.array, key: mx.array, value: mx.array, scale: float, mask: mx.array | str | None
