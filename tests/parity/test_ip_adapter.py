@@ -260,3 +260,80 @@ def test_scales_by_place(two, scales):
     assert relative_error(ours_with(ours, inputs, *embeds), found) <= TOLERANCE
     ours.set_ip_adapter_scale([0.7, 1.3])
     assert relative_error(found, expected) > 1e-3
+
+
+def motion_lora(theirs, seed=7):
+    """Low-rank changes of all projections of all motion modules, under the hub's names."""
+    randn, state = draw(seed), {}
+    for name in theirs.attn_processors:
+        if "motion_modules" not in name:
+            continue
+        attn = theirs.get_submodule(name.removesuffix(".processor"))
+        for projection in ("to_q", "to_k", "to_v", "to_out"):
+            layer = attn.to_out[0] if projection == "to_out" else getattr(attn, projection)
+            key = f"unet.{name}.{projection}_lora"
+            state[f"{key}.down.weight"] = randn(4, layer.in_features) * layer.in_features**-0.5
+            state[f"{key}.up.weight"] = randn(layer.out_features, 4) / 3
+    return state
+
+
+def of_authors(key):
+    """The name that AnimateDiff's authors give a tensor of a motion LoRA."""
+    key = key.removeprefix("unet.").replace(
+        ".transformer_blocks.", ".temporal_transformer.transformer_blocks."
+    )
+    return f"module.{key}".replace(".attn1.", ".attention_blocks.0.").replace(
+        ".attn2.", ".attention_blocks.1."
+    )
+
+
+@pytest.mark.parametrize("spelling", ["hub", "authors", "authors' checkpoint"])
+def test_motion_lora(tmp_path, spelling):
+    theirs, ours = KIND.pair(tmp_path / "unet")
+    inputs = KIND.inputs(theirs.config)
+    base, state = theirs_of(theirs, inputs), motion_lora(theirs)
+    file = tmp_path / ("lora.ckpt" if "checkpoint" in spelling else "lora.safetensors")
+    names = {of_authors(k) if "authors" in spelling else k: array for k, array in state.items()}
+    if "checkpoint" in spelling:
+        torch.save({"state_dict": names, "global_step": 3}, file)
+    else:
+        save_file(names, file)
+    layers = ours.load_lora_adapter(file, "zoom", weight=0.8)
+    assert layers == len(state) // 2
+    theirs.load_lora_adapter(state, prefix="unet", adapter_name="zoom")
+    theirs.set_adapters("zoom", 0.8)
+    expected = theirs_of(theirs, inputs)
+    assert relative_error(expected, base) > 1e-2
+    assert relative_error(ours_of(ours, inputs), expected) <= TOLERANCE
+    ours.fuse_lora()
+    theirs.fuse_lora()
+    fused = theirs_of(theirs, inputs)
+    assert relative_error(fused, expected) <= TOLERANCE
+    assert relative_error(ours_of(ours, inputs), fused) <= TOLERANCE
+
+
+def test_beside_a_lora(tmp_path):
+    """An IP-Adapter and a LoRA of the attention to text, whichever comes first."""
+    theirs, ours = KIND.pair(tmp_path)
+    state, inputs = adapter(theirs, "plain"), KIND.inputs(theirs.config)
+    lora = {}
+    randn = draw(9)
+    for name in theirs.attn_processors:
+        if name.endswith("attn2.processor") and "motion_modules" not in name:
+            attn = theirs.get_submodule(name.removesuffix(".processor"))
+            for projection in ("to_q", "to_k", "to_v"):
+                layer = getattr(attn, projection)
+                key = f"unet.{name.removesuffix('.processor')}.{projection}"
+                lora[f"{key}.lora_A.weight"] = randn(3, layer.in_features) / 4
+                lora[f"{key}.lora_B.weight"] = randn(layer.out_features, 3) / 3
+    theirs.load_lora_adapter(dict(lora), prefix="unet")
+    theirs._load_ip_adapter_weights([state])
+    embeds = images("plain")
+    expected = theirs_of(theirs, with_images(inputs, embeds))
+    arrays = {k: to_mlx(a) for k, a in flat(state).items()}
+    ours.load_ip_adapter(arrays)
+    assert ours.load_lora_adapter({k: to_mlx(a) for k, a in lora.items()}) == len(lora) // 2
+    assert relative_error(ours_with(ours, inputs, to_mlx(embeds)), expected) <= TOLERANCE
+    ours.unload_ip_adapter()
+    ours.load_ip_adapter(arrays)
+    assert relative_error(ours_with(ours, inputs, to_mlx(embeds)), expected) <= TOLERANCE
