@@ -1,4 +1,4 @@
-"""Prints the shell commands under a heading of the README: `python .ci/readme_commands.py Install`."""
+"""Print the shell commands under a heading of the README: `python .ci/readme_commands.py Tests`."""
 
 import re
 import sys
@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def shell_commands(heading: str, readme: Path = Path("README.md")) -> list[str]:
-    """The lines of the `sh` blocks between `## heading` and the next heading of that level."""
+    """Return the lines of the `sh` blocks between a heading and the next of any level."""
     text = readme.read_text(encoding="utf-8")
-    section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    section = re.search(rf"^##+ {re.escape(heading)}\n(.*?)(?=^##+ |\Z)", text, re.M | re.S)
     if section is None:
-        raise SystemExit(f"{readme} has no section '## {heading}'")
+        raise SystemExit(f"{readme} has no section '{heading}'")
     blocks = re.findall(r"^```sh\n(.*?)^```", section[1], re.M | re.S)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 

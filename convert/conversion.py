@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_unet3d.atomic import whole_folder, write_text
+from mlx_unet3d.atomic import check_place, claim, whole_folder, write_text
 from mlx_unet3d.checkpoints import (
     Deferred,
     TensorInfo,
@@ -98,7 +98,9 @@ def convert(
         say(line)
     check_apart(target, plan)
     check_space(target, plan.nbytes)
-    with whole_folder(target) as partial:
+    check_place(target.resolve())
+    with claim(target.resolve()), whole_folder(target) as partial:
+        check_target(target, source, force)  # again: another conversion may have been quicker
         for component in plan.components:
             write(component, partial / component.name, layout, shard_bytes, progress)
             if verify:

@@ -11,7 +11,7 @@ from mlx_unet3d.checkpoints.config import naming
 from mlx_unet3d.checkpoints.source import pinned_revision
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
-from mlx_unet3d.schedulers import scheduler_from_config
+from mlx_unet3d.schedulers import scheduler_of_pipeline
 
 from .kinds import BY_NAME, COMPONENTS, Kind
 from .networks import Ways, class_name, plan_component
@@ -126,7 +126,9 @@ def _plan_pipeline(
         where = find_folder(source, subfolder="scheduler", files=(SCHEDULER_CONFIG,), **hub)
         scheduler = read_json(where / SCHEDULER_CONFIG)
         with naming(where / SCHEDULER_CONFIG):
-            scheduler_from_config(scheduler)
+            made = scheduler_of_pipeline(scheduler, index["scheduler"])
+        # The class that model_index.json asks for, in a config that says so.
+        scheduler |= {"_class_name": type(made).__name__}
     known = {"tokenizer", "scheduler", *(component.name for component in components)}
     notes = [
         f"{name}: left out, as this converter does not know {str(entry[-1])[:200]}"

@@ -1,36 +1,51 @@
 """3D-UNet video diffusion in MLX: diffusers' UNet3DConditionModel and what surrounds it."""
 
+from typing import Any
+
 from . import blas
+from .backend import missing_backend
 
 blas.preload()  # before anything imports mlx.core
 
-from . import media, memory  # noqa: E402
-from .layers.text_context import TextContext  # noqa: E402
-from .models.autoencoder_kl import AutoencoderKL  # noqa: E402
-from .models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder  # noqa: E402
-from .models.clip_text import CLIPTextModel  # noqa: E402
-from .models.feature_cache import FeatureCache  # noqa: E402
-from .models.motion_adapter import MotionAdapter  # noqa: E402
-from .models.unet_3d_condition import UNet3DConditionModel, UNet3DConditionOutput  # noqa: E402
-from .models.unet_i2vgen_xl import I2VGenXLUNet, I2VGenXLUNetOutput  # noqa: E402
-from .models.unet_motion import UNetMotionModel, UNetMotionOutput  # noqa: E402
-from .models.unet_spatio_temporal import (  # noqa: E402
-    UNetSpatioTemporalConditionModel,
-    UNetSpatioTemporalConditionOutput,
-)
-from .pipelines import DenoisingStep, TextToVideoPipeline, VideoOutput, VideoToVideoPipeline  # noqa: E402
-from .schedulers import (  # noqa: E402
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
-from .tokenizer import CLIPTokenizer  # noqa: E402
 from .version import __version__  # noqa: E402
+
+if missing_backend() is None:
+    from . import media, memory
+    from .layers.text_context import TextContext
+    from .models.autoencoder_kl import AutoencoderKL
+    from .models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
+    from .models.clip_text import CLIPTextModel
+    from .models.feature_cache import FeatureCache
+    from .models.motion_adapter import MotionAdapter
+    from .models.unet_3d_condition import UNet3DConditionModel, UNet3DConditionOutput
+    from .models.unet_i2vgen_xl import I2VGenXLUNet, I2VGenXLUNetOutput
+    from .models.unet_motion import UNetMotionModel, UNetMotionOutput
+    from .models.unet_spatio_temporal import (
+        UNetSpatioTemporalConditionModel,
+        UNetSpatioTemporalConditionOutput,
+    )
+    from .pipelines import DenoisingStep, TextToVideoPipeline, VideoOutput, VideoToVideoPipeline
+    from .schedulers import (
+        DDIMScheduler,
+        DDPMScheduler,
+        DEISMultistepScheduler,
+        DPMSolverMultistepScheduler,
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        LCMScheduler,
+        PNDMScheduler,
+        TCDScheduler,
+        UniPCMultistepScheduler,
+    )
+    from .tokenizer import CLIPTokenizer
+else:
+    # Importing the package works, so that the command can say in one line how to mend it.
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(missing_backend())
+
 
 __all__ = [
     "AutoencoderKL",
@@ -39,16 +54,19 @@ __all__ = [
     "CLIPTokenizer",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DenoisingStep",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FeatureCache",
+    "HeunDiscreteScheduler",
     "I2VGenXLUNet",
     "I2VGenXLUNetOutput",
     "LCMScheduler",
     "MotionAdapter",
     "PNDMScheduler",
+    "TCDScheduler",
     "TextContext",
     "TextToVideoPipeline",
     "UNet3DConditionModel",

@@ -5,14 +5,18 @@ of the Python around them: a number that changed, a layer of another class or a 
 would go on as they were. So each structure of a network, all but its arrays, gets a function of its own here.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
+from threading import RLock
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from .operations import active_tracer
 
 _CONSTANTS = (bool, int, float, str, bytes, mx.Dtype)
 _OPAQUE = (type, FunctionType, MethodType, ModuleType)
@@ -22,25 +26,42 @@ _MOST_STRUCTURES = 4
 
 
 class CompiledForward:
-    """`forward`, a method of `module`, compiled.
+    """The method `forward` of a subclass, compiled, a computation with the weights of `module`.
 
     Takes what `mx.compile` takes: arrays, and tuples, lists and dicts of arrays and constants. Weights are
     inputs of the trace, so that new ones count at once; what else changes in the module makes a new trace.
     """
 
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]):
-        self._module, self._forward = module, forward
+    def __init__(self, module: nn.Module):
+        self._module = module
         self._compiled: OrderedDict[Hashable, tuple[Callable[..., Any], list[Any]]] = OrderedDict()
+        # MLX puts placeholders into the module while it traces, which another thread must not meet.
+        self._lock = RLock()
+
+    def forward(self, *args: Any) -> Any:
+        """The computation."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledForward":
+        """That of a copy of the module, which has compiled nothing yet."""
+        return type(self)(copy.deepcopy(self._module, memo))
 
     def __call__(self, *args: Any) -> Any:
         """What `forward` returns for these arguments."""
+        tracer = active_tracer()
+        if tracer is not None:
+            return tracer.compiled(self.forward, *args)
+        with self._lock:
+            return self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
         structure = _Structure(self._module)
         key = structure.key
         if key not in self._compiled:
             # Dropout draws; a function of its own, for MLX keeps traces by function.
             random = mx.random.state if self._module.training else None
             function = mx.compile(
-                lambda *args: self._forward(*args), inputs=[self._module, random], outputs=random
+                lambda *args: self.forward(*args), inputs=[self._module, random], outputs=random
             )
             self._compiled[key] = function, structure.held
             if len(self._compiled) > _MOST_STRUCTURES:

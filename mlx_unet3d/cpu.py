@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from math import e, log2
+from math import e, log, log2
 
 import mlx.core as mx
+
+from . import operations
+from .operations import differentiable, one_operation
 
 _forced: ContextVar[bool | None] = ContextVar("forced", default=None)
 
@@ -80,7 +83,7 @@ def _gated(fit: tuple, half: mx.array, clipped: mx.array) -> mx.array:
 
 
 # Its arguments are results, hence contiguous, even where x is a view: over views, loops do not vectorize.
-_silu, _gelu = (mx.compile(partial(_gated, fit)) for fit in (_TANH, _ERF))
+_silu, _gelu = (one_operation(mx.compile(partial(_gated, fit))) for fit in (_TANH, _ERF))
 
 
 def silu(x: mx.array) -> mx.array:
@@ -100,21 +103,45 @@ _EXP2 = (1.0, 0.6931472, 0.240226511, 0.0555034054, 0.00961803977, 0.00133953408
 _ROUNDER = 12582912.0
 
 
+@one_operation
 @mx.compile
 def _exp2_parts(x: mx.array) -> tuple[mx.array, mx.array]:
     shifted = x + _ROUNDER
     return _polynomial(_EXP2, x - (shifted - _ROUNDER)), shifted
 
 
+@one_operation
 @mx.compile
 def _add_exponent(bits: mx.array, shifted: mx.array) -> mx.array:
     return bits + mx.left_shift(shifted, 23)
 
 
-def exp2(x: mx.array) -> mx.array:
-    """2^x for x <= 0, to 2e-7; 2^-126 below that."""
+def _exp2(x: mx.array) -> mx.array:
     mantissa, shifted = _exp2_parts(mx.maximum(x, -126.0))
     return _add_exponent(mantissa.view(mx.int32), shifted.view(mx.int32)).view(mx.float32)
+
+
+@differentiable(lambda _, cotangent, result: [cotangent * result * log(2)])
+def exp2(x: mx.array) -> mx.array:
+    """2^x for x <= 0, to 2e-7; 2^-126 below that."""
+    return _exp2(x)
+
+
+def _attend(
+    query: mx.array, key: mx.array, value: mx.array, *mask: mx.array, power: Callable = _exp2
+) -> mx.array:
+    """Attention with scores as exponents of two."""
+    scores = query @ key.swapaxes(-1, -2)
+    if mask:
+        scores = scores + mask[0]
+    weights = power(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    return (weights @ value) / weights.sum(axis=-1, keepdims=True)
+
+
+# A gradient makes the scores again, as the forward keeps none.
+_attend_piece = differentiable(
+    lambda primals, cotangent, _: mx.vjp(partial(_attend, power=exp2), list(primals), [cotangent])[1]
+)(_attend)
 
 
 def attention(
@@ -128,17 +155,14 @@ def attention(
     batch, heads, queries, _ = query.shape
     length = key.shape[2]
     if batch * heads * queries * length < _SMALL:
-        return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=mask)
+        return operations.attention(query, key, value, scale=scale, mask=mask)
     query = query * (scale * log2(e))
     if mask is not None:
         mask = mx.broadcast_to(mask * log2(e), (batch, heads, queries, length))
 
     def piece(query: mx.array, part: Part) -> mx.array:
-        scores = query @ key[part[:2]].swapaxes(-1, -2)
-        if mask is not None:
-            scores = scores + mask[part]
-        weights = exp2(scores - scores.max(axis=-1, keepdims=True))
-        return (weights @ value[part[:2]]) / weights.sum(axis=-1, keepdims=True)
+        masks = () if mask is None else (mask[part],)
+        return _attend_piece(query, key[part[:2]], value[part[:2]], *masks)
 
     # As many samples as make a piece; or one, and as many heads; or one of each, and as many queries
     sizes = (heads * queries * length, queries * length, length)

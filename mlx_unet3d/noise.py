@@ -59,6 +59,7 @@ class MLXNoise:
     def __call__(self, shape: tuple[int, ...]) -> mx.array:
         shape = _checked_shape(shape)
         self._key, key = mx.random.split(self._key)
+        mx.eval(self._key)  # or the next draw could only be made in this thread
         return mx.random.normal(shape, dtype=mx.float32, key=key)
 
 

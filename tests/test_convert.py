@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from mlx_unet3d import AutoencoderKL, CLIPTextModel, TextToVideoPipeline, UNet3DConditionModel
-from mlx_unet3d.checkpoints import headers, read_header, weight_files
+from mlx_unet3d.checkpoints import describe, headers, read_header, weight_files
 from mlx_unet3d.cli import main
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d_convert import conversion
@@ -61,6 +62,20 @@ def test_whole_pipeline(model, capsys):
     assert np.array_equal(ours("a cat", **SHORT).frames, theirs("a cat", **SHORT).frames)
     scheduler = Path("scheduler", "scheduler_config.json")
     assert json.loads((Path("out") / scheduler).read_text()) == json.loads((model / scheduler).read_text())
+
+
+def test_the_scheduler_is_that_of_the_index(model, capsys):
+    """The class in model_index.json goes before that of the config, and the result says the same in both."""
+    source = with_index(model, scheduler=["diffusers", "EulerDiscreteScheduler"])
+    assert any("(scheduler_config.json says DDIMScheduler; model_index" in line for line in describe(source))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert convert(source) == 0
+    assert "model_index.json asks for EulerDiscreteScheduler" in capsys.readouterr().err
+    assert type(TextToVideoPipeline.from_pretrained("out").scheduler).__name__ == "EulerDiscreteScheduler"
+    scheduler = Path("scheduler", "scheduler_config.json")
+    saved, config = (json.loads((folder / scheduler).read_text()) for folder in (Path("out"), source))
+    assert saved == config | {"_class_name": "EulerDiscreteScheduler"}
 
 
 @pytest.mark.parametrize("to", ["mlx", "diffusers"])
@@ -278,6 +293,14 @@ def with_scheduler(model, **config):
     return damaged(model, lambda folder: (folder / file).write_text(json.dumps(config)))
 
 
+def with_index(model, **entries):
+    def change(folder):
+        file = folder / "model_index.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+    return damaged(model, change)
+
+
 def as_pickle(folder):
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).with_suffix(".bin").write_bytes(b"\x80\x02cos\nsystem\n(X\x02\0\0\0lstR.")
@@ -306,7 +329,8 @@ BAD = {
     "empty": (lambda m: with_weights(m, b""), (), "empty"),
     "malicious pickle": (lambda m: damaged(m / "vae", as_pickle), (), "os.system"),
     "no tokenizer": (lambda m: damaged(m, lambda f: shutil.rmtree(f / "tokenizer")), (), "tokenizer"),
-    "bad scheduler": (lambda m: with_scheduler(m, _class_name="X"), (), "no scheduler 'X'"),
+    "bad scheduler": (lambda m: with_scheduler(m, beta_schedule="X"), (), "no beta_schedule='X'"),
+    "no such scheduler": (lambda m: with_index(m, scheduler=["diffusers", "X"]), (), "no scheduler 'X'"),
     "variant": (lambda m: m, ("--variant", "fp8"), "fp8"),
     "no such id": (lambda m: "nobody/no-such-model", ("--local-files-only",), "nobody/no-such-model"),
     "shard size": (lambda m: m, ("--max-shard-size", "big"), "max_shard_size='big'"),

@@ -35,13 +35,13 @@ def soften(clip: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarr
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_judge_reads_true_clips(world, judge, soft):
     rng = np.random.default_rng(5)
-    wrong, count = Counter(), 400
-    for _ in range(count):
+    wrong = Counter()
+    for _ in range(80):
         attributes = world.sample_attributes(rng)
         clip = world.render(attributes, rng)
         verdict = judge.judge(soften(clip, 0.02, rng) if soft else clip)
         wrong.update(name for name, right in verdict.agrees(attributes).items() if not right)
-    assert all(wrong[name] <= 0.005 * count for name in world.ATTRIBUTES), wrong
+    assert not wrong
 
 
 def test_the_judge_takes_bytes(world, judge):

@@ -21,9 +21,9 @@ def unet():
     return tiny.randomize(UNet3DConditionModel(**THREE_LEVELS))
 
 
-@pytest.fixture
-def pipe(tmp_path):
-    return TextToVideoPipeline.from_pretrained(tiny.write_pipeline(tmp_path / "pipe"))
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return TextToVideoPipeline.from_pretrained(tiny.write_pipeline(tmp_path_factory.mktemp("pipe")))
 
 
 def inputs(seed=1, height=5, width=6):

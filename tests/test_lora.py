@@ -1,6 +1,7 @@
 """LoRA and Custom Diffusion: every spelling of a file, weights, fusing, saving, and what is refused."""
 
 import json
+import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +13,14 @@ from mlx.utils import tree_flatten
 from mlx_unet3d.cli import main
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers import attention_adapters
-from mlx_unet3d.layers.adapted import AdaptedLayer, layout_of, weight_shape
+from mlx_unet3d.layers.adapted import (
+    AdaptedLayer,
+    adapter_scale,
+    layout_of,
+    scaled_adapters,
+    weight_shape,
+)
+from mlx_unet3d.layers.attention_processors import AttnProcessor2_0
 
 RANK = 2
 
@@ -376,13 +384,7 @@ def test_refused_arguments(tmp_path):
 
 def test_processor_files(tmp_path):
     unet = make()
-    loras = {}
-    for i, (path, layer) in enumerate(unet._attentions().items()):
-        context = layer.cross_attention_dim if layer.is_cross_attention else None
-        lora = attention_adapters.LoRAAttnProcessor2_0(layer.query_dim, context, rank=2)
-        lora = tiny.randomize(lora, i)
-        loras[f"{path}.processor"] = lora
-    unet.set_attn_processor(loras)
+    unet.set_attn_processor(processors_of(unet))
     file = unet.save_attn_procs(tmp_path)
     assert file.name == "pytorch_lora_weights.safetensors"
     again = make()
@@ -390,6 +392,108 @@ def test_processor_files(tmp_path):
     assert mx.allclose(run(again), run(unet), atol=2e-5)
     scaled = {"cross_attention_kwargs": {"scale": 0.5}}
     assert mx.allclose(run(again, **scaled), run(unet, **scaled), atol=2e-5)
+
+
+def test_processors_are_an_adapter_as_any(tmp_path):
+    unet, direct = make(), make()
+    loras = processors_of(unet)
+    unet.set_attn_processor(loras)
+    assert unet.list_adapters() == {"processors": 1.0}
+    direct.load_lora_adapter(unet.save_lora_adapter(tmp_path, "processors"))
+    assert mx.allclose(run(direct), run(unet), atol=1e-6)
+    both = random_lora(unet)
+    for network in (unet, direct):
+        network.load_lora_adapter(peft(both), "more", weight=0.5)
+    assert mx.allclose(run(unet), run(direct), atol=1e-6)
+    beside = run(unet)
+    unet.fuse_lora()
+    assert mx.allclose(run(unet), beside, atol=2e-5)
+    with pytest.raises(ValueError, match="call unfuse_lora"):
+        unet.set_default_attn_processor()
+    unet.unfuse_lora()
+    unet.set_default_attn_processor()
+    assert unet.list_adapters() == {"more": 0.5}
+    assert {type(p).__name__ for p in unet.attn_processors.values()} == {"AttnProcessor"}
+    wrong = dict(loras)
+    wrong[next(reversed(wrong))] = attention_adapters.LoRAAttnProcessor(3)
+    with pytest.raises(ValueError, match="3 channels to 3, the projection"):
+        unet.set_attn_processor(wrong)
+    assert unet.list_adapters() == {"more": 0.5}
+
+
+def test_adapters_beside_fused_projections():
+    unet, plain = make(), make()
+    unet.fuse_qkv_projections()
+    for network in (unet, plain):
+        network.load_lora_adapter(peft(random_lora(plain)))
+    assert mx.allclose(run(unet), run(plain), atol=1e-5)
+
+
+def test_the_scale_of_a_forward_is_its_own():
+    """In threads, between forwards that are built and not yet computed, compiled or not."""
+    unet = make()
+    unet.load_lora_adapter(peft(random_lora(unet)))
+    scales = (0.0, 0.5, 1.0, -2.0)
+    expected = {s: run(unet, cross_attention_kwargs={"scale": s}) for s in scales}
+    mx.eval(expected)
+    for compiled in (False, True):
+        if compiled:
+            unet.compile()
+        lazy = {s: run(unet, cross_attention_kwargs={"scale": s}) for s in scales}  # none computed yet
+        for scale in scales:
+            assert mx.allclose(lazy[scale], expected[scale], atol=1e-5), scale
+    unet.uncompile()
+
+    inside = []
+
+    class Asks(AttnProcessor2_0):
+        """A processor in which another forward of the network runs with a scale of its own."""
+
+        def __call__(self, *args, **keywords):
+            if not inside:
+                inside.append(True)
+                assert mx.allclose(run(unet), expected[1.0], atol=1e-5)
+            return super().__call__(*args, **keywords)
+
+    unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(Asks())
+    assert mx.allclose(run(unet, cross_attention_kwargs={"scale": 0.5}), expected[0.5], atol=1e-5)
+    assert inside
+    for wrong in ("much", float("nan"), True):
+        with pytest.raises(ValueError, match="finite number"):
+            run(unet, cross_attention_kwargs={"scale": wrong})
+
+
+def test_scales_in_threads():
+    unet = make()
+    unet.load_lora_adapter(peft(random_lora(unet)))
+    scales = (0.0, 0.5, 1.0, -2.0)
+    layer = next(iter(unet._adapted().values()))
+    seen = {}
+
+    def amount(scale):
+        with scaled_adapters(scale):
+            barrier.wait(10)  # all scales are set at once
+            seen[scale] = adapter_scale()
+            barrier.wait(10)
+
+    barrier = threading.Barrier(len(scales))
+    threads = [threading.Thread(target=amount, args=(s,)) for s in scales]
+    before = dict(vars(layer))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {s: s for s in scales}
+    assert vars(layer) == before
+    assert adapter_scale() == 1
+
+
+def processors_of(unet, kind=attention_adapters.LoRAAttnProcessor2_0):
+    loras = {}
+    for i, (path, layer) in enumerate(unet._attentions().items()):
+        context = layer.cross_attention_dim if layer.is_cross_attention else None
+        loras[f"{path}.processor"] = tiny.randomize(kind(layer.query_dim, context, rank=2), i)
+    return loras
 
 
 def test_custom_diffusion_files(tmp_path):

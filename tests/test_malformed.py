@@ -482,10 +482,12 @@ CASES = {
     # Scheduler.
     "scheduler: a page": ("", write("scheduler/scheduler_config.json", PAGE),
         ("scheduler_config.json", "web page")),
-    "scheduler: no class": ("", write("scheduler/scheduler_config.json", "{}"),
-        ("scheduler_config.json", "_class")),
-    "scheduler: class is a list": ("", edit("scheduler/scheduler_config.json", _class_name=["DDIMScheduler"]),
-        ("scheduler_config.json", "DDIMScheduler")),
+    "scheduler: no class": ("", edit("model_index.json", scheduler=["diffusers"]),
+        ("model_index.json", "a class name")),
+    "scheduler: class is a list": ("", edit("model_index.json", scheduler=["diffusers", ["DDIMScheduler"]]),
+        ("model_index.json", "no scheduler ['DDIMScheduler']")),
+    "scheduler: unknown": ("", edit("model_index.json", scheduler=["diffusers", "LMSDiscreteScheduler"]),
+        ("model_index.json", "LMSDiscreteScheduler", "nearest is DEISMultistepScheduler")),
     "scheduler: 10**12 steps": ("", edit("scheduler/scheduler_config.json", num_train_timesteps=BIG),
         ("scheduler_config.json", "num_train_timesteps")),
     "scheduler: a billion steps": ("", edit("scheduler/scheduler_config.json", num_train_timesteps=10**9),
@@ -739,21 +741,22 @@ def test_safetensors_cut_anywhere(tmp_path, safetensors):
 
 
 def test_safetensors_with_a_bit_changed(tmp_path, safetensors):
-    """Any bit of length and header; the data have no check, and a changed name is another name."""
+    """Three bits of each byte of length and header. The data have no check; a changed name is a name."""
     content, data = safetensors
     refused = 0
-    for changed in flips(content, range(data)):
+    rng = np.random.default_rng(4)
+    for changed in (c for at in range(data) for c in flips(content, [at], rng.permutation(8)[:3])):
         found = trial(tmp_path, changed)
         refused += found is None
         assert found is None or equal(found, names=False)
-    assert refused > 4 * data
+    assert refused > 3 * data // 2
 
 
 def test_safetensors_with_bytes_mixed(tmp_path, safetensors):
     content, data = safetensors
     rng = np.random.default_rng(0)
-    found = [trial(tmp_path, changed) for changed in mixed(content, range(data), rng, 2000)]
-    assert 1500 < found.count(None) < 2000
+    found = [trial(tmp_path, changed) for changed in mixed(content, range(data), rng, 800)]
+    assert 600 < found.count(None) < 800
 
 
 STRANGE = [
@@ -866,7 +869,7 @@ def test_pickles_cut_anywhere(tmp_path, container):
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_pickles_with_a_bit_changed(tmp_path, container):
-    """Two bits of each byte. In a zip archive, whose pickle has a checksum, what is read is unchanged."""
+    """A bit of each byte. In a zip archive, whose pickle has a checksum, what is read is unchanged."""
     make, whole = container
     exempt = set()
     if make is as_zip:
@@ -881,7 +884,7 @@ def test_pickles_with_a_bit_changed(tmp_path, container):
     rng = np.random.default_rng(3)
     refused = tried = 0
     for place in range(len(whole)):
-        for changed in flips(whole, [place], rng.permutation(8)[:2]):
+        for changed in flips(whole, [place], rng.permutation(8)[:1]):
             found = trial(tmp_path, changed, read_pickle)
             tried += 1
             refused += found is None
@@ -894,8 +897,8 @@ def test_pickles_with_a_bit_changed(tmp_path, container):
 def test_pickles_with_bytes_mixed(tmp_path, container):
     _, whole = container
     rng = np.random.default_rng(1)
-    found = [trial(tmp_path, changed, read_pickle) for changed in mixed(whole, range(len(whole)), rng, 1200)]
-    assert 700 < found.count(None) < 1200
+    found = [trial(tmp_path, changed, read_pickle) for changed in mixed(whole, range(len(whole)), rng, 500)]
+    assert 290 < found.count(None) < 500
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -907,7 +910,7 @@ def test_pickles_with_operations_mixed(tmp_path, container):
     codes = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
     arguments = [b"", b"", b"\0", b"\1", b"\5", b"\0\0\0\0", b"x\n", b"os\nsystem\n", b"\xff" * 8]
     refused = 0
-    for _ in range(1500):
+    for _ in range(500):
         parts = list(right)
         for _ in range(rng.integers(1, 4)):
             at, other = rng.integers(len(parts), size=2)
@@ -923,4 +926,4 @@ def test_pickles_with_operations_mixed(tmp_path, container):
             else:
                 parts[at] = number((-1, 0, 1, 2, 7, 2**31, 2**62, 2**70)[rng.integers(8)])
         refused += trial(tmp_path, make(b"".join(parts)), read_pickle) is None
-    assert 700 < refused < 1500
+    assert 235 < refused < 500

@@ -1,6 +1,7 @@
 """Predictions of memory are near what is measured, and plans make videos fit."""
 
 from dataclasses import replace
+from functools import cache
 
 import mlx_unet3d
 import mlx.core as mx
@@ -29,46 +30,20 @@ NETWORKS = memory.Networks(
     memory.Network(CLIPTextModel, CLIPTextConfig(vocab_size=99, **TEXT)),
 )
 S = memory.Settings
-CASES = [  # widths, frames, latent size, guidance, settings
-    *[((16, 32), f, n, g, S()) for f, n in ((1, 24), (3, 16), (8, 16)) for g in (False, True)],
-    *[((16, 32), 4, n, True, S()) for n in (12, 20, 24)],
-    *[((32, 32), 3, 16, True, S()), ((16, 64), 3, 16, False, S()), ((48, 16), 2, 16, False, S())],
-    *[((16, 32), 4, 16, True, S(True)), ((16, 32), 8, 12, True, S(True))],
-    *[((16, 32), 4, 16, g, S(frames=n)) for g, n in ((False, 1), (True, 2), (True, 3))],
-    *[((16, 32), 4, 16, g, S(pixels=n)) for g, n in ((False, 32), (True, 100))],
-    *[((16, 32), 4, 16, True, S(s, n, m)) for s, n, m in ((True, 1, 64), (False, 1, 48), (True, 2, 128))],
-    *[((32, 32), 4, 16, False, S(False, 1, 32)), ((16, 64), 3, 16, True, S(True, 1, 32))],
+# Widths, frames, latent size, guidance, settings.
+CASES = [
+    ((16, 32), 1, 24, False, S()),
+    ((16, 32), 8, 16, True, S()),
+    ((16, 32), 4, 12, True, S()),
+    ((16, 64), 3, 16, False, S()),
+    ((48, 16), 2, 16, False, S()),
+    ((16, 32), 8, 12, True, S(True)),
+    ((16, 32), 4, 16, True, S(frames=3)),
+    ((16, 32), 4, 16, True, S(pixels=100)),
+    ((16, 64), 3, 16, True, S(True, 1, 32)),
+    ((32, 32), 4, 12, False, S(False, 1, 48)),
 ]
-
-
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the measurement is of the CPU backend")
-def test_predicted_peaks_are_within_a_tenth_of_measured_ones(exact_peaks):
-    """Of the largest of some measurements, which differ as MLX gets ahead of the release of buffers by luck;
-    a few settings never show their worst. None is above it, none below what is alive at the least."""
-    near = 0
-    for widths, frames, size, guidance, settings in CASES:
-        config = UNET | {"block_out_channels": widths}
-        unet = UNet3DConditionModel(**config).eval()
-        mx.eval(unet.parameters())
-        settings_on(unet, settings)
-        networks = replace(NETWORKS, unet=memory.Network(UNet3DConditionModel, unet.config))
-        video = memory.Video(frames, 2 * size, 2 * size, guidance=guidance)
-        planner = Planner(networks, mx.float32, mx.float32, None, BACKENDS["cpu"])
-        stage = planner.denoise(video, settings)
-        planner = Planner(networks, mx.float32, mx.float32, None, Prompt())
-        alive = planner.denoise(video, settings)
-        scale = 5.0 if guidance else 1.0
-        run = run_step(unet, scale, settings.sequential_guidance, frames, size)
-        predicted, least = stage.peak - stage.weights, alive.peak - alive.weights
-        largest = 0
-        for _ in range(12):
-            measured = peak_of(run)[1]
-            assert 0.9 * least <= measured <= 1.1 * predicted, (widths, frames, size, guidance, settings)
-            largest = max(largest, measured)
-            if largest >= predicted / 1.1:
-                near += 1
-                break
-    assert near >= 20
+on_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the measurement is of the CPU backend")
 
 
 class Prompt(type(BACKENDS["cpu"])):
@@ -77,69 +52,81 @@ class Prompt(type(BACKENDS["cpu"])):
     behind = 0
 
 
-def settings_on(unet, settings):
+def check_peak(planner, stage, run, *request, beside=0):
+    """Hold a measured peak, less `beside`, against the predicted one and what is alive at the least.
+
+    A worker of MLX reports an operation as done, then releases its buffers; the next operation takes its own
+    before or after that. A measured peak is anything between the two predictions, and they are near.
+    """
+    planner.forward = cache(planner.forward)
+    predicted = getattr(planner, stage)(*request)
+    planner.backend = Prompt()
+    least = getattr(planner, stage)(*request)
+    assert least.peak <= predicted.peak
+    least, most = (found.peak - found.weights - beside for found in (least, predicted))
+    assert 0.95 * least <= peak_of(run)[1] <= 1.1 * most
+    assert most <= 1.35 * least
+    return predicted
+
+
+def planner_of(networks=NETWORKS, **options):
+    return Planner(networks, mx.float32, mx.float32, None, BACKENDS["cpu"], **options)
+
+
+@on_cpu
+@pytest.mark.parametrize(("widths", "frames", "size", "guidance", "settings"), CASES)
+def test_predicted_peaks_of_a_step(exact_peaks, widths, frames, size, guidance, settings):
+    unet = UNet3DConditionModel(**UNET | {"block_out_channels": widths}).eval()
+    mx.eval(unet.parameters())
     unet.chunks = Chunks(settings.frames, settings.pixels)
+    planner = planner_of(replace(NETWORKS, unet=memory.Network(UNet3DConditionModel, unet.config)))
+    video = memory.Video(frames, 2 * size, 2 * size, guidance=guidance)
+    run = run_step(unet, 5.0 if guidance else 1.0, settings.sequential_guidance, frames, size)
+    check_peak(planner, "denoise", run, video, settings)
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the measurement is of the CPU backend")
+def vae_run(vae, stage, frames, height, width):
+    """A run of a stage, and the bytes of what it is given."""
+    images = mx.zeros((frames, 3, height, width))
+    latents = mx.zeros((frames, 4, height // 2, width // 2))
+    mx.eval(vae.parameters(), images, latents)
+    if stage == "decode":
+        return lambda: vae.decode(latents), 0
+    return lambda: vae.encode(images).mean, images.nbytes
+
+
+@on_cpu
 @pytest.mark.parametrize(
     ("stage", "frames", "size"), [("decode", 3, 48), ("encode", 3, 48), ("decode", 1, 64)]
 )
 def test_predicted_peaks_of_the_vae(exact_peaks, stage, frames, size):
-    vae = AutoencoderKL(**VAE).eval()
-    mx.eval(vae.parameters())
-    plan = memory.plan(
-        NETWORKS, num_frames=frames, height=size, width=size, encoded=True, dtype=mx.float32, backend="cpu"
-    )
-    found = next(s for s in plan.stages if s.name == stage)
-    images = mx.zeros((frames, 3, size, size))
-    latents = mx.zeros((frames, 4, size // 2, size // 2))
-    mx.eval(images, latents)
-    run = (lambda: vae.decode(latents)) if stage == "decode" else (lambda: vae.encode(images).mean)
-    beside = images.nbytes if stage == "encode" else 0
-    measured = max(peak_of(run)[1] for _ in range(12))
-    assert found.peak - found.weights - beside == pytest.approx(measured, rel=0.1)
+    run, beside = vae_run(AutoencoderKL(**VAE).eval(), stage, frames, size, size)
+    check_peak(planner_of(), stage, run, memory.Video(frames, size, size, encoded=True), beside=beside)
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the measurement is of the CPU backend")
+@on_cpu
 @pytest.mark.parametrize("stage", ["decode", "encode"])
 def test_predicted_peaks_of_tiles(exact_peaks, stage):
     vae = AutoencoderKL(**VAE | {"sample_size": 32}).eval()
     vae.enable_tiling()
-    mx.eval(vae.parameters())
     networks = replace(NETWORKS, vae=memory.Network(AutoencoderKL, vae.config))
-    options = dict(num_frames=1, height=128, width=96, encoded=True, dtype=mx.float32, backend="cpu")
-    whole, found = (
-        next(s for s in memory.plan(networks, vae_tiling=tiling, **options).stages if s.name == stage)
-        for tiling in (False, True)
-    )
-    images, latents = mx.zeros((1, 3, 128, 96)), mx.zeros((1, 4, 64, 48))
-    mx.eval(images, latents)
-    run = (lambda: vae.decode(latents)) if stage == "decode" else (lambda: vae.encode(images).mean)
-    beside = images.nbytes if stage == "encode" else 0
-    measured = max(peak_of(run)[1] for _ in range(12))
-    assert found.peak - found.weights - beside == pytest.approx(measured, rel=0.15)
-    assert found.peak < whole.peak
+    video = memory.Video(1, 128, 96, encoded=True)
+    run, beside = vae_run(vae, stage, 1, 128, 96)
+    found = check_peak(planner_of(networks, vae_tiling=True), stage, run, video, beside=beside)
+    assert found.peak < getattr(planner_of(networks), stage)(video).peak
 
 
-@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="the measurement is of the CPU backend")
+@on_cpu
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_features_of_a_cache_are_counted(exact_peaks, sequential, depth):
     unet = UNet3DConditionModel(**UNET).eval()
     mx.eval(unet.parameters())
     video, settings = memory.Video(4, 32, 32), S(sequential)
-    without, with_cache = (
-        Planner(NETWORKS, mx.float32, mx.float32, None, BACKENDS["cpu"], n).denoise(video, settings)
-        for n in (None, depth)
-    )
     run = run_step(unet, 5.0, sequential, steps=3, cache_interval=2, cache_depth=depth)
-    measured = max(peak_of(run)[1] for _ in range(8))
-    assert 0.9 * measured <= with_cache.peak - with_cache.weights <= 1.15 * measured
-    features = 4 * 4 * 16 * 16 * 16 * (1 if sequential else 2)  # 4 frames, 16x16 pixels, 16 channels
-    if sequential:
-        assert with_cache.peak >= without.peak + features
-    assert with_cache.peak >= without.peak
+    with_cache = check_peak(planner_of(cache_depth=depth), "denoise", run, video, settings)
+    features = 4 * 4 * 16 * 16 * 16  # of 4 frames, 16x16 pixels, 16 channels
+    assert with_cache.peak >= planner_of().denoise(video, settings).peak + (features if sequential else 0)
 
 
 def test_what_is_loaded_beside_the_weights_is_counted(tmp_path):

@@ -9,6 +9,8 @@ import pytest
 import tiny
 from mlx_unet3d import (
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     TextToVideoPipeline,
     UNet3DConditionModel,
     VideoToVideoPipeline,
@@ -108,11 +110,12 @@ def test_no_guidance_is_one_pass(pipe, monkeypatch):
 
 def test_step_records(pipe):
     states = pipe.encode_prompt("a cat")
-    assert states.shape == (2, 77, 12)
+    assert [embeds.shape for embeds in states] == [(1, 77, 12)] * 2
     records = list(pipe.steps(states, num_frames=3, num_inference_steps=4))
     assert [r.step for r in records] == [0, 1, 2, 3]
     assert {r.total for r in records} == {4}
-    assert [r.timestep for r in records] == pipe.scheduler.timesteps.tolist()
+    assert [r.timestep for r in records] == pipe.scheduler.laid_out(4).timesteps.tolist()
+    assert pipe.scheduler.timesteps.tolist() == list(range(999, -1, -1))  # a run leaves it as it is
     assert all(r.latents.shape == r.denoised.shape == (1, 4, 3, 4, 4) for r in records)
     assert mx.array_equal(pipe("a cat", 32, 32, 3, 4, output_type="latent").frames, records[-1].latents)
 
@@ -122,6 +125,25 @@ def test_step_records(pipe):
     steps.close()
     again = list(pipe.steps(states, num_frames=3, num_inference_steps=4))
     assert mx.array_equal(again[-1].latents, records[-1].latents)
+
+
+def test_encoded_prompts(pipe):
+    """The pair of diffusers' pipelines: what is encoded once makes the video that the words make."""
+    expected = pipe("a cat", negative_prompt="rain", **SHORT).frames
+    positive, negative = pipe.encode_prompt("a cat", "rain")
+    frames = pipe(prompt_embeds=positive, negative_prompt_embeds=negative, **SHORT).frames
+    assert np.array_equal(frames, expected)
+    assert pipe(prompt_embeds=pipe.encode_prompt(["a", "b"])[0], **SHORT).frames.shape[0] == 2
+    alone, none = pipe.encode_prompt("a cat", guidance_scale=1)
+    assert none is None
+    assert mx.array_equal(alone, positive)
+    with pytest.raises(TypeError, match=r"prompt_embeds is a tuple; give an mx.array: of the pair"):
+        pipe(prompt_embeds=(positive, negative), **SHORT)
+    with pytest.raises(TypeError, match="text states are a array; give the pair"):
+        pipe.steps(positive, **SHORT)
+    with pytest.raises(ValueError, match="guidance_scale=9 needs negative states"):
+        pipe.steps((alone, none), **SHORT)
+    assert len(list(pipe.steps((alone, none), guidance_scale=1, **SHORT))) == 2
 
 
 def test_going_on_from_predictions(pipe):
@@ -254,7 +276,7 @@ def test_video_to_video_runs_its_share_of_the_steps(video_pipe):
     for strength, count in [(0.1, 1), (0.5, 5), (0.99, 9), (1, 10)]:
         records = list(video_pipe.steps(states, clip(), strength=strength, num_inference_steps=10))
         assert len(records) == count
-        assert records[0].timestep == video_pipe.scheduler.timesteps[10 - count]
+        assert records[0].timestep == video_pipe.scheduler.laid_out(10).timesteps[10 - count]
 
 
 BAD_VIDEOS = {
@@ -333,6 +355,33 @@ def test_half_precision(folder):
     assert latents.dtype == mx.float32  # the sampler's arithmetic
     full = TextToVideoPipeline.from_pretrained(folder)("a cat", output_type="latent", **SHORT).frames
     assert mx.abs(latents - full).max() < 0.013 * mx.abs(full).max()
+
+
+def test_the_scheduler_is_that_of_the_index(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    index = json.loads((copy / "model_index.json").read_text())
+    asked = index | {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    (copy / "model_index.json").write_text(json.dumps(asked))
+    with pytest.warns(UserWarning, match="asks for EulerDiscreteScheduler, .* 'DDIMScheduler'"):
+        pipe = TextToVideoPipeline.from_pretrained(copy)
+    assert isinstance(pipe.scheduler, EulerDiscreteScheduler)
+    assert pipe.scheduler.config.beta_end == tiny.SCHEDULER["beta_end"]
+
+    file = copy / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    del config["_class_name"]
+    file.write_text(json.dumps(config))
+    assert TextToVideoPipeline.from_pretrained(copy).scheduler.config == pipe.scheduler.config
+
+    unknown = index | {"scheduler": ["diffusers", "KDPM2DiscreteScheduler"]}
+    (copy / "model_index.json").write_text(json.dumps(unknown))
+    nearest = r"scheduler_config\.json: .*'KDPM2DiscreteScheduler', .* nearest is HeunDiscreteScheduler"
+    with pytest.raises(CheckpointError, match=nearest):
+        TextToVideoPipeline.from_pretrained(copy)
+    pipe = TextToVideoPipeline.from_pretrained(copy, scheduler="HeunDiscreteScheduler")
+    assert isinstance(pipe.scheduler, HeunDiscreteScheduler)
+    assert np.isfinite(pipe("a cat", **SHORT).frames).all()
+    assert TextToVideoPipeline.from_pretrained(copy, scheduler=pipe.scheduler).scheduler is pipe.scheduler
 
 
 def test_bad_folders(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import json
 import math
 import pickle
@@ -11,7 +12,13 @@ import numpy as np
 import pytest
 from mlx_unet3d import schedulers
 from mlx_unet3d.noise import noise_source
-from mlx_unet3d.schedulers import SCHEDULERS, Scheduler, scheduler_from_config
+from mlx_unet3d.schedulers import (
+    REFUSED,
+    SCHEDULERS,
+    Scheduler,
+    scheduler_from_config,
+    scheduler_of_pipeline,
+)
 
 MS_1_7B = {  # scheduler/scheduler_config.json of text-to-video-ms-1.7b
     "_class_name": "DDIMScheduler",
@@ -34,6 +41,7 @@ KARRAS = {"use_karras_sigmas": True}
 DPM = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}
 UNIPC = {"final_sigmas_type": "sigma_min"}
 EULER = {"num_train_timesteps": 1100}
+HEUN = {**EULER, "beta_start": 0.0001, "beta_end": 0.02}
 
 
 def make(name, **arguments):
@@ -85,6 +93,11 @@ LOOPS = [
     ("EulerDiscreteScheduler", EULER, 10.0807, 0.0131),
     ("EulerDiscreteScheduler", {**EULER, **V}, 0.0002, 2.2676e-06),
     ("EulerDiscreteScheduler", {**EULER, **KARRAS}, 124.52299, 0.162139),
+    ("HeunDiscreteScheduler", HEUN, 0.1233, 0.0002),
+    ("HeunDiscreteScheduler", {**HEUN, **V}, 4.6934e-07, 6.1112e-10),
+    ("HeunDiscreteScheduler", {**HEUN, **KARRAS}, 0.00015, 1.9869e-07),
+    ("DEISMultistepScheduler", {}, None, 0.23916),
+    ("DEISMultistepScheduler", V, None, 0.091),
     ("PNDMScheduler", {}, 198.1318, 0.2580),
     ("PNDMScheduler", V, 67.3986, 0.0878),
     ("PNDMScheduler", {"set_alpha_to_one": True, "beta_start": 0.01}, 230.0399, 0.2995),
@@ -120,6 +133,8 @@ def test_unipc_on_samples_with_one_axis(arguments, mean):
         ("DPMSolverMultistepScheduler", DPM, 5, 318.4111, 0.4146),
         ("UniPCMultistepScheduler", UNIPC, 8, 315.5757, 0.4109),
         ("EulerDiscreteScheduler", EULER, 8, 57062.9297, 74.3007),
+        ("HeunDiscreteScheduler", HEUN, 16, 75074.8906, 97.7538),
+        ("DEISMultistepScheduler", {}, 8, 315.3016, 0.41054),
     ],
 )
 def test_loops_that_begin_late(name, arguments, begin, total, mean):
@@ -155,6 +170,17 @@ def test_euler_ancestral_with_the_noise_of_torch(arguments, total, mean):
     sample = ramp() * scheduler.init_noise_sigma
     got = sums(loop(scheduler, sample, scheduler.timesteps, noise_source(0), keep_scaled=True))
     assert got == (pytest.approx(total, abs=1e-2), pytest.approx(mean, abs=1e-3))
+
+
+@pytest.mark.parametrize(("steps", "total"), [(4, 152.99976), (10, 181.20401)])
+def test_tcd_without_noise(steps, total):
+    """The sums of diffusers' TCDScheduler with eta 0."""
+    scheduler = make("TCDScheduler")
+    scheduler.set_timesteps(steps)
+    sample = ramp()
+    for t in scheduler.timesteps:
+        sample = scheduler.step(network(sample, t), t, sample, eta=0.0).prev_sample
+    assert sums(sample)[0] == pytest.approx(total, rel=1e-5)
 
 
 # text-to-video-ms-1.7b's config, 5-D samples: (Σ|x| after 10 steps, after 25).
@@ -244,7 +270,8 @@ def test_timesteps_fall_and_stay_in_range(name, spacing):
         assert (np.diff(scheduler.timesteps) <= (50 if name == "PNDMScheduler" else 0)).all()
         assert scheduler.timesteps.min() >= 0
         assert scheduler.timesteps.max() <= 999
-        assert name == "PNDMScheduler" or len(scheduler.timesteps) == steps
+        entries = 2 * steps - 1 if scheduler.order == 2 else steps
+        assert name == "PNDMScheduler" or len(scheduler.timesteps) == entries
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
@@ -305,7 +332,7 @@ def test_noise_is_asked_for_where_it_is_drawn(short):
     scheduler.set_timesteps(4)
     sample = mx.ones((1, 4, 4, 4))
     t = scheduler.timesteps[0]
-    assert scheduler.uses_noise == (short in ("ddpm", "dpm++-sde", "euler-a", "lcm"))
+    assert scheduler.uses_noise == (short in ("ddpm", "dpm++-sde", "euler-a", "lcm", "tcd"))
     if scheduler.uses_noise:
         with pytest.raises(ValueError, match=r"noise=noise_source\(seed\)"):
             scheduler.step(sample, t, sample)
@@ -321,6 +348,7 @@ def test_how_much_noise_is_drawn():
         return mx.zeros(shape)
 
     counts = {"ddim": 0, "ddpm": 3, "dpm++": 0, "dpm++-sde": 4, "euler": 0, "euler-a": 4, "lcm": 3}
+    counts |= {"tcd": 3, "heun": 0, "deis": 0}
     for short, count in counts.items():
         scheduler = scheduler_from_config({**MS_1_7B, "steps_offset": 0}, short)
         scheduler.set_timesteps(4)
@@ -355,9 +383,14 @@ def test_misuse_is_refused(short):
         scheduler.step(sample, 999, sample, noise=noise)
     with pytest.raises(ValueError, match="call set_timesteps"):
         scheduler.set_begin_index(0)
-    for steps, message in ((0, "from 1 to 1000"), (1001, "from 1 to 1000"), (2.0, "whole"), (True, "whole")):
+    most = 10**6 if scheduler.repeats_timesteps else 1000
+    range_ = f"must be from 1 to {most}"
+    for steps, message in ((0, range_), (most + 1, range_), (2.0, "whole"), (True, "whole")):
         with pytest.raises(ValueError, match=message):
             scheduler.set_timesteps(steps)
+    for schedule, given in (((), "nothing"), ((5, [3]), "timesteps and num_inference_steps")):
+        with pytest.raises(ValueError, match=f"was given {given}; give one of"):
+            scheduler.set_timesteps(schedule[0] if schedule else None, timesteps=[*schedule][1:] or None)
     scheduler.set_timesteps(5)
     with pytest.raises(ValueError, match="not in the schedule; use an entry of"):
         scheduler.step(sample, 3, sample, noise=noise)
@@ -394,12 +427,18 @@ def test_steps_go_in_order(short):
         ("DDIMScheduler", {"beta_schedule": "cosine"}, "no beta_schedule='cosine'; it has 'linear'"),
         ("DDIMScheduler", {"prediction_type": "flow"}, "no prediction_type='flow'"),
         ("DDIMScheduler", {"timestep_spacing": "even"}, "no timestep_spacing='even'"),
-        ("DDIMScheduler", {"trained_betas": [0.1]}, r"trained_betas has shape \(1,\)"),
+        ("DDIMScheduler", {"trained_betas": [[0.1]]}, r"trained_betas has shape \(1, 1\)"),
+        ("DDIMScheduler", {"trained_betas": []}, r"trained_betas has shape \(0,\)"),
         ("DDIMScheduler", {"num_train_timesteps": 0}, "num_train_timesteps=0"),
         ("DDIMScheduler", {"dynamic_thresholding_ratio": 1.5}, "must be from 0 to 1"),
         ("DDPMScheduler", {"variance_type": "fixed_large_log"}, "no variance_type"),
+        ("DEISMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "it has 'deis'"),
+        ("DEISMultistepScheduler", {"solver_type": "x"}, "it has 'logrho'"),
+        ("HeunDiscreteScheduler", {"beta_schedule": "sigmoid"}, "no beta_schedule='sigmoid'"),
+        ("TCDScheduler", {"original_inference_steps": 0}, "original_inference_steps=0"),
         ("PNDMScheduler", {"prediction_type": "sample"}, "no prediction_type='sample'"),
         ("LCMScheduler", {"original_inference_steps": 2000}, "original_inference_steps=2000"),
+        ("LCMScheduler", {"distilled_spacing": "even"}, "no distilled_spacing='even'"),
         ("EulerDiscreteScheduler", {"interpolation_type": "cubic"}, "no interpolation_type"),
         ("EulerDiscreteScheduler", {"timestep_type": "warm"}, "no timestep_type"),
         (
@@ -440,15 +479,128 @@ def test_what_is_not_supported_is_refused(name, arguments, message):
     [
         ("PNDMScheduler", {}, 3, "at least 4, or skip_prk_steps=True"),
         ("LCMScheduler", {}, 51, "more than the original_inference_steps=50"),
-        ("DDIMScheduler", {"steps_offset": 1}, 1000, "steps_offset=1 moves the first"),
-        ("DPMSolverMultistepScheduler", {}, 1000, "at most 999"),
-        ("UniPCMultistepScheduler", {"timestep_spacing": "leading"}, 1000, "at most 999"),
+        (
+            "DDIMScheduler",
+            {"steps_offset": 1},
+            1000,
+            "timesteps 1000, .* must be from 0 to 999, .* steps_offset=0",
+        ),
+        ("DDIMScheduler", {"trained_betas": [0.01] * 500}, 10, "from 0 to 499, .* or trained_betas for each"),
+        ("TCDScheduler", {}, 51, "more than the original_inference_steps=50"),
     ],
 )
 def test_step_counts_that_a_scheduler_cannot_do(name, arguments, steps, message):
     scheduler = make(name, **arguments)
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "schedule", "message"),
+    [
+        ("DDIMScheduler", {}, {"timesteps": [3]}, "takes no timesteps, .* DDPMScheduler, .*LCMScheduler"),
+        ("DDPMScheduler", {}, {"sigmas": [3, 0]}, "takes no sigmas, .*: EulerDiscreteScheduler$"),
+        ("DDPMScheduler", {}, {"timesteps": [5, 7]}, "timesteps 5, 7 must fall"),
+        ("TCDScheduler", {}, {"timesteps": [7, 7]}, "timesteps 7, 7 must fall"),
+        ("LCMScheduler", {}, {"timesteps": [1000, 7]}, "must be from 0 to 999"),
+        ("DDPMScheduler", {}, {"timesteps": [7, -1]}, "must be from 0 to 999"),
+        ("LCMScheduler", {}, {"timesteps": []}, r"timesteps=\[\] must be a list of numbers, 1 or more"),
+        ("EulerDiscreteScheduler", {}, {"sigmas": [1.0]}, "must be a list of numbers, 2 or more"),
+        ("EulerDiscreteScheduler", {}, {"sigmas": [1.0, math.nan]}, "must be a list of numbers"),
+        ("EulerDiscreteScheduler", {}, {"timesteps": "999"}, "timesteps='999' must be a list"),
+        ("EulerDiscreteScheduler", {}, {"timesteps": [9, None]}, "must be a list"),
+        ("EulerDiscreteScheduler", {}, {"timesteps": [9], "sigmas": [1, 0]}, "given timesteps and sigmas"),
+        ("EulerDiscreteScheduler", KARRAS, {"timesteps": [9]}, "asks for karras sigmas"),
+        ("EulerDiscreteScheduler", {**V, "timestep_type": "continuous"}, {"timesteps": [9]}, "give sigmas"),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, {"timesteps": [9]}, "asks for lu sigmas"),
+    ],
+)
+def test_schedules_that_a_scheduler_cannot_do(name, arguments, schedule, message):
+    scheduler = make(name, **arguments)
+    with pytest.raises(ValueError, match=message):
+        scheduler.set_timesteps(**schedule)
+
+
+def test_custom_schedules():
+    heun = make("HeunDiscreteScheduler")
+    heun.set_timesteps(timesteps=[999, 500.5, 0])
+    assert heun.timesteps.tolist() == [999, 500.5, 500.5, 0, 0]
+    assert heun.sigmas[[1, 3]].tolist() == heun.sigmas[[2, 4]].tolist()
+    assert (heun.num_inference_steps, heun.sigmas[-1]) == (3, 0)
+    euler = make("EulerDiscreteScheduler")
+    euler.set_timesteps(sigmas=[10, 1, 0.5])
+    assert euler.sigmas.tolist() == [10, 1, 0.5]
+    assert (euler.num_inference_steps, len(euler.timesteps), euler.init_noise_sigma) == (2, 2, 10)
+    lcm = make("LCMScheduler")
+    lcm.set_timesteps(4, original_inference_steps=100)
+    assert lcm.timesteps.tolist() == [999, 749, 499, 249]
+    lcm.set_timesteps(4)
+    assert lcm.timesteps.tolist() == [999, 759, 499, 259]
+
+
+@pytest.mark.parametrize(
+    ("steps", "timesteps"),
+    [
+        (1, [999]),
+        (4, [999, 759, 519, 279]),
+        (8, [999, 879, 759, 639, 519, 399, 279, 159]),
+        (50, list(range(999, 0, -20))),
+    ],
+)
+def test_strided_timesteps(steps, timesteps):
+    """T2V-Turbo's `origin[::-(50 // n)][:n]`, of 50 timesteps 19, 39, ..., 999."""
+    scheduler = make("LCMScheduler", distilled_spacing="strided")
+    scheduler.set_timesteps(steps)
+    origin = np.arange(19, 1000, 20)
+    assert scheduler.timesteps.tolist() == origin[:: -(50 // steps)][:steps].tolist() == timesteps
+
+
+def test_the_spacing_goes_with_the_config():
+    strided = make("LCMScheduler", distilled_spacing="strided")
+    assert strided.config.to_dict()["distilled_spacing"] == "strided"
+    assert "distilled_spacing" not in make("LCMScheduler").config.to_dict()
+    other = schedulers.EulerDiscreteScheduler.from_config(strided.config)
+    assert schedulers.LCMScheduler.from_config(other.config).config == strided.config
+    assert scheduler_from_config(strided.config.to_dict()).config.distilled_spacing == "strided"
+
+
+@pytest.mark.parametrize("short", ["dpm++", "deis", "unipc"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_timesteps_that_stand_twice(short, order):
+    """Two steps at one noise level are one: diffusers divides by their distance, and gives NaN."""
+    scheduler = scheduler_from_config({**MS_1_7B, "num_train_timesteps": 40, "solver_order": order}, short)
+    results = []
+    for steps, repeated in ((40, 1), (39, 0)):
+        scheduler.set_timesteps(steps)
+        assert (np.diff(scheduler.timesteps) == 0).sum() == repeated
+        results.append(loop(scheduler, ramp(), scheduler.timesteps))
+    assert mx.isfinite(results[0]).all().item()
+    assert mx.allclose(results[0], results[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("short", SCHEDULERS)
+def test_a_copy_for_a_run(short):
+    """Runs on copies, step by step in turn, are what each is alone; the scheduler is as before."""
+    scheduler = scheduler_from_config(MS_1_7B, short)
+    before = {name: copy.copy(value) for name, value in vars(scheduler).items()}
+    samples = [noise_source(i)((1, 4, 4, 4)) for i in (1, 2)]
+
+    def steps(count, sample):
+        run, noise = scheduler.laid_out(count), noise_source(count)
+        for t in run.timesteps:
+            scaled = run.scale_model_input(sample, t)
+            sample = run.step(network(scaled, t), t, sample, noise=noise).prev_sample
+            yield sample
+
+    alone = [list(steps(count, sample)) for count, sample in zip((9, 6), samples, strict=True)]
+    runs = [steps(count, sample) for count, sample in zip((9, 6), samples, strict=True)]
+    in_turn = list(itertools.zip_longest(*runs))
+    for k in (0, 1):
+        got = [pair[k] for pair in in_turn if pair[k] is not None]
+        assert len(got) == len(alone[k])
+        assert all(mx.array_equal(a, b) for a, b in zip(got, alone[k], strict=True))
+    for name, value in vars(scheduler).items():
+        assert np.array_equal(value, before[name]), name
 
 
 def test_pure_noise_has_no_epsilon():
@@ -528,11 +680,37 @@ def test_choosing_a_scheduler():
     sde = scheduler_from_config(MS_1_7B, "dpm++-sde")
     assert scheduler_from_config(sde.config, "dpm++-karras").config.use_karras_sigmas
     assert scheduler_from_config(sde.config).config.algorithm_type == "sde-dpmsolver++"
-    with pytest.raises(ValueError, match=r"no scheduler 'heun'; there are ddim, ddpm, dpm\+\+"):
-        scheduler_from_config(MS_1_7B, "heun")
-    with pytest.raises(ValueError, match="'HeunDiscreteScheduler', which the config asks for"):
-        scheduler_from_config({**MS_1_7B, "_class_name": "HeunDiscreteScheduler"})
+    with pytest.raises(ValueError, match=r"no scheduler 'kdpm2'; there are ddim, ddpm, deis, dpm\+\+"):
+        scheduler_from_config(MS_1_7B, "kdpm2")
+    for name, nearest in REFUSED.items():
+        with pytest.raises(
+            ValueError, match=f"no scheduler '{name}', which the config asks for; the nearest"
+        ):
+            scheduler_from_config({**MS_1_7B, "_class_name": name})
+        assert nearest in Scheduler.classes
+    with pytest.raises(ValueError, match=r"'FlowMatchEulerDiscreteScheduler', which .* flow matching"):
+        scheduler_from_config({**MS_1_7B, "_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(ValueError, match="no _class_name"):
         scheduler_from_config({})
     with pytest.raises(TypeError, match="base class"):
         Scheduler()
+
+
+def test_the_scheduler_of_a_pipeline():
+    """The class in model_index.json decides, whatever the config says, or where it says nothing."""
+    entry = ["diffusers", "DPMSolverMultistepScheduler"]
+    with pytest.warns(UserWarning, match="asks for DPMSolverMultistepScheduler, .* of 'DDIMScheduler'"):
+        scheduler = scheduler_of_pipeline(MS_1_7B, entry)
+    assert isinstance(scheduler, schedulers.DPMSolverMultistepScheduler)
+    assert scheduler.config == schedulers.DPMSolverMultistepScheduler.from_config(MS_1_7B).config
+    assert isinstance(scheduler_of_pipeline(MS_1_7B, entry, "euler"), schedulers.EulerDiscreteScheduler)
+    unnamed = {key: value for key, value in MS_1_7B.items() if key != "_class_name"}
+    assert isinstance(scheduler_of_pipeline(unnamed, entry), schedulers.DPMSolverMultistepScheduler)
+    same = scheduler_of_pipeline(MS_1_7B, ["diffusers", "DDIMScheduler"])
+    assert same.config == scheduler_from_config(MS_1_7B).config
+    refused = "no scheduler 'LMSDiscreteScheduler', which model_index.json asks for; the nearest is DEIS"
+    with pytest.raises(ValueError, match=refused):
+        scheduler_of_pipeline(MS_1_7B, ["diffusers", "LMSDiscreteScheduler"])
+    for wrong in (None, "DDIMScheduler", ["DDIMScheduler"], {}, ["diffusers", None], ["diffusers", ["x"]]):
+        with pytest.raises(ValueError, match=r"model_index\.json"):
+            scheduler_of_pipeline(MS_1_7B, wrong)

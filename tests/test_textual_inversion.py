@@ -25,7 +25,7 @@ def vectors(count):
 
 
 def states(pipe, prompt):
-    return pipe.encode_prompt(prompt, guidance_scale=1)
+    return pipe.encode_prompt(prompt, guidance_scale=1)[0]
 
 
 def test_one_vector(pipe, tmp_path):

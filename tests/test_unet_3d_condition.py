@@ -365,14 +365,14 @@ def test_text_projected_once(unet, monkeypatch):
     """A TextContext projects once in all; a plain array once a forward; frames never multiply the work."""
     rows = []
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn2
-    project = type(layer).project
+    project = type(layer).project_keys_values
 
-    def counting(self, name, x, scale=1.0):
-        if self is layer and name == "to_k":
-            rows.append(x.shape[0])
-        return project(self, name, x, scale)
+    def counting(self, context):
+        if self is layer and isinstance(context, mx.array):
+            rows.append(context.shape[0])
+        return project(self, context)
 
-    monkeypatch.setattr(type(layer), "project", counting)
+    monkeypatch.setattr(type(layer), "project_keys_values", counting)
     sample, text = make_inputs(batch=2, frames=3)
     context = TextContext(text)
     for t in (3, 2, 1):

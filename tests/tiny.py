@@ -1,6 +1,9 @@
 """A pipeline of tiny networks with seeded weights, and its folder, made by this package alone."""
 
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -81,7 +84,14 @@ def write_tokenizer(folder: Path) -> int:
 
 
 def write_pipeline(folder: Path) -> Path:
-    """A pipeline folder in the MLX layout."""
+    """A pipeline folder in the MLX layout: a copy of the one that is made once a run."""
+    return Path(shutil.copytree(_pipeline().name, folder, dirs_exist_ok=True))
+
+
+@cache
+def _pipeline() -> tempfile.TemporaryDirectory:
+    made = tempfile.TemporaryDirectory()
+    folder = Path(made.name)
     words = write_tokenizer(folder / "tokenizer")
     pipe = TextToVideoPipeline(
         unet=randomize(UNet3DConditionModel(**UNET), 0),
@@ -91,4 +101,4 @@ def write_pipeline(folder: Path) -> Path:
         scheduler=DDIMScheduler(**SCHEDULER),
     )
     pipe.save_pretrained(folder)
-    return folder
+    return made

@@ -1,11 +1,13 @@
 """A forward as a graph of MLX primitives, recorded without running it, as if it were on a Metal GPU.
 
-Beside what `mlx_unet3d.memory.tracing` marks, so is `mx.contiguous`, which cannot be exported, and the arrays
-at the borders of each module and each compiled function, which say where a primitive comes from: marks are
-numbered in the order of the program, and a primitive belongs to where the latest of its inputs was marked.
+Beside what `mlx_unet3d.memory.tracing` marks, so are the arrays at the borders of each module and of each
+compiled function, which say where a primitive comes from: marks are numbered in the order of the program, and
+a primitive belongs to where the latest of its inputs was marked. The forward is that of a copy of the model,
+with the same arrays, whose modules mark their borders.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,9 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_unet3d import cpu
 from mlx.utils import tree_map
-from mlx_unet3d.compilation import CompiledForward
 from mlx_unet3d.memory import tracing
-from mlx_unet3d.memory.tracing import COMPILED, Change, Marks, record, replaced
+from mlx_unet3d.memory.tracing import Marks, record
+from mlx_unet3d.operations import traced_by
 
 from .rules import UNFUSED, attention_route
 
@@ -64,15 +66,13 @@ class Graph(tracing.Graph):
 
 
 class _Tracer(Marks):
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.paths = {id(module): path for path, module in model.named_modules()}
+    def __init__(self) -> None:
+        super().__init__(gpu=True)
         self.stack: list[tuple[str, int | None]] = [("", None)]
         self.places: list[tuple[str, int | None]] = []  # place and region, by the number of the mark
         self.regions = 0
         self.attentions: list[Attention] = []
-        self.attend = mx.fast.scaled_dot_product_attention
+        self.paths: dict[int, str] = {}  # of modules, by id
         self.new(_BORDER)  # number 0, for what comes before all others
 
     def new(self, name: str) -> mx.array:
@@ -110,91 +110,68 @@ class _Tracer(Marks):
         self.regions += 1
         return self.regions
 
-    # Stand-ins.
-
-    def changes(self) -> list[Change]:
-        """All of them."""
-        modules = [module for _, module in self.model.named_modules()]
-        calling = {
-            next(base for base in type(module).__mro__ if "__call__" in vars(base))
-            for module in modules
-            if callable(module)
-        }
-        return [
-            *self.of_compiled(*modules),
-            *((base, "__call__", self.module_call(vars(base)["__call__"])) for base in calling),
-            # A plain function, to become a method of the forward that it is called on.
-            (CompiledForward, "__call__", lambda *args: self.compiled_forward(*args)),
-            *self.of_fast(),
-            (mx.fast, "rms_norm", self.rms_norm),
-            (mx, "contiguous", self.contiguous),
-        ]
+    def bordered(self, model: nn.Module) -> nn.Module:
+        """A copy of `model`, with the same arrays, whose modules below it mark their borders."""
+        arrays = (value for module in model.modules() for value in module.values())
+        model = copy.deepcopy(model, {id(a): a for a in arrays if isinstance(a, mx.array)})
+        kinds: dict[type, type] = {}
+        for path, module in model.named_modules():
+            if module is not model and callable(module):
+                kind = type(module)
+                if kind not in kinds:
+                    kinds[kind] = type(kind.__name__, (kind,), {"__call__": self.module_call(kind.__call__)})
+                module.__class__ = kinds[kind]
+                self.paths[id(module)] = path
+        return model
 
     def module_call(self, call: Callable) -> Callable:
-        compiled = any(isinstance(cell.cell_contents, COMPILED) for cell in call.__closure__ or ())
+        def marking(module: nn.Module, *args: Any, **keywords: Any) -> Any:
+            place, region = self.paths[id(module)], self.stack[-1][1]
+            return self.call(call.__get__(module), place, region, args, keywords)
 
-        def stand_in(module: nn.Module, *args: Any, **keywords: Any) -> Any:
-            place = self.paths.get(id(module), self.stack[-1][0])
-            region = self.new_region() if compiled else self.stack[-1][1]
-            bound = call.__get__(module)
-            if len(self.stack) == 1 and not place:  # the model itself
-                return bound(*args, **keywords)
-            return self.call(bound, place, region, args, keywords)
+        return marking
 
-        return stand_in
+    # The operations.
 
-    def compiled(self, function: Callable) -> Callable:
-        """A compiled function as the primitives that it is made of, in a region of their own."""
+    def fused(self, function: Callable, *args: mx.array) -> Any:
+        """As the primitives that it is made of, in a region of their own."""
+        return self.call(function, self.stack[-1][0], self.new_region(), args, {})
 
-        def stand_in(*args: Any, **keywords: Any) -> Any:
-            return self.call(function, self.stack[-1][0], self.new_region(), args, keywords)
+    def compiled(self, forward: Callable, *args: Any) -> Any:
+        return self.fused(forward, *args)
 
-        return stand_in
-
-    def compiled_forward(self, forward: CompiledForward, *args: Any) -> mx.array:
-        """In place of `CompiledForward.__call__`, which keeps what it compiles."""
-        return self.compiled(forward._forward)(*args)
-
-    def contiguous(self, x: mx.array, allow_col_major: bool = False, **_: Any) -> mx.array:
-        return self.whole("Contiguous", x)
-
-    def rms_norm(self, x, weight, eps, **_: Any) -> mx.array:
-        return self.layer_norm(x, weight, None, eps)
-
-    def attention(self, q, k, v, *, scale, mask=None, **rest: Any) -> mx.array:
+    def attention(
+        self, query: mx.array, key: mx.array, value: mx.array, scale: float, mask: mx.array | str | None
+    ) -> mx.array:
         """As its parts, where Metal has no kernel for it."""
         kind = mask if mask is None or isinstance(mask, str) else "array"
-        batch, heads, queries, dim = q.shape
+        batch, heads, queries, dim = query.shape
         route = attention_route(
             queries,
-            k.shape[2],
+            key.shape[2],
             dim,
-            v.shape[3],
+            value.shape[3],
             heads,
-            k.shape[1],
+            key.shape[1],
             kind,
-            force_fused=rest.get("force_fused", False),
         )
         place = self.stack[-1][0]
-        self.attentions.append(Attention(place, batch, heads, queries, k.shape[2], dim, route))
-        if route == UNFUSED or dim != v.shape[3]:
-            return self.attend(q, k, v, scale=scale, mask=mask)
-        return super().attention(q, k, v, scale=scale, mask=mask)
+        self.attentions.append(Attention(place, batch, heads, queries, key.shape[2], dim, route))
+        if route == UNFUSED or dim != value.shape[3]:
+            return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=mask)
+        return super().attention(query, key, value, scale, mask)
 
 
 def trace(fn: Callable[..., mx.array], *args: mx.array, model: nn.Module) -> Graph:
-    """The graph of `fn(*args)`, which calls `model`; nothing is computed.
+    """The graph of `fn(model, *args)`; nothing is computed.
 
     Parameters and `args` must be evaluated; `hollow` makes such that take no memory. ValueError where `fn`
     evaluates something, or uses a primitive that MLX cannot export.
     """
-    tracer = _Tracer(model)
-    mx.disable_compile()
-    try:
-        with cpu.routes(False), replaced(tracer.changes()):
-            recorded = record(fn, args, tracer)
-    finally:
-        mx.enable_compile()
+    tracer = _Tracer()
+    model = tracer.bordered(model)
+    with cpu.routes(False), traced_by(tracer):
+        recorded = record(lambda *args: fn(model, *args), args, tracer)
     graph = Graph(**vars(recorded) | {"nodes": []}, attentions=tracer.attentions)
     same: dict[str, str] = {}  # name of an array at a border -> what it was before
     latest: dict[str, int] = {}  # name of an array -> the latest mark before it

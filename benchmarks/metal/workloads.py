@@ -65,7 +65,7 @@ def predict_unet(
     text = empty((batch, TOKENS, config.cross_attention_dim), dtype)
     timestep = empty((), mx.float32)
 
-    def step(sample: mx.array, timestep: mx.array, text: mx.array) -> mx.array:
+    def step(unet: UNet3DConditionModel, sample: mx.array, timestep: mx.array, text: mx.array) -> mx.array:
         return unet(sample, timestep, text).sample
 
     graph = trace(step, sample, timestep, text, model=unet)
@@ -81,7 +81,7 @@ def predict_decode(
     scale = vae.spatial_factor
     frames = min(work.frames, vae.frames_per_chunk(work.height, work.width))
     latents = empty((frames, vae.config.latent_channels, work.height // scale, work.width // scale), dtype)
-    graph = trace(vae.decode, latents, model=vae)
+    graph = trace(lambda vae, latents: vae.decode(latents), latents, model=vae)
     return predict(graph, **options), -(-work.frames // frames)
 
 

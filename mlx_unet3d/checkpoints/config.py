@@ -1,7 +1,6 @@
 """Configurations: the dataclass base and the JSON files that they come from."""
 
 import dataclasses
-import json
 import math
 import types
 import typing
@@ -13,7 +12,8 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
+from ..inputs import open_input, parse_json
 
 Config = TypeVar("Config", bound="ModelConfig")
 
@@ -67,7 +67,7 @@ class ModelConfig(Mapping[str, Any]):
         if unknown:
             warnings.warn(
                 f"{cls.__name__} does not know these config keys and leaves them out: "
-                f"{', '.join(unknown)}; if one of them changes the network, the result will differ",
+                f"{printable(', '.join(unknown))}; if one of them changes the network, the result differs",
                 stacklevel=2,
             )
         missing = sorted(
@@ -194,9 +194,10 @@ def read_text(path: Path) -> str:
     Raises:
         CheckpointError: it is no text in UTF-8, a git-lfs pointer, a web page, or larger than any such file.
     """
-    if path.stat().st_size > _MAX_TEXT_BYTES:
-        raise CheckpointError(f"{path} is too large ({path.stat().st_size} bytes); download it again")
-    content = path.read_bytes()
+    with open_input(path) as file:
+        content = file.read(_MAX_TEXT_BYTES + 1)
+    if len(content) > _MAX_TEXT_BYTES:
+        raise CheckpointError(f"{path} is too large (more than {_MAX_TEXT_BYTES} bytes); download it again")
     other = disguise(content[:512])
     if other is not None:
         raise CheckpointError(f"{path} is not what its name says but {other}")
@@ -214,7 +215,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         CheckpointError: it is not JSON, not an object, or what `read_text` refuses.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         beside = sorted(file.name for file in path.parent.glob("*.json"))
         there = f"the folder has {', '.join(beside)}" if beside else "the folder has no JSON file"
         raise FileNotFoundError(
@@ -222,10 +223,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
             "it need a subfolder?"
         )
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path), finite=False)
     except CheckpointError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path} is not valid JSON ({error}); repair it or download it again"
         ) from error

@@ -58,7 +58,10 @@ def _describe_pipeline(folder: Path, variant: str | None) -> Iterator[str]:
         elif (part / "scheduler_config.json").is_file():
             config = read_json(part / "scheduler_config.json")
             facts = [str(config.get(key)) for key in ("prediction_type", "beta_schedule") if key in config]
-            line = ", ".join([str(config.get("_class_name")), *facts])
+            line = ", ".join([str(source[-1]), *facts])
+            own = config.get("_class_name", source[-1])
+            if own != source[-1]:
+                line += f" (scheduler_config.json says {own}; model_index.json decides)"
         elif part.is_dir():
             line = f"{source[-1]}, {', '.join(sorted(f.name for f in part.iterdir()))}"
         else:

@@ -9,6 +9,7 @@ https://github.com/huggingface/safetensors#format.
 import json
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from ..inputs import open_input, parse_json
 from .config import disguise
 
 MLX_DTYPES: dict[str, mx.Dtype] = {
@@ -51,7 +53,8 @@ _BITS = {name: 8 * dtype.size for name, dtype in MLX_DTYPES.items()} | {
     "F4": 4,
 }
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_MAX_DIMENSION = 2**31 - 1  # MLX shapes are int32
+MAX_DIMENSION = 2**31 - 1
+"""Of an axis: MLX shapes are int32."""
 AHEAD = 64_000_000
 """Bytes of tensors that may be computed, and held, while others are written."""
 MAX_AXES = 32
@@ -128,9 +131,7 @@ def read_header(path: str | Path) -> Header:
             ...), was cut short, or its header breaks a rule of the format.
     """
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder where a safetensors file is expected")
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(512)
         length = int.from_bytes(start[:8], "little")
@@ -282,6 +283,11 @@ def _why_not_safetensors(path: Path, start: bytes, size: int, length: int) -> st
     )
 
 
+# An escape that Python's parser may take and others do not, such as "\\u+123"; an escaped backslash before
+# the u makes it text.
+_BAD_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u(?![0-9a-fA-F]{4})")
+
+
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -291,14 +297,19 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
             raise ValueError(f"the name {twice!r} comes twice")
         return made
 
-    def no_constants(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
+    def integer(digits: str) -> int:
+        if digits == "-0":  # which the safetensors library takes for a fraction
+            raise ValueError("-0 is no size")
+        return int(digits)
 
     try:
-        header = json.loads(text.decode(), object_pairs_hook=no_duplicates, parse_constant=no_constants)
-        for key in header:
-            key.encode()  # lone surrogates are not text
-    except (ValueError, RecursionError) as error:
+        content = text.decode()
+        if _BAD_ESCAPE.search(content):
+            raise ValueError("an escape that is not of four hexadecimal digits")
+        header = parse_json(content, pairs_hook=no_duplicates, parse_int=integer)
+        if "\\u" in content:
+            json.dumps(header, ensure_ascii=False).encode()  # half a character is no text
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: its header is not valid JSON ({error}); the file is damaged, download it again"
         ) from error
@@ -326,7 +337,7 @@ def _check_header(path: Path, header: dict[str, Any], start: int, data_bytes: in
             raise bad(f"tensor {name!r} has the unknown dtype {dtype!r}")
         if isinstance(shape, list) and len(shape) > MAX_AXES:
             raise bad(f"tensor {name[:80]!r} has {len(shape)} axes, more than {MAX_AXES}")
-        if not _naturals(shape) or any(n > _MAX_DIMENSION for n in shape):
+        if not _naturals(shape) or any(n > MAX_DIMENSION for n in shape):
             raise bad(f"tensor {name!r} has shape {shape!r}; sizes go from 0 to 2**31 - 1")
         if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
             raise bad(f"tensor {name!r} has data_offsets {offsets!r}, not [begin, end]")

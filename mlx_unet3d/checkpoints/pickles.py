@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from ..errors import CheckpointError
-from .headers import MAX_AXES, Header, TensorInfo
+from ..errors import CheckpointError, printable
+from ..inputs import open_input
+from .headers import MAX_AXES, MAX_DIMENSION, Header, TensorInfo
 
 # torch's storage classes -> names of dtypes in safetensors' spelling, and bytes an element.
 _STORAGES = {
@@ -47,6 +48,8 @@ _DAMAGE = (
 # Names and shapes of 50,000 tensors take a twentieth of the bytes, and all of the steps. The steps bound the
 # memory: each is a byte or more of the file and may make a list, which takes 64.
 _MAX_PICKLE_BYTES = 256 * 2**20
+_ZIP = b"PK\x03\x04"
+_ENCRYPTED = 0x1
 _UTF_8 = 0x800  # the flag of zip entries whose names are not in its old code page
 _MAX_STEPS = 2_000_000
 
@@ -92,9 +95,9 @@ class _Parameters(dict[Any, Any]):
 
 def is_pickle(path: str | Path) -> bool:
     """Whether the file begins like one of torch's containers."""
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         start = file.read(4)
-    return start == b"PK\x03\x04" or (len(start) > 1 and start[0] == 0x80 and start[1] in (2, 3, 4, 5))
+    return start == _ZIP or (len(start) > 1 and start[0] == 0x80 and start[1] in (2, 3, 4, 5))
 
 
 def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
@@ -110,10 +113,10 @@ def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
         CheckpointError: it is no torch file, or a damaged one, or asks for something that is not on the list.
     """
     path = Path(path)
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            if zipfile.is_zipfile(file):
+            if file.read(4) == _ZIP:  # as torch decides it: not what comes behind other bytes
                 value, places = _read_zip(path, file, size)
             else:
                 value, places = _read_legacy(path, file, size)
@@ -196,17 +199,20 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, tup
     places = {}
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
+        _check_archive(archive)
         pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise CheckpointError(
-                f"{path} is a zip archive without torch's data.pkl ({', '.join(list(entries)[:4])}, ...); "
-                "unpack it, or take the weights themselves"
+                f"{path} is a zip archive without torch's data.pkl "
+                f"({printable(', '.join(list(entries)[:4]))}, ...); unpack it, or take the weights themselves"
             )
         root = pickles[0].removesuffix("data.pkl")
         for name, entry in entries.items():
-            if name.startswith(root) and entry.compress_type != zipfile.ZIP_STORED:
+            if not name.startswith(root):
+                raise ValueError(f"{_shown(name)} lies outside {_shown(root)}")
+            if entry.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
-                    f"{path}: {name[:80]} is compressed, which torch never does; download it again"
+                    f"{path}: {name[:80]!r} is compressed, which torch never does; download it again"
                 )
             if name.startswith(root + "data/"):
                 places[name.removeprefix(root + "data/")] = _data_of(file, entry), entry.file_size
@@ -224,6 +230,29 @@ def _read_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, tup
         with archive.open(pickles[0]) as data:
             value = _Machine(path, io.BytesIO(data.read())).run()
     return value, places
+
+
+def _check_archive(archive: zipfile.ZipFile) -> None:
+    """ValueError for what torch refuses or reads as something else: bytes in front, for which `zipfile` moves
+    all offsets; names that come twice, or in capitals; sizes that differ; encryption."""
+    size = archive.fp.seek(0, os.SEEK_END)
+    archive.fp.seek(max(size - 2**16 - 22, 0))
+    end = archive.fp.read()
+    end = end[end.rindex(b"PK\x05\x06") :]  # the end of the central directory, which a comment may follow
+    stated = int.from_bytes(end[16:20], "little")
+    if stated not in (
+        archive.start_dir,
+        0xFFFFFFFF,
+    ):  # the second: too large for its field, and stated elsewhere
+        raise ValueError("bytes stand before the archive")
+    names: set[str] = set()
+    for entry in archive.infolist():
+        if entry.filename.lower() in names:
+            raise ValueError(f"{_shown(entry.filename)} comes twice")
+        names.add(entry.filename.lower())
+        stored = entry.compress_type == zipfile.ZIP_STORED
+        if entry.flag_bits & _ENCRYPTED or (stored and entry.compress_size != entry.file_size):
+            raise ValueError(f"{_shown(entry.filename)} is encrypted or of two sizes")
 
 
 def _data_of(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
@@ -303,20 +332,22 @@ class _Machine:
 
     def _run(self) -> Any:
         for opcode, argument, _ in pickletools.genops(self.file):
-            self.step()
-            if opcode.name in _IGNORED:
-                continue
-            if opcode.name == "STOP":
+            name = opcode.name
+            self.steps += 1
+            if self.steps > _MAX_STEPS:
+                self.step(0)
+            action = _ACTIONS.get(name)
+            if action is not None:
+                action(self, argument)
+            elif name in _PUSHED:
+                self.stack.append(argument)
+            elif name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[name])
+            elif name == "STOP":
                 (value,) = self.stack
                 return value
-            if opcode.name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[opcode.name])
-            elif opcode.name in _PUSHED:
-                self.stack.append(argument)
-            elif opcode.name in _ACTIONS:
-                _ACTIONS[opcode.name](self, argument)
-            else:
-                raise self.refused(f"the operation {opcode.name}")
+            elif name not in _IGNORED:
+                raise self.refused(f"the operation {name}")
         raise EOFError("the pickle has no end")
 
     def step(self, count: int = 1) -> None:
@@ -434,6 +465,8 @@ def _tensor(storage: Any, first: Any, shape: Any, strides: Any, *_unused: Any) -
     """torch._utils._rebuild_tensor_v2, and its forerunner with fewer arguments."""
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError(f"a tensor of a {type(storage).__name__} and a {type(shape).__name__}")
+    if any(type(n) is int and n > MAX_DIMENSION for n in shape):
+        raise ValueError(f"a tensor of shape {', '.join(map(_shown, shape))}; sizes go to 2**31 - 1")
     if len(shape) != len(strides) or len(shape) > MAX_AXES:
         raise ValueError(f"a tensor of {len(shape)} axes and {len(strides)} strides, at most {MAX_AXES}")
     if not all(type(n) is int and 0 <= n < 2**63 for n in (first, *shape, *strides)):
@@ -476,7 +509,7 @@ def _size(lengths: Any) -> tuple[Any, ...]:
 def _shown(value: Any) -> str:
     """For a message: text and numbers, in short; of anything else only what it is, as it may be endless."""
     if isinstance(value, str):
-        return value[:80]
+        return printable(value[:80])
     return repr(value) if type(value) is int and abs(value) < 2**64 else type(value).__name__
 
 

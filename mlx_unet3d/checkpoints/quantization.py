@@ -36,11 +36,7 @@ def choose(model: nn.Module, quantization: Quantization, recipe: str = "mixed") 
         fine = quantization
     chosen = {}
     for path, layer in model.named_modules():
-        if (
-            not can_quantize(layer)
-            or ".lora." in path
-            or (recipe == "linear" and not isinstance(layer, nn.Linear))
-        ):
+        if not can_quantize(layer) or (recipe == "linear" and not isinstance(layer, nn.Linear)):
             continue
         own = fine if recipe == "mixed" and _SENSITIVE.search(path) else quantization
         if own.fits(tuple(layer.weight.shape)):

@@ -1,44 +1,60 @@
 """The `mlx-unet3d` command: one module a sub-command; they parse, call the library, and print."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from .. import __version__
-from ..errors import NonFiniteError
-from . import bench, convert, decode, doctor, generate, info, plan
-
-_COMMANDS = (generate, plan, decode, convert, info, doctor, bench)
+from ..backend import missing_backend
+from ..errors import NonFiniteError, printable_lines
+from ..version import __version__
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end: by SIGTERM, or by a terminal that closed."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
+    # Not at the top: without a backend MLX cannot be imported, which has to be said in one line.
+    from . import bench, convert, decode, doctor, generate, info, plan
+
     parser = argparse.ArgumentParser(
         prog="mlx-unet3d",
         description="Text-to-video diffusion with 3D UNets in MLX.",
-        epilog="Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted.",
+        epilog="Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted, 128 + n ended by signal n.",
     )
     parser.add_argument("--version", action="version", version=f"mlx-unet3d {__version__}")
     parser.add_argument(
         "--traceback", action="store_true", help="show where in the program an error came from"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in _COMMANDS:
+    for command in (generate, plan, decode, convert, info, doctor, bench):
         command.add_parser(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    if (problem := missing_backend()) is not None:
+        print(f"mlx-unet3d: error: {problem}", file=sys.stderr)
+        return EXIT_FAILED
     args = build_parser().parse_args(argv)
     warnings.showwarning = _show_warning
     try:
-        return args.run(args)
+        with _signals_as_errors():
+            return args.run(args)
+    except Terminated as error:
+        number = signal.Signals(error.args[0])
+        print(f"ended by {number.name}", file=sys.stderr)
+        return 128 + number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -49,10 +65,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             traceback.print_exc()
         else:
-            print(f"mlx-unet3d: error: {error}", file=sys.stderr)
+            print(f"mlx-unet3d: error: {printable_lines(str(error))}", file=sys.stderr)
         bad_input = isinstance(error, ValueError | TypeError | OSError)
         return EXIT_BAD_INPUT if bad_input else EXIT_FAILED
 
 
+@contextlib.contextmanager
+def _signals_as_errors() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the work as Ctrl-C does, so that what is done is kept.
+
+    Only the first of them, so that the keeping is not cut off; one that is ignored, as under nohup, stays so.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks the second
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"mlx-unet3d: warning: {message}", file=sys.stderr)
+    print(f"mlx-unet3d: warning: {printable_lines(str(message))}", file=sys.stderr)

@@ -20,9 +20,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Measure steps and decoding on this machine; prints a row of a Markdown table.",
     )
     options.add_model_options(parser)
-    parser.add_argument("--num-frames", type=options.count, help="default: the model's, or 16")
-    parser.add_argument("--height", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
-    parser.add_argument("--width", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
+    parser.add_argument("--num-frames", type=options.frames, help="default: the model's, or 16")
+    parser.add_argument("--height", type=options.side, help="pixels, a multiple of 8 (default: the model's)")
+    parser.add_argument("--width", type=options.side, help="pixels, a multiple of 8 (default: the model's)")
     parser.add_argument("--steps", type=options.count, default=3, help="to measure, after one (default: 3)")
     parser.add_argument(
         "--guidance", type=options.number, help="1: one pass a step (default: the model's, or 9)"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ..checkpoints.matching import MismatchError
 from ..checkpoints.storage import parse_size
+from ..errors import printable
 from . import options
 
 _ALL = 10**6  # lines of what does not fit; a damaged header may name more
@@ -21,7 +22,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--hf-path", required=True, metavar="PATH_OR_ID", help="folder, hub id or weight file to convert"
     )
-    parser.add_argument("--mlx-path", default="mlx_model", metavar="PATH", help="folder to make (mlx_model)")
+    parser.add_argument(
+        "--mlx-path",
+        type=options.path,
+        default="mlx_model",
+        metavar="PATH",
+        help="folder to make (mlx_model)",
+    )
     parser.add_argument(
         "--dtype", choices=options.DTYPES, help="of all floating tensors (default: that of the source)"
     )
@@ -98,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
         try:
             plan = converter.plan_checkpoint(args.hf_path, **common)
         except MismatchError as error:  # of which the message shows a part
-            print(*error.lines(_ALL), sep="\n")
+            print(*map(printable, error.lines(_ALL)), sep="\n")
             raise
-        print(*table(plan), sep="\n")
+        print(*map(printable, table(plan)), sep="\n")
         return 0
     converter.convert(
         args.hf_path,

@@ -2,12 +2,17 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .. import media
-from ..latents import load_latents
+from ..latents import SavedLatents, open_latents
 from ..models.autoencoder_kl import AutoencoderKL
 from ..pipelines.base import decode_latents
 from . import options
+from .settings import DEFAULTS, is_same_model, of_file, public, trusted
+
+# What the command line can change of what the file says.
+_CHANGED = ("model", "revision", "variant", "fps", "vae_dtype", "vae_tiling")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -17,36 +22,51 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Decode latents that `generate` left on disk, with the model named in them.",
     )
     parser.add_argument("latents", type=Path, metavar="LATENTS", help="a .latents.safetensors file")
-    parser.add_argument("-o", "--output", help="file to write (default: the name it was meant to have)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=options.path,
+        help="file to write (default: the name it was meant to have)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--fps", type=options.rate, help="frames a second (default: as asked then)")
     options.add_model_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    latents, settings, _ = load_latents(args.latents)
-    if latents.shape[0] != 1:
-        raise ValueError(f"{args.latents} holds {latents.shape[0]} videos; decode takes one")
-    where = {key: settings.get(key) for key in ("model", "revision", "variant")}
-    if args.model is not None:
-        where = {"model": args.model, "revision": None, "variant": None}
-    where |= {key: getattr(args, key) for key in ("revision", "variant") if getattr(args, key) is not None}
-    model = where.pop("model")
-    if model is None:
-        raise ValueError(f"{args.latents} does not name its model; give --model")
-    output = args.output if args.output is not None else options.output_of(args.latents)
-    fps = args.fps if args.fps is not None else settings.get("fps", 8.0)
-    media.check_writable(output, fps=fps)
+    saved = open_latents(args.latents)
+    settings = DEFAULTS | of_file(saved.settings, saved.path)
+    given = {key: getattr(args, key) for key in _CHANGED if getattr(args, key) is not None}
+    if args.model is not None and not is_same_model(args.model, settings["model"]):
+        settings |= {"revision": None, "variant": None}  # they were the other model's
+    settings |= given
+    if settings["model"] is None:
+        raise ValueError(f"{saved.path} does not name its model; give --model")
+    options.check_latents(saved.path, saved.shape, settings)
+    trusted({"model": settings["model"]}, saved.path, given)
+    output = options.output_of(args.latents) if args.output is None else args.output
+    media.check_writable(output, fps=settings["fps"], metadata=public(settings), overwrite=args.overwrite)
+    make_video(args, saved, settings, output)
+    return 0
+
+
+def make_video(args: argparse.Namespace, saved: SavedLatents, settings: dict[str, Any], output: str) -> None:
+    """Decode latents with these settings, and write them."""
+    latents, _ = saved.read()
     options.advise()
-    dtype = options.DTYPES[args.vae_dtype or settings.get("vae_dtype", "float32")]
     with options.stage("load"):
         vae = AutoencoderKL.from_pretrained(
-            model, subfolder="vae", dtype=dtype, local_files_only=args.local_files_only, **where
+            settings["model"],
+            subfolder="vae",
+            dtype=options.DTYPES[settings["vae_dtype"]],
+            revision=settings["revision"],
+            variant=settings["variant"],
+            local_files_only=args.local_files_only,
         )
-    if args.vae_tiling if args.vae_tiling is not None else settings.get("vae_tiling", False):
+    if settings["vae_tiling"]:
         vae.enable_tiling()
     with options.stage("decode"):
         frames = decode_latents(vae, latents, progress=True)
-    media.write_video(output, media.to_uint8(frames[0]), fps=fps, metadata=settings | {"fps": fps})
+    media.write_video(output, media.to_uint8(frames[0]), fps=settings["fps"], metadata=public(settings))
     print(output)
-    return 0

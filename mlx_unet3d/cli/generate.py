@@ -4,56 +4,37 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__, media, memory
+from ..atomic import check_place, claim
 from ..checkpoints import DEMO, checksum
 from ..checkpoints.adapters import read_adapter
 from ..chips import working_set
 from ..errors import NonFiniteError
-from ..latents import load_latents, save_latents
+from ..latents import SavedLatents, open_latents
 from ..layers.convolution import MODES as CONVOLUTIONS
 from ..pipelines import DenoisingStep, TextToVideoPipeline, VideoToVideoPipeline
-from ..schedulers import SCHEDULERS, scheduler_from_config
-from . import options
-
-# What a file remembers and `--from` takes up again, with the default of each. None: the model's own, or
-# what follows from the other settings.
-_DEFAULTS: dict[str, Any] = {
-    "prompt": None,
-    "negative_prompt": None,
-    "num_frames": None,
-    "height": None,
-    "width": None,
-    "steps": None,
-    "guidance": None,
-    "seed": 0,
-    "rng": "torch",
-    "scheduler": None,
-    "eta": 0.0,
-    "clip_skip": None,
-    "dtype": None,
-    "vae_dtype": "float32",
-    "vae_tiling": False,
-    "fps": 8.0,
-    "model": None,
-    "revision": None,
-    "variant": None,
-    "lora": None,
-    "convolution": "auto",
-    "cache_interval": 1,
-    "cache_depth": 1,
-    "guidance_from": 0.0,
-    "guidance_to": 1.0,
-    "video": None,
-    "strength": 0.6,
-}
+from ..schedulers import SCHEDULERS
+from . import decode, options
+from .keeping import Keeper
+from .settings import (
+    DEFAULTS,
+    SETTINGS,
+    check,
+    checksum_of_frames,
+    is_same_model,
+    of_file,
+    public,
+    trusted,
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -63,16 +44,21 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Make a video of a prompt, or with --video change one.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("prompt", nargs="?", help="what to show")
+    parser.add_argument("prompt", nargs="?", type=options.text, help="what to show")
     parser.add_argument(
         "-o",
         "--output",
+        type=options.path,
         default=None,
         help=".gif, .webp, .png (animated), .mp4, or a folder/ of images (default: video.gif)",
     )
     parser.add_argument("--from", dest="replay", type=Path, metavar="FILE", help="take settings from a video")
     parser.add_argument(
-        "--resume", type=Path, metavar="LATENTS", help="finish a run that stopped, from what it left"
+        "--resume",
+        type=Path,
+        metavar="LATENTS",
+        help="finish a run that stopped or was killed, from what it left; give --model, --lora and --video "
+        "again where they are not in the current folder",
     )
     parser.add_argument("--overwrite", action="store_true", default=False, help="replace an existing output")
     parser.add_argument(
@@ -81,27 +67,27 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
     group = parser.add_argument_group("video")
     group.add_argument(
-        "--num-frames", type=options.count, help="default: the model's or 16, with --video all of its frames"
+        "--num-frames", type=options.frames, help="default: the model's or 16, with --video all of its frames"
     )
-    group.add_argument("--height", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
-    group.add_argument("--width", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
+    group.add_argument("--height", type=options.side, help="pixels, a multiple of 8 (default: the model's)")
+    group.add_argument("--width", type=options.side, help="pixels, a multiple of 8 (default: the model's)")
     group.add_argument("--fps", type=options.rate, help="frames a second of the file (default: 8)")
     group.add_argument("--num-videos", type=options.count, default=1, help="so many seeds, counting up")
 
     group = parser.add_argument_group("sampling")
-    group.add_argument("--negative-prompt", help="what to avoid")
+    group.add_argument("--negative-prompt", type=options.text, help="what to avoid")
     group.add_argument("--steps", type=options.count, help="default: the model's, or 50")
     group.add_argument(
         "--guidance", type=options.number, help="1: none (default: the model's or 9, with --video 15)"
     )
-    group.add_argument("--seed", type=int, help="default: 0")
+    group.add_argument("--seed", type=options.seed, help="default: 0")
     group.add_argument("--rng", choices=("torch", "mlx"), help="torch: the noise of diffusers (default)")
     group.add_argument(
         "--scheduler",
         metavar="NAME",
         help=f"{', '.join(SCHEDULERS)}, or a diffusers class (default: the model's)",
     )
-    group.add_argument("--eta", type=options.number, help="noise of DDIM, 0 to 1 (default: 0)")
+    group.add_argument("--eta", type=options.number, help="noise of DDIM and TCD, 0 to 1 (default: 0)")
     group.add_argument("--clip-skip", type=options.count, help="layers of the text encoder to leave out")
 
     group = parser.add_argument_group("less work, another result")
@@ -125,7 +111,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
 
     group = parser.add_argument_group("video to video")
-    group.add_argument("--video", metavar="FILE", help="video to change, to --height and --width if given")
+    group.add_argument(
+        "--video", type=options.path, metavar="FILE", help="video to change, to --height and --width if given"
+    )
     group.add_argument("--strength", type=options.number, help="how much to change, to 1 (default: 0.6)")
 
     options.add_model_options(parser)
@@ -163,24 +151,62 @@ def memory_option(text: str) -> str | float:
     return text if text in ("auto", "off") else options.memory_size(text)
 
 
+@dataclass
+class Job:
+    """Videos to make.
+
+    Attributes:
+        settings: of all of them.
+        outputs: where to, one a seed.
+        left: the file of a run to go on with, and `predictions` those in it.
+    """
+
+    settings: dict[str, Any]
+    outputs: list[str]
+    left: Path | None = None
+    predictions: list[mx.array] = field(default_factory=list)
+
+
 def run(args: argparse.Namespace) -> int:
-    predictions: list[mx.array] = []
-    if "resume" in args:
-        settings, predictions = resumed_settings(args)
-        outputs = [args.output or options.output_of(args.resume)]
-    else:
+    saved = open_latents(args.resume) if "resume" in args else None
+    if saved is None:
         settings = collect_settings(args)
-        outputs = output_paths(args.output or "video.gif", settings["seed"], args.num_videos)
-    for output in outputs:
-        media.check_writable(output, fps=settings["fps"], metadata=settings, overwrite=args.overwrite)
-        left = options.latents_path(output)
-        if left.exists() and "resume" not in args and not args.overwrite:
-            raise FileExistsError(
-                f"{left} was left by an earlier run: finish it with --resume, show it with "
-                "`mlx-unet3d decode`, or --overwrite it"
-            )
-    if settings["scheduler"] is not None:
-        check_scheduler(settings["scheduler"])
+        output = "video.gif" if args.output is None else args.output
+        job = Job(settings, output_paths(output, settings["seed"], args.num_videos))
+    else:
+        settings = resumed_settings(args, saved)
+        output = options.output_of(args.resume) if args.output is None else args.output
+        job = Job(settings, [output], args.resume)
+    with ExitStack() as claims:
+        for output in job.outputs:  # from here on no other run has these names
+            claims.enter_context(claim(options.latents_path(output)))
+        for output in job.outputs:
+            check_output(args, output, settings)
+        if saved is not None and saved.steps == 0:  # all but the decoding is done
+            decode.make_video(args, saved, settings, output)
+            if not args.keep_latents:
+                saved.path.unlink()
+            return 0
+        if saved is not None:
+            job.predictions = saved.read()[1]
+        return make_videos(args, job)
+
+
+def check_output(args: argparse.Namespace, output: str, settings: dict[str, Any]) -> None:
+    """Raise what would keep a video, or the latents beside it, from being written after the long work."""
+    carried = public(settings)
+    media.check_writable(output, fps=settings["fps"], metadata=carried, overwrite=args.overwrite)
+    left = options.latents_path(output)
+    check_place(left)
+    if left.exists() and "resume" not in args and not args.overwrite:
+        raise FileExistsError(
+            f"{left} was left by an earlier run: finish it with --resume, show it with "
+            "`mlx-unet3d decode`, or --overwrite it"
+        )
+
+
+def make_videos(args: argparse.Namespace, job: Job) -> int:
+    settings = job.settings
     video = None if settings["video"] is None else read_frames(settings)
     options.advise()
 
@@ -197,47 +223,45 @@ def run(args: argparse.Namespace) -> int:
         )
         pipe.release("text_encoder")  # its memory is wanted from here on
 
-    waiting: dict[Path, tuple[str, dict[str, Any]]] = {}  # latents on disk -> output and settings
+    finished: list[tuple[str, mx.array, Keeper]] = []
     try:
-        for i, output in enumerate(outputs):
+        for i, output in enumerate(job.outputs):
             own = settings | {"seed": settings["seed"] + i}
+            keeper = Keeper(options.latents_path(output), own, job.predictions, job.left)
             with options.stage(f"denoise, seed {own['seed']}"):
-                latents = denoise(pipe, states, video, own, options.latents_path(output), predictions)
-            save_latents(options.latents_path(output), latents, own)
-            waiting[options.latents_path(output)] = output, own
+                latents = denoise(pipe, states, video, own, keeper, job.predictions)
+            keeper.finish(latents)
+            finished.append((output, latents, keeper))
         pipe.release("unet")
 
-        for latents_file, (output, own) in list(waiting.items()):
+        for output, latents, keeper in list(finished):
             with options.stage("decode"):
-                latents, _, _ = load_latents(latents_file)
                 frames = media.to_uint8(pipe.decode(latents, progress=True)[0])
-            media.write_video(output, frames, fps=own["fps"], metadata=own)
-            del waiting[latents_file]
+            media.write_video(output, frames, fps=settings["fps"], metadata=public(keeper.settings))
+            finished.pop(0)
             if not args.keep_latents:
-                latents_file.unlink()
+                keeper.clear()
             print(output, flush=True)
     except BaseException:
-        for latents_file in waiting:
-            options.say(f"finished latents are in {latents_file}: mlx-unet3d decode {latents_file}")
+        for _, _, keeper in finished:
+            options.say(keeper.hint())
         raise
     return 0
 
 
 def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Defaults, then what a replayed file says, then the command line."""
-    settings = dict(_DEFAULTS)
+    settings = dict(DEFAULTS)
     if "replay" in args:
-        found = media.read_metadata(args.replay)
-        known = {key: value for key, value in found.items() if key in _DEFAULTS}
-        if "prompt" not in known:
+        found = of_file(media.read_metadata(args.replay), args.replay)
+        if "prompt" not in found:
             raise ValueError(f"{args.replay} has no settings of mlx-unet3d in it; give a video that it made")
-        settings |= known
+        settings |= {key: value for key, value in found.items() if key in SETTINGS}
         settings["replayed_weights"] = found.get("weights")
-        if "model" in args:
+        settings["replayed_frames"] = found.get("video_frames")
+        if "model" in args and not is_same_model(args.model, settings["model"]):
             settings |= {"revision": None, "variant": None}  # they were the other model's
-    settings |= {key: value for key, value in vars(args).items() if key in _DEFAULTS and value is not None}
-    if "lora" in args:  # as text, for the settings go into the video
-        settings["lora"] = json.dumps([lora_setting(values) for values in args.lora])
+    settings |= given(args)
     if settings["prompt"] is None:
         raise ValueError("there is no prompt; give one, or --from a video")
     if settings["model"] is None:
@@ -248,15 +272,20 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
         settings["model"] = DEMO
     if "strength" in args and settings["video"] is None:
         raise ValueError(f"--strength {args.strength:g} says how much to change a video; give --video too")
-    first, last = settings["guidance_from"], settings["guidance_to"]
-    if not 0 <= first < last <= 1:
-        raise ValueError(
-            f"--guidance-from {first:g} --guidance-to {last:g}: these are shares of the run, the first below "
-            "the second, both from 0 to 1"
-        )
+    check(settings)
+    if "replay" in args:
+        trusted(settings, args.replay, given(args))
     if settings["dtype"] is None:
         settings["dtype"] = "float16" if mx.default_device() == mx.gpu else "float32"
     return settings
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the command line."""
+    found = {key: value for key, value in vars(args).items() if key in SETTINGS and value is not None}
+    if "lora" in found:  # as text, for the settings go into the video
+        found["lora"] = json.dumps([lora_setting(values) for values in args.lora])
+    return found
 
 
 def lora_setting(values: Sequence[Any]) -> tuple[str, float]:
@@ -270,22 +299,32 @@ def lora_setting(values: Sequence[Any]) -> tuple[str, float]:
         raise ValueError(f"--lora {path} {rest[0]}: the weight must be a finite number") from error
 
 
-def resumed_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[mx.array]]:
-    """What an unfinished run was doing, and the predictions of its steps so far."""
-    _, settings, predictions = load_latents(args.resume)
-    if not predictions:
-        raise ValueError(f"{args.resume} holds finished latents: mlx-unet3d decode {args.resume}")
-    changed = sorted(key for key in vars(args) if key in _DEFAULTS and getattr(args, key) is not None)
+# What names files; the rest of a run is as it was begun.
+_PLACES = {"model", "lora", "video"}
+
+
+def resumed_settings(args: argparse.Namespace, saved: SavedLatents) -> dict[str, Any]:
+    """What an unfinished run was doing."""
+    own = given(args)
+    changed = sorted(own.keys() - _PLACES)
     changed += ["from"] * ("replay" in args) + ["num-videos"] * (args.num_videos > 1)
     if changed:
         names = ["the prompt" if key == "prompt" else "--" + key.replace("_", "-") for key in changed]
         raise ValueError(
             f"--resume finishes the run of {args.resume} as it was begun; leave out {', '.join(names)}"
         )
-    settings = _DEFAULTS | settings
+    found = of_file(saved.settings, saved.path)
+    settings = DEFAULTS | found | own
+    missing = [name for name in ("prompt", "model", "dtype") if settings[name] is None]
+    if missing:
+        raise ValueError(f"{saved.path} does not say its {', '.join(missing)}; it cannot be finished")
+    check(settings)
+    options.check_latents(saved.path, saved.shape, settings)
+    trusted(settings, saved.path, own)
     settings["replayed_weights"] = settings.get("weights")
-    del settings["steps_done"]
-    return settings, predictions
+    settings["replayed_frames"] = settings.get("video_frames")
+    settings.pop("steps_done", None)
+    return settings
 
 
 def output_paths(output: str, seed: int, count: int) -> list[str]:
@@ -297,30 +336,27 @@ def output_paths(output: str, seed: int, count: int) -> list[str]:
     return [f"{stem}_seed{seed + i}{suffix}" for i in range(count)]
 
 
-def check_scheduler(name: str) -> None:
-    """ValueError for an unknown name, before anything is loaded."""
-    scheduler_from_config({"_class_name": "DDIMScheduler"}, name)
-
-
 def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipeline | VideoToVideoPipeline:
+    loras = [
+        (read_adapter(path, local_files_only=args.local_files_only), path, weight)
+        for path, weight in json.loads(settings.get("lora") or "[]")
+    ]
     kind = TextToVideoPipeline if settings["video"] is None else VideoToVideoPipeline
     pipe = kind.from_pretrained(
         settings["model"],
         dtype=options.DTYPES[settings["dtype"]],
         vae_dtype=options.DTYPES[settings["vae_dtype"]],
+        scheduler=settings["scheduler"],
         revision=settings["revision"],
         variant=settings["variant"],
         local_files_only=args.local_files_only,
     )
-    if settings["scheduler"] is not None:
-        pipe.scheduler = scheduler_from_config(pipe.scheduler.config, settings["scheduler"])
     settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
     pipe.unet.set_convolution(settings["convolution"])
     if settings["vae_tiling"]:
         pipe.enable_vae_tiling()
     settings["weights"] = pipe.weights_checksum
-    for path, weight in json.loads(settings.get("lora") or "[]"):
-        file = read_adapter(path, local_files_only=args.local_files_only)
+    for file, path, weight in loras:
         counts = pipe.load_lora_weights(file, path, weight=weight)
         layers = ", ".join(f"{count} layers of the {name}" for name, count in counts.items())
         options.say(f"LoRA {path}: {layers}, weight {weight:g}")
@@ -330,6 +366,7 @@ def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipel
         if "resume" in args:
             raise ValueError(f"the weights in {settings['model']} are not those of the run in {args.resume}")
         options.say("the weights are not those of the replayed video: the result will differ")
+    settings.pop("replayed_frames", None)
     settings |= {"program": f"mlx-unet3d {__version__}", "mlx": mx.__version__}
     return pipe
 
@@ -343,6 +380,15 @@ def complete(pipe: TextToVideoPipeline | VideoToVideoPipeline, settings: dict[st
         size = pipe.latent_size(settings["height"], settings["width"])
         settings["height"], settings["width"] = (n * pipe.vae_scale_factor for n in size)
         pipe.vae.check_frame(settings["height"], settings["width"])  # now, not when it comes to decoding
+        check(settings)
+        return
+    factor = pipe.vae_scale_factor
+    width, height = settings["width"], settings["height"]
+    if width % factor or height % factor:
+        options.say(
+            f"{settings['video']}: frames of {width}x{height} become {width // factor * factor}x"
+            f"{height // factor * factor}, multiples of {factor}; --height and --width resize them instead"
+        )
 
 
 def fit(
@@ -354,9 +400,12 @@ def fit(
     budget = memory.available() if choice == "auto" else working_set(choice)
     if choice != "auto" or mx.default_device() == mx.gpu:
         memory.apply_limits(budget)
+    factor = pipe.vae_scale_factor
     plan = memory.plan(
         memory.Networks.of(pipe),
-        **{key: settings[key] for key in ("num_frames", "height", "width")},
+        num_frames=settings["num_frames"],
+        height=max(settings["height"] // factor, 1) * factor,
+        width=max(settings["width"] // factor, 1) * factor,
         guidance=settings["guidance"] > 1,
         encoded=settings["video"] is not None,
         cache_depth=settings["cache_depth"] if settings["cache_interval"] > 1 else None,
@@ -375,59 +424,53 @@ def fit(
 
 
 def read_frames(settings: dict[str, Any]) -> np.ndarray:
-    """The input video (F, H, W, 3), its first frames where a number is asked for, resized for a size."""
-    frames, _ = media.read_video(settings["video"])
-    if settings["num_frames"] is not None:
-        if settings["num_frames"] > len(frames):
-            raise ValueError(
-                f"--num-frames {settings['num_frames']}: {settings['video']} has only {len(frames)} frames; "
-                "ask for as many or fewer"
-            )
-        frames = frames[: settings["num_frames"]]
-    height = settings["height"] if settings["height"] is not None else frames.shape[1]
-    width = settings["width"] if settings["width"] is not None else frames.shape[2]
-    settings |= {"height": height, "width": width, "num_frames": len(frames)}
-    if (height, width) == frames.shape[1:3]:
-        return frames
-    size = (width, height)
-    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in frames])
+    """The input video (F, H, W, 3), its first frames where a number is asked for, resized for a size.
+
+    Its size goes into the settings; the encoder of the VAE leaves out what is over at the right and below.
+    """
+    source, wanted = settings["video"], settings["num_frames"]
+    frames, _ = media.read_video(source, num_frames=wanted, size=(settings["height"], settings["width"]))
+    if wanted is not None and wanted > len(frames):
+        raise ValueError(
+            f"--num-frames {wanted}: {source} has only {len(frames)} frames; ask for as many or fewer"
+        )
+    settings |= dict(zip(("num_frames", "height", "width"), frames.shape, strict=False))
+    check(settings)
+    settings["video_frames"] = checksum_of_frames(frames)
+    expected = settings.pop("replayed_frames", None)
+    if expected not in (None, settings["video_frames"]):
+        options.say(f"the frames of {source} are not those of the replayed video: the result will differ")
+    return frames
 
 
 def denoise(
     pipe: TextToVideoPipeline | VideoToVideoPipeline,
-    states: mx.array,
+    states: tuple[mx.array, mx.array | None],
     video: np.ndarray | None,
     settings: dict[str, Any],
-    latents_file: Path,
+    keeper: Keeper,
     predictions: Sequence[mx.array],
 ) -> mx.array:
-    """Run the loop with a progress bar; where it is cut off, leave on disk what it takes to go on."""
-    made: list[mx.array] = []
+    """Run the loop with a progress bar; where it is cut off, there is on disk what it takes to go on."""
     record = None
     try:
         with tqdm(desc="denoise", unit="step") as bar:
             for record in steps(pipe, states, video, settings, predictions):
-                made.append(record.prediction)
                 bar.total = record.total
                 bar.update()
+                keeper.step(record)
     except NonFiniteError:
-        raise  # and so would the rest of this run
+        keeper.discard()  # so would the rest of this run be
+        raise
     except BaseException:
-        if record is not None:
-            # The guess of the finished latents: the noisy ones would decode to noise.
-            save_latents(latents_file, record.denoised, settings | {"steps_done": len(made)}, made)
-            options.say(
-                f"stopped after step {len(made)} of {record.total}. To finish it, or see it so far:\n"
-                f"  mlx-unet3d generate --resume {latents_file}\n"
-                f"  mlx-unet3d decode {latents_file}"
-            )
+        keeper.stop()
         raise
     return record.latents
 
 
 def steps(
     pipe: TextToVideoPipeline | VideoToVideoPipeline,
-    states: mx.array,
+    states: tuple[mx.array, mx.array | None],
     video: np.ndarray | None,
     settings: dict[str, Any],
     predictions: Sequence[mx.array],

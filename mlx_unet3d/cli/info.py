@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..checkpoints import DEMO, describe, find_folder
+from ..errors import printable
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -20,5 +21,5 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = find_folder(args.path) if args.path == DEMO else Path(args.path)
     for line in describe(folder, variant=args.variant):
-        print(line)
+        print(printable(line))
     return 0

@@ -4,24 +4,111 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from .. import blas
+from ..errors import printable_lines
 from ..memory import parse_memory
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+# Far above what any network was trained for, and low enough for plans to be made in no time.
+_MOST_FRAMES, _LONGEST_SIDE, _MOST_PIXELS = 4096, 16384, 2**31
+_MOST_TEXT = 100_000
+_MOST = 1_000_000
 
 
 def count(text: str) -> int:
-    """An integer of at least 1."""
+    """An integer of at least 1, and not beyond all measure."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return _at_most(value, _MOST)
+
+
+def text(value: str) -> str:
+    """Text that can be encoded and is no book."""
+    if len(value) > _MOST_TEXT:
+        raise argparse.ArgumentTypeError(f"{len(value)} characters are more than {_MOST_TEXT}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError("it holds half a character, and is no text") from error
     return value
+
+
+def path(value: str) -> str:
+    """A path or an id, which is not empty."""
+    if not value.strip() or "\0" in value:
+        raise argparse.ArgumentTypeError("it names nothing")
+    return text(value)
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """One of some names."""
+
+    def parse(value: str) -> str:
+        if value not in names:
+            raise argparse.ArgumentTypeError(f"{value[:40]!r} is none of {', '.join(names)}")
+        return value
+
+    return parse
+
+
+def seed(text: str) -> int:
+    """An integer of 64 bits, signed or not."""
+    value = int(text)
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError("a seed of more than 64 bits; use 0 <= seed < 2**64")
+    return value
+
+
+def frames(text: str) -> int:
+    """A number of frames."""
+    return _at_most(count(text), _MOST_FRAMES)
+
+
+def side(text: str) -> int:
+    """Pixels of one side of a frame."""
+    return _at_most(count(text), _LONGEST_SIDE)
+
+
+def _at_most(value: int, most: int) -> int:
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{str(value)[:40]} must be at most {most}")
+    return value
+
+
+def check_size(num_frames: int | None, height: int | None, width: int | None) -> None:
+    """ValueError for a video of more pixels than any machine has memory for."""
+    pixels = (num_frames or 1) * (height or 1) * (width or 1)
+    if pixels > _MOST_PIXELS:
+        raise ValueError(
+            f"{num_frames or 1} frames of {width or 1}x{height or 1} are {pixels / 1e9:.1f} billion pixels, "
+            f"more than {_MOST_PIXELS / 1e9:.1f}; make a smaller or shorter video"
+        )
+
+
+def check_latents(path: Path, shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
+    """ValueError unless latents (B, C, F, h, w) are those of the one video that their settings describe."""
+    if shape[0] != 1:
+        raise ValueError(f"{path} holds {shape[0]} videos; give a file of one")
+    sizes = [settings.get(name) for name in ("num_frames", "height", "width")]
+    if None in sizes:
+        raise ValueError(f"{path} does not say the size of its video; give a file that `generate` left")
+    check_size(*sizes)
+    frames, height, width = sizes
+    # A VAE makes 1 to 64 pixels of a latent, and an input video may have some over.
+    fits = any((height // factor, width // factor) == shape[3:] for factor in range(1, 65))
+    if shape[2] != frames or not fits:
+        raise ValueError(
+            f"{path} holds latents of shape {shape}, and its settings say {frames} frames of "
+            f"{width}x{height}; give a file that `generate` left"
+        )
 
 
 def number(text: str) -> float:
@@ -53,6 +140,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, weights: bool = True) 
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
+        type=path,
         metavar="PATH_OR_ID",
         help="pipeline folder, hub id owner/name, or demo (default: demo, or what a file says)",
     )
@@ -81,7 +169,8 @@ def advise() -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Print lines for the user, in which names of files may be."""
+    print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -19,9 +19,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "time of a step. Reads configs alone; no weight is downloaded.",
     )
     group = parser.add_argument_group("video")
-    group.add_argument("--num-frames", "--frames", type=options.count, help="default: the model's, or 16")
-    group.add_argument("--height", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
-    group.add_argument("--width", type=options.count, help="pixels, a multiple of 8 (default: the model's)")
+    group.add_argument("--num-frames", "--frames", type=options.frames, help="default: the model's, or 16")
+    group.add_argument("--height", type=options.side, help="pixels, a multiple of 8 (default: the model's)")
+    group.add_argument("--width", type=options.side, help="pixels, a multiple of 8 (default: the model's)")
     group.add_argument(
         "--guidance", type=options.number, default=9.0, help="at most 1: one pass a step (default: above)"
     )

@@ -6,17 +6,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import cpu
+from ..operations import one_operation
 from . import fused
+
+_silu, _gelu = map(one_operation, (nn.silu, nn.gelu))
 
 
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x)."""
-    return cpu.silu(x) if cpu.active(x) else nn.silu(x)
+    return cpu.silu(x) if cpu.active(x) else _silu(x)
 
 
 def gelu(x: mx.array) -> mx.array:
     """x * Phi(x), the exact one, by erf."""
-    return cpu.gelu(x) if cpu.active(x) else nn.gelu(x)
+    return cpu.gelu(x) if cpu.active(x) else _gelu(x)
 
 
 def geglu(value: mx.array, gate: mx.array) -> mx.array:
@@ -34,9 +37,9 @@ class SiLU(nn.Module):
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "silu": silu,
     "swish": silu,
-    "mish": nn.mish,
+    "mish": one_operation(nn.mish),
     "gelu": gelu,
-    "relu": nn.relu,
+    "relu": one_operation(nn.relu),
 }
 
 

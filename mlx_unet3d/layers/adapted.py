@@ -1,6 +1,10 @@
-"""A layer with low-rank adapters beside it (LoRA, arXiv:2106.09685)."""
+"""Layers with adapters beside them: low-rank changes (LoRA, arXiv:2106.09685), and changes in full."""
 
+import copy
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +15,63 @@ from .convolution import TemporalConv, conv2d, temporal_conv
 from .quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedTemporalConv
 
 ADAPTABLE = (nn.Linear, nn.Conv2d, TemporalConv, QuantizedLayer)
-"""Layers that adapters can be put beside."""
+"""Layers that low-rank changes can be put beside."""
+
+CHANGEABLE = (*ADAPTABLE, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+"""Layers whose weight and bias an adapter can change as a whole."""
+
+PROCESSORS = "processors"
+"""The name of the adapter that the layers of LoRA processors make up."""
+
+_scale: ContextVar[float] = ContextVar("adapter_scale", default=1.0)
+
+
+def adapter_scale() -> float:
+    """How much all adapters count in the forward that is running."""
+    return _scale.get()
+
+
+@contextmanager
+def scaled_adapters(scale: Any) -> Iterator[None]:
+    """For the forwards of this thread inside the block, all adapters times `scale`; None leaves it as it is.
+
+    Nothing is written to a module. ValueError for anything but a finite number.
+    """
+    if scale is None:
+        yield
+        return
+    if isinstance(scale, mx.array) and scale.size == 1:
+        scale = scale.item()
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"cross_attention_kwargs: scale is {scale!r}; it must be a finite number")
+    token = _scale.set(float(scale))
+    try:
+        yield
+    finally:
+        _scale.reset(token)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change of a weight: `scaling * up @ down`, or any change at all.
+    """A change of a layer: of its weight, `scaling * up @ down` or any change at all, and of its bias.
 
     Attributes:
         down: (R, I) of a linear layer, (R, h, w, I) of a convolution; without `up`, the whole change in the
-            weight's own shape, (O, ...).
+            weight's own shape; None for a change of the bias alone.
         up: (O, R), or None.
         scaling: alpha over rank.
+        bias: (O,), of which `scaling` is taken as well; None for none.
     """
 
-    down: mx.array
+    down: mx.array | None
     up: mx.array | None
     scaling: float = 1.0
+    bias: mx.array | None = None
 
     def change(self) -> mx.array:
-        """The change of the weight (O, ...), in float32."""
+        """The change of the weight (O, ...), in float32; zero for a change of the bias alone."""
+        if self.down is None:
+            return mx.array(0.0)
         down = self.down.astype(mx.float32)
         if self.up is None:
             return self.scaling * down
@@ -39,75 +80,123 @@ class LowRank:
 
 
 class Branch(nn.Module):
-    """One adapter's part in one layer; `weight` is how much of it is used."""
+    """One adapter's part in one layer; `amount` is how much of it is used."""
 
-    def __init__(self, low_rank: LowRank, weight: float, dtype: mx.Dtype):
+    def __init__(self, low_rank: LowRank, amount: float, dtype: mx.Dtype):
         super().__init__()
-        self.down = low_rank.down.astype(dtype)
-        if low_rank.up is not None:
-            self.up = low_rank.up.astype(dtype)
-        self.scaling, self.amount = low_rank.scaling, weight
+        for name in ("down", "up", "bias"):
+            array = getattr(low_rank, name)
+            if array is not None:
+                self[name] = array.astype(dtype)
+        self.scaling, self.amount = low_rank.scaling, amount
 
     def low_rank(self) -> LowRank:
-        return LowRank(self.down, self.up if "up" in self else None, self.scaling)
+        """The change of the layer."""
+        return LowRank(self.get("down"), self.get("up"), self.scaling, self.get("bias"))
+
+    def beside(self, base: nn.Module, x: mx.array) -> mx.array:
+        """What it adds to a linear layer or convolution for x."""
+        if "down" not in self:
+            return self.scaling * self.bias
+        if isinstance(base, (nn.Linear, QuantizedLinear)):
+            h = x @ self.down.T
+        elif isinstance(base, (nn.Conv2d, QuantizedConv2d)):
+            h = conv2d(x, self.down, None, base.stride, base.padding)
+        else:
+            h = temporal_conv(x, self.down)
+        h = h @ self.up.T if "up" in self else h
+        return self.scaling * (h + self.bias if "bias" in self else h)
 
 
 class AdaptedLayer(nn.Module):
-    """`base(x)` and what each branch adds to it; adapters can be fused into the weight and taken out again.
+    """A layer and what each branch adds to it; adapters can be fused into the weight and taken out again.
 
-    `factor` scales all branches that are not fused, for the `scale` of a single forward.
+    Beside a linear layer or convolution the branches are computed; other layers run with changed parameters.
+    Attributes of the layer can be read from here; its parameters are then the changed ones.
     """
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.branches: dict[str, Branch] = {}
-        self.factor = 1.0
-        self._original: mx.array | None = None  # underscore: no parameter
+        self.branches: dict[str, Any] = {}  # of `Branch` and its kind
+        self._originals: dict[str, mx.array] | None = None
 
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.base(x)
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "convolve" or "base" not in self:
+                raise
+        if name in ("weight", "bias"):
+            return self._changed()[name]
+        return getattr(self.base, name)
+
+    def __call__(self, x: mx.array, *args: Any, **keywords: Any) -> mx.array:
+        if not isinstance(self.base, ADAPTABLE):
+            return self._changed()(x, *args, **keywords)
+        y = self.base(x, *args, **keywords)
         if self.fused:
             return y
         for branch in self.branches.values():
-            amount = branch.amount * branch.scaling * self.factor
+            amount = branch.amount * adapter_scale()
             if amount:
-                y = y + (amount * self._apply(x, branch)).astype(y.dtype)
+                y = y + (amount * branch.beside(self.base, x)).astype(y.dtype)
         return y
 
-    def _apply(self, x: mx.array, branch: Branch) -> mx.array:
-        down = branch.down
-        if isinstance(self.base, (nn.Linear, QuantizedLinear)):
-            h = x @ down.T
-        elif isinstance(self.base, (nn.Conv2d, QuantizedConv2d)):
-            h = conv2d(x, down, None, self.base.stride, self.base.padding)
-        else:
-            h = temporal_conv(x, down)
-        return h @ branch.up.T if "up" in branch else h
+    def _changed(self) -> nn.Module:
+        """The layer with the parameters that the branches make of its own."""
+        parts = [(b.low_rank(), b.amount * adapter_scale()) for b in self.branches.values()]
+        parts = [(change, amount) for change, amount in parts if amount] if not self.fused else []
+        if not parts:
+            return self.base
+        changed = copy.copy(self.base)
+        for name, array in _with_changes(self.base, parts).items():
+            changed[name] = array
+        return changed
 
     @property
     def fused(self) -> bool:
-        """Whether the branches are part of the weight at present."""
-        return self._original is not None
+        """Whether the branches are part of the parameters at present."""
+        return self._originals is not None
 
     def fuse(self, scale: float = 1.0) -> None:
-        """Add the branches to the weight, and keep the original one."""
+        """Add the branches to the parameters, and keep the original ones.
+
+        ValueError for quantized weights, and for a bias where the layer has none.
+        """
         if isinstance(self.base, QuantizedLayer):
             raise ValueError(
                 "an adapter cannot be fused into quantized weights, where most of it would be rounded away; "
                 "leave it beside them, or fuse it before quantizing"
             )
-        weight = self.base.weight.astype(mx.float32)
-        for branch in self.branches.values():
-            weight = weight + scale * branch.amount * branch.low_rank().change()
-        self._original = self.base.weight
-        self.base.weight = weight.astype(self._original.dtype)
-        mx.eval(self.base.weight)
+        parts = [(branch.low_rank(), scale * branch.amount) for branch in self.branches.values()]
+        changed = _with_changes(self.base, parts)
+        mx.eval(changed)
+        self._originals = {name: self.base[name] for name in changed}
+        for name, array in changed.items():
+            self.base[name] = array
 
     def unfuse(self) -> None:
-        """The original weight, bit for bit."""
-        if self._original is not None:
-            self.base.weight, self._original = self._original, None
+        """The original parameters, bit for bit."""
+        for name, array in (self._originals or {}).items():
+            self.base[name] = array
+        self._originals = None
+
+
+def _with_changes(base: nn.Module, parts: list[tuple[LowRank, float]]) -> dict[str, mx.array]:
+    """The parameters of a layer that changes, each times its amount, make others of."""
+    weight = base.weight.astype(mx.float32)
+    for change, amount in parts:
+        weight = weight + amount * change.change()
+    made = {"weight": weight.astype(base.weight.dtype)}
+    biases = [(amount * change.scaling) * change.bias for change, amount in parts if change.bias is not None]
+    if biases:
+        if "bias" not in base:
+            raise ValueError(
+                "an adapter brings a bias for a layer that has none, and cannot be fused; leave it beside"
+            )
+        made["bias"] = sum((b.astype(mx.float32) for b in biases), base.bias).astype(base.bias.dtype)
+    return made
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
@@ -121,7 +210,7 @@ def layout_of(layer: nn.Module) -> str:
         return "conv2d"
     if isinstance(layer, (TemporalConv, QuantizedTemporalConv)):
         return "conv3d_temporal"
-    return "linear"
+    return "linear" if isinstance(layer, ADAPTABLE) else "identity"
 
 
 def replace_module(model: nn.Module, path: str, module: Any) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .adapted import PROCESSORS, AdaptedLayer, scaled_adapters
 from .attention_processors import AttnAddedKVProcessor2_0, AttnProcessor2_0
-from .normalization import group_norm
+from .normalization import LayerNorm, group_norm
 from .text_context import TextContext
 
 
@@ -67,7 +68,7 @@ class Attention(nn.Module):
         if norm_num_groups is not None:
             self.group_norm = group_norm(norm_num_groups, query_dim, eps)
         if cross_attention_norm == "layer_norm":
-            self.norm_cross = nn.LayerNorm(context_dim)
+            self.norm_cross = LayerNorm(context_dim)
         elif cross_attention_norm == "group_norm":
             channels = added_kv_proj_dim if added_kv_proj_dim is not None else context_dim
             self.norm_cross = group_norm(cross_attention_norm_num_groups, channels)
@@ -97,7 +98,6 @@ class Attention(nn.Module):
         self.upcast_softmax = upcast_softmax
         self.rescale_output_factor = rescale_output_factor
         self.residual_connection = residual_connection
-        self.lora = None  # a LoRA processor whose layers are added to the projections
 
         if processor is None:
             processor = AttnAddedKVProcessor2_0() if self.has_added_kv else AttnProcessor2_0()
@@ -113,51 +113,50 @@ class Attention(nn.Module):
         """Attend from (B, ..., query_dim) to the context (B, L, cross_attention_dim), or to itself.
 
         `attention_mask` is added to the scores: (B, 1, L) or (B, S, L), in the dtype of the input.
-        Further keywords go to the processor. Returns the shape of `hidden_states`.
+        Further keywords go to the processor; `scale` is how much adapters count. Returns the shape of
+        `hidden_states`.
         """
         takes_context = getattr(self.processor, "takes_text_context", False)
         if isinstance(encoder_hidden_states, TextContext) and not takes_context:
             encoder_hidden_states = encoder_hidden_states.states
-        self._check_keywords(cross_attention_kwargs)
-        return self.processor(
-            self,
-            hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            attention_mask=attention_mask,
-            **cross_attention_kwargs,
-        )
+        with scaled_adapters(cross_attention_kwargs.get("scale")):
+            return self.processor(
+                self,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                **self._keywords(cross_attention_kwargs),
+            )
 
-    def _check_keywords(self, keywords: dict[str, Any]) -> None:
+    def _keywords(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        """The keywords for the processor: `scale` only where it names that, for arithmetic of its own."""
         if not keywords:
-            return
+            return keywords
         known = inspect.signature(self.processor.__call__).parameters
         if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            return
-        unknown = sorted(set(keywords) - set(known))
+            return {name: value for name, value in keywords.items() if name in known or name != "scale"}
+        unknown = sorted(set(keywords) - set(known) - {"scale"})
         if unknown:
             raise TypeError(
                 f"cross_attention_kwargs has {unknown}, which {type(self.processor).__name__} "
-                f"does not take; it takes {sorted(set(known) - _PROCESSOR_ARGUMENTS)}"
+                f"does not take; it takes {sorted({*known, 'scale'} - _PROCESSOR_ARGUMENTS)}"
             )
+        return {name: value for name, value in keywords.items() if name in known}
 
     # The pieces that processors are made of.
 
-    def project(self, name: str, x: mx.array, scale: float = 1.0) -> mx.array:
-        """`to_q`, `to_k`, `to_v`, `to_out`, `add_k_proj` or `add_v_proj`, with LoRA where there is one."""
-        linear = self.to_out[0] if name == "to_out" else self[name]
-        y = linear(x)
-        return y if self.lora is None else y + self.lora.delta(name, x, scale)
-
-    def project_keys_values(
-        self, context: mx.array | TextContext, scale: float = 1.0
-    ) -> tuple[mx.array, mx.array]:
+    def project_keys_values(self, context: mx.array | TextContext) -> tuple[mx.array, mx.array]:
         """Keys and values (B, L, E) of a context (B, L, C), once only where it is a TextContext."""
         if isinstance(context, TextContext):
-            return context.keys_values(self, scale)
+            return context.keys_values(self)
         context = self.norm_context(context)
-        if "to_kv" in self and self.lora is None:
+        if self.uses_fused("to_kv"):
             return tuple(mx.split(self.to_kv(context), 2, axis=-1))
-        return self.project("to_k", context, scale), self.project("to_v", context, scale)
+        return self.to_k(context), self.to_v(context)
+
+    def uses_fused(self, name: str) -> bool:
+        """Whether there is a `to_qkv` or `to_kv`, and no adapter beside the projections in it."""
+        return name in self and not any(isinstance(self[part], AdaptedLayer) for part in _FUSED[name])
 
     @property
     def one_token_is_linear(self) -> bool:
@@ -169,15 +168,15 @@ class Attention(nn.Module):
             and self.rescale_output_factor == 1
         )
 
-    def of_one_token(self, context: mx.array | TextContext, scale: float = 1.0) -> mx.array:
+    def of_one_token(self, context: mx.array | TextContext) -> mx.array:
         """Attention to a context (B, 1, C), the same for every query: (B, 1, query_dim)."""
-        return self.project_out(self.project_keys_values(context, scale)[1], scale)
+        return self.project_out(self.project_keys_values(context)[1])
 
     def norm_context(self, context: mx.array) -> mx.array:
         return self.norm_cross(context) if "norm_cross" in self else context
 
-    def project_out(self, x: mx.array, scale: float = 1.0) -> mx.array:
-        return self.to_out[1](self.project("to_out", x, scale))
+    def project_out(self, x: mx.array) -> mx.array:
+        return self.to_out[1](self.to_out[0](x))
 
     def split_heads(self, x: mx.array) -> mx.array:
         """(B, L, E) -> (B, heads, L, D), a view."""
@@ -206,28 +205,58 @@ class Attention(nn.Module):
     # Processors.
 
     def set_processor(self, processor: Any, _remove_lora: bool = False) -> None:
-        """Use `processor`. A LoRA processor adds its layers to the projections, and they stay active under
-        later processors until `_remove_lora=True`, as in diffusers 0.23."""
+        """Use `processor`.
+
+        The layers of a LoRA processor become an adapter beside the projections and the processor that it
+        stands on is used. They stay under later processors until `_remove_lora=True`, as in diffusers 0.23.
+        Raises ValueError as `check_processor`.
+        """
+        self.check_processor(processor, _remove_lora)
+        for name, layer in self.projections().items() if _remove_lora else ():
+            if isinstance(layer, AdaptedLayer):
+                layer.branches.pop(PROCESSORS, None)
+                if not layer.branches:
+                    self.replace_projection(name, layer.base)
+        if hasattr(processor, "put_beside"):
+            processor = processor.put_beside(self)
+        self.processor = processor
+
+    def check_processor(self, processor: Any, _remove_lora: bool = False) -> None:
+        """ValueError for a processor that does not go with this layer, or a LoRA while adapters are fused."""
         if getattr(processor, "added_kv", self.has_added_kv) != self.has_added_kv:
             needs = "needs" if not self.has_added_kv else "does not know"
             raise ValueError(
                 f"{type(processor).__name__} {needs} an Attention built with added_kv_proj_dim; "
                 "this one was built " + ("with" if self.has_added_kv else "without")
             )
-        if _remove_lora:
-            self.lora = None
-        if hasattr(processor, "delta"):
-            self.lora = processor
-            processor = processor.base_processor()
-        self.processor = processor
+        if hasattr(processor, "check"):
+            processor.check(self)
+        layers = [layer for layer in self.projections().values() if isinstance(layer, AdaptedLayer)]
+        changed = hasattr(processor, "put_beside") or (
+            _remove_lora and any(PROCESSORS in layer.branches for layer in layers)
+        )
+        if changed and any(layer.fused for layer in layers):
+            raise ValueError("adapters are fused; call unfuse_lora before you set or remove LoRA processors")
 
     def get_processor(self) -> Any:
-        """The processor in use; the LoRA processor where there is one."""
-        return self.processor if self.lora is None else self.lora
+        """The processor in use; for LoRA, the one that it stands on."""
+        return self.processor
+
+    def projections(self) -> dict[str, nn.Module]:
+        """ "to_q", "to_k", "to_v", "to_out", "add_k_proj", "add_v_proj", those that there are."""
+        found = {name: self[name] for name in _PROJECTIONS if name in self}
+        return found | {"to_out": self.to_out[0]}
+
+    def replace_projection(self, name: str, layer: nn.Module) -> None:
+        """Put another layer in the place of one of `projections`."""
+        if name == "to_out":
+            self.to_out[0] = layer
+        else:
+            self[name] = layer
 
     def fuse_projections(self) -> None:
         """Put q, k, v (self-attention) or k, v (cross-attention) into one matrix product."""
-        names = ("to_k", "to_v") if self.is_cross_attention else ("to_q", "to_k", "to_v")
+        names = _FUSED["to_kv" if self.is_cross_attention else "to_qkv"]
         parts = [self[name] for name in names]
         if any("scales" in part for part in parts):
             raise ValueError("quantized projections cannot be fused; fuse them before quantizing")
@@ -250,4 +279,6 @@ class Attention(nn.Module):
         self.pop("to_kv", None)
 
 
+_FUSED = {"to_kv": ("to_k", "to_v"), "to_qkv": ("to_q", "to_k", "to_v")}
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj")
 _PROCESSOR_ARGUMENTS = {"attn", "hidden_states", "encoder_hidden_states", "attention_mask"}

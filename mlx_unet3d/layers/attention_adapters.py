@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .adapted import PROCESSORS, AdaptedLayer, LowRank, weight_shape
 from .attention import Attention
 from .attention_processors import (
     AttnAddedKVProcessor,
@@ -26,7 +27,8 @@ class LoRALinearLayer(nn.Module):
     """`network_alpha / rank * up(down(x))`, (..., I) -> (..., O) (arXiv:2106.09685); diffusers' class.
 
     `network_alpha` None stands for a factor of 1. Starts as zero: `up` is zero, `down` is normal with a
-    standard deviation of 1 / rank.
+    standard deviation of 1 / rank. A branch of an `AdaptedLayer`, see `Branch`; the layer alone knows nothing
+    of `amount`.
     """
 
     def __init__(
@@ -45,20 +47,61 @@ class LoRALinearLayer(nn.Module):
         self.up.weight = mx.zeros(self.up.weight.shape)
         self.rank = rank
         self.network_alpha = network_alpha
+        self.amount = 1.0
+
+    @property
+    def scaling(self) -> float:
+        """Alpha over rank."""
+        return 1.0 if self.network_alpha is None else self.network_alpha / self.rank
+
+    def low_rank(self) -> LowRank:
+        """The change of the weight."""
+        return LowRank(self.down.weight, self.up.weight, self.scaling)
+
+    def beside(self, base: nn.Module, x: mx.array) -> mx.array:
+        """What it adds to a linear layer for x."""
+        return self(x)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Computes in the dtype of its weights; returns the dtype of `x`."""
         y = self.up(self.down(x.astype(self.down.weight.dtype)))
-        if self.network_alpha is not None:
-            y = y * (self.network_alpha / self.rank)
-        return y.astype(x.dtype)
+        return (y * self.scaling).astype(x.dtype)
 
 
-class LoRAAttnProcessor(nn.Module):
+class _LoRAProcessor(nn.Module):
+    """What the LoRA processors share: setting one puts its layers beside the projections, as an adapter."""
+
+    added_kv: bool
+    base_processor: Callable[[], Any]
+
+    def check(self, attn: Attention) -> None:
+        """ValueError where the layers have other shapes than the projections of `attn`."""
+        for name, layer in attn.projections().items():
+            lora = self[f"{name}_lora"]
+            has = (lora.up.weight.shape[0], lora.down.weight.shape[1])
+            base = layer.base if isinstance(layer, AdaptedLayer) else layer
+            if has != weight_shape(base):
+                raise ValueError(
+                    f"{type(self).__name__}: {name}_lora maps {has[1]} channels to {has[0]}, the projection "
+                    f"{weight_shape(base)[1]} to {weight_shape(base)[0]}; give hidden_size and "
+                    "cross_attention_dim of this layer"
+                )
+
+    def put_beside(self, attn: Attention) -> Any:
+        """Put the layers beside the projections of `attn`; returns the processor to use there."""
+        for name, layer in attn.projections().items():
+            if not isinstance(layer, AdaptedLayer):
+                layer = AdaptedLayer(layer)
+                attn.replace_projection(name, layer)
+            layer.branches[PROCESSORS] = self[f"{name}_lora"]
+        return self.base_processor()
+
+
+class LoRAAttnProcessor(_LoRAProcessor):
     """LoRA on the query, key, value and output projections of one `Attention`.
 
-    Setting it adds its layers to the projections of that layer, where they stay until they are removed.
-    `cross_attention_kwargs={"scale": s}` scales them; 0 is the base network.
+    Setting it makes its layers the adapter "processors" beside the projections of that layer, where they stay
+    until they are removed. `cross_attention_kwargs={"scale": s}` scales them; 0 is the base network.
 
     Args:
         hidden_size: channels of the attention layer (`transformer_in`: 8 * attention_head_dim).
@@ -99,10 +142,6 @@ class LoRAAttnProcessor(nn.Module):
         self.cross_attention_dim = cross_attention_dim
         self.rank = rank
 
-    def delta(self, projection: str, x: mx.array, scale: float) -> mx.array:
-        """What is added to a projection (`to_q`, `to_k`, `to_v`, `to_out`) of x (..., I)."""
-        return scale * self[f"{projection}_lora"](x)
-
 
 class LoRAAttnProcessor2_0(LoRAAttnProcessor):
     """`LoRAAttnProcessor` over the fused attention."""
@@ -128,7 +167,7 @@ class LoRAXFormersAttnProcessor(LoRAAttnProcessor):
         super().__init__(hidden_size, cross_attention_dim, rank, network_alpha, **sizes)
 
 
-class LoRAAttnAddedKVProcessor(nn.Module):
+class LoRAAttnAddedKVProcessor(_LoRAProcessor):
     """LoRA on an `Attention` with added keys and values, `add_k_proj` and `add_v_proj` included."""
 
     added_kv = True
@@ -157,7 +196,29 @@ class LoRAAttnAddedKVProcessor(nn.Module):
         self.cross_attention_dim = cross_attention_dim
         self.rank = rank
 
-    delta = LoRAAttnProcessor.delta
+
+def lora_processor(attn: Attention) -> _LoRAProcessor | None:
+    """The LoRA processor whose layers stand beside the projections of `attn`, of the class for the processor
+    in use; None where there is none."""
+    layers = {
+        f"{name}_lora": layer.branches[PROCESSORS]
+        for name, layer in attn.projections().items()
+        if isinstance(layer, AdaptedLayer) and PROCESSORS in layer.branches
+    }
+    if not layers:
+        return None
+    kinds = LoRAAttnAddedKVProcessor, LoRAXFormersAttnProcessor, LoRAAttnProcessor2_0
+    base = attn.get_processor()
+    kind = next((kind for kind in kinds if isinstance(base, kind.base_processor)), LoRAAttnProcessor)
+    query = layers["to_q_lora"]
+    context = layers["add_k_proj_lora" if attn.has_added_kv else "to_k_lora"].down.weight.shape[1]
+    width = query.down.weight.shape[1]
+    processor = kind.__new__(kind)  # no new layers, which would be drawn
+    nn.Module.__init__(processor)
+    for name, layer in layers.items():
+        processor[name] = layer
+    processor.hidden_size, processor.cross_attention_dim, processor.rank = width, context, query.rank
+    return processor
 
 
 class CustomDiffusionAttnProcessor(nn.Module):
@@ -213,13 +274,13 @@ class CustomDiffusionAttnProcessor(nn.Module):
             key = self.to_k_custom_diffusion(context).astype(hidden_states.dtype)
             value = self.to_v_custom_diffusion(context).astype(hidden_states.dtype)
         else:
-            key, value = attn.project("to_k", context), attn.project("to_v", context)
+            key, value = attn.to_k(context), attn.to_v(context)
         if crossing:
             key, value = map(_freeze_first_token, (key, value))
         if self.train_q_out:
             query = self.to_q_custom_diffusion(hidden_states).astype(hidden_states.dtype)
         else:
-            query = attn.project("to_q", hidden_states)
+            query = attn.to_q(hidden_states)
         query, key, value = map(attn.split_heads, (query, key, value))
         y = attn.merge_heads(self.attention(attn, query, key, value, attention_mask))
         if not self.train_q_out:

@@ -1,7 +1,7 @@
 """How an `Attention` uses its projections: explicit, fused, sliced, and with added keys and values.
 
-A processor is called as `processor(attn, hidden_states, encoder_hidden_states=None, attention_mask=None,
-scale=1.0)` with (B, S, C) or (B, H, W, C) states and returns their shape. Names and meanings are those of
+A processor is called as `processor(attn, hidden_states, encoder_hidden_states=None, attention_mask=None)`
+with (B, S, C) or (B, H, W, C) states and returns their shape. Names and meanings are those of
 diffusers' `models/attention_processor.py`; the xformers names run MLX's fused attention. `attn` is an
 `Attention`, which imports this module.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import cpu
+from .. import cpu, operations
 from .chunking import in_sequence, ranges
 from .text_context import TextContext
 
@@ -41,7 +41,7 @@ def fused_attention(
         return cpu.attention(query, key, value, attn.scale, mask)
 
     def attend(query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None = None) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(query, key, value, scale=attn.scale, mask=mask)
+        return operations.attention(query, key, value, scale=attn.scale, mask=mask)
 
     states = [query, key, value] if mask is None else [query, key, value, mask]
     batch, heads, queries, _ = query.shape
@@ -99,20 +99,19 @@ class AttnProcessor:
         hidden_states: mx.array,
         encoder_hidden_states: mx.array | TextContext | None = None,
         attention_mask: mx.array | None = None,
-        scale: float = 1.0,
     ) -> mx.array:
         x = hidden_states.reshape(hidden_states.shape[0], -1, hidden_states.shape[-1])  # (B, S, C)
         if "group_norm" in attn:
             x = attn.group_norm(x)
-        if encoder_hidden_states is None and "to_qkv" in attn and attn.lora is None:
+        if encoder_hidden_states is None and attn.uses_fused("to_qkv"):
             query, key, value = mx.split(attn.to_qkv(x), 3, axis=-1)
         else:
             context = x if encoder_hidden_states is None else encoder_hidden_states
-            query = attn.project("to_q", x, scale)
-            key, value = attn.project_keys_values(context, scale)
+            query = attn.to_q(x)
+            key, value = attn.project_keys_values(context)
         query, key, value = map(attn.split_heads, (query, key, value))
         y = attn.merge_heads(self.attention(attn, query, key, value, attention_mask))
-        y = attn.project_out(y, scale).reshape(hidden_states.shape)
+        y = attn.project_out(y).reshape(hidden_states.shape)
         if attn.residual_connection:
             y = y + hidden_states
         return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
@@ -152,22 +151,21 @@ class AttnAddedKVProcessor:
         hidden_states: mx.array,
         encoder_hidden_states: mx.array | None = None,
         attention_mask: mx.array | None = None,
-        scale: float = 1.0,
     ) -> mx.array:
         x = hidden_states.reshape(hidden_states.shape[0], -1, hidden_states.shape[-1])  # (B, S, C)
         context = x if encoder_hidden_states is None else attn.norm_context(encoder_hidden_states)
         if "group_norm" in attn:
             x = attn.group_norm(x)
-        query = attn.project("to_q", x, scale)
-        key = attn.project("add_k_proj", context, scale)
-        value = attn.project("add_v_proj", context, scale)
+        query = attn.to_q(x)
+        key = attn.add_k_proj(context)
+        value = attn.add_v_proj(context)
         if not attn.only_cross_attention:
             # (B, L, E) and (B, S, E) -> (B, L + S, E)
-            key = mx.concatenate([key, attn.project("to_k", x, scale)], axis=1)
-            value = mx.concatenate([value, attn.project("to_v", x, scale)], axis=1)
+            key = mx.concatenate([key, attn.to_k(x)], axis=1)
+            value = mx.concatenate([value, attn.to_v(x)], axis=1)
         query, key, value = map(attn.split_heads, (query, key, value))
         y = attn.merge_heads(self.attention(attn, query, key, value, attention_mask))
-        return attn.project_out(y, scale).reshape(hidden_states.shape) + hidden_states
+        return attn.project_out(y).reshape(hidden_states.shape) + hidden_states
 
 
 class AttnAddedKVProcessor2_0(AttnAddedKVProcessor):

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import cpu
+from ..operations import one_operation
 
 # Elements of transformed weights that are in memory at once, 64 MB.
 _WEIGHTS = 2**24
@@ -162,6 +163,7 @@ def _output_rows(a: mx.array, b: mx.array, c: mx.array, d: mx.array) -> tuple[mx
     return a + (b + c), (b - c) - d
 
 
+@one_operation
 @mx.compile
 def _filter_tiles(*weight: mx.array) -> list[mx.array]:
     """3x3 matrices (O, I), row by row -> 4x4."""
@@ -170,6 +172,7 @@ def _filter_tiles(*weight: mx.array) -> list[mx.array]:
     return [tiles[j][i] for i in range(4) for j in range(4)]
 
 
+@one_operation
 @mx.compile
 def _output_tiles(*products: mx.array) -> tuple[mx.array, ...]:
     """4x4 matrices (tiles, O), row by row -> 2x2."""
@@ -247,7 +250,9 @@ def _temporal_winograd_pays(x: mx.array, weight: mx.array) -> bool:
     return frames > 1 and batch * frames * pixels >= 1024 and min(channels, weight.shape[0]) >= 64
 
 
-_compiled_filter_rows, _compiled_output_rows = map(mx.compile, (_filter_rows, _output_rows))
+_compiled_filter_rows, _compiled_output_rows = (
+    one_operation(mx.compile(rows)) for rows in (_filter_rows, _output_rows)
+)
 
 
 def _temporal_winograd(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:

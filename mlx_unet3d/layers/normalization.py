@@ -1,13 +1,20 @@
-"""Group normalization as torch groups it, together with what stands before and behind it."""
+"""Layer normalization, and group normalization as torch groups it, with what stands before and behind it."""
 
 from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import cpu
+from .. import cpu, operations
 from .activations import silu
 from .fused import affine, affine_silu
+
+
+class LayerNorm(nn.LayerNorm):
+    """MLX's layer norm, one operation to a tracer."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return operations.layer_norm(x, self.get("weight"), self.get("bias"), self.eps)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -42,7 +49,7 @@ class GroupNorm(nn.GroupNorm):
         if shift is not None:
             shift = shift.reshape(-1, 1, groups, 1, width)
             y = y.reshape(shift.shape[0], -1, groups, length, width) + shift
-        y = mx.fast.layer_norm(y.reshape(n, groups, length * width), None, None, self.eps)
+        y = operations.layer_norm(y.reshape(n, groups, length * width), None, None, self.eps)
         if swap:
             # (B, G, F*L*C/G) -> (B, L, F, G, C/G)
             _, frames, pixels, _ = x.shape

@@ -4,6 +4,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .adapted import adapter_scale
+
 
 class TextContext:
     """States (B, L, D) of texts or images together with the keys and values that attention layers made of
@@ -17,11 +19,11 @@ class TextContext:
         self.states = states
         self._projected: dict[tuple[int, float], tuple[Any, mx.array, mx.array]] = {}
 
-    def keys_values(self, attn: Any, scale: float) -> tuple[mx.array, mx.array]:
+    def keys_values(self, attn: Any) -> tuple[mx.array, mx.array]:
         """Keys and values (B, L, E) of the layer `attn`, projected at its first call."""
-        cache_key = (id(attn), scale)
+        cache_key = (id(attn), adapter_scale())
         if cache_key not in self._projected:
-            key, value = attn.project_keys_values(self.states, scale)
+            key, value = attn.project_keys_values(self.states)
             self._projected[cache_key] = (attn, key, value)  # holds attn: its id stays taken
         return self._projected[cache_key][1:]
 
@@ -48,6 +50,6 @@ class _Rows(TextContext):
         self.states = parent.states[rows]
         self._parent, self._rows = parent, rows
 
-    def keys_values(self, attn: Any, scale: float) -> tuple[mx.array, mx.array]:
-        key, value = self._parent.keys_values(attn, scale)
+    def keys_values(self, attn: Any) -> tuple[mx.array, mx.array]:
+        key, value = self._parent.keys_values(attn)
         return key[self._rows], value[self._rows]

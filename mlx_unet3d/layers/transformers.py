@@ -16,7 +16,7 @@ from .chunking import by_pixels, group_norm_of_parts, in_sequence
 from .conditions import Conditions, by_frames
 from .embeddings import TimestepEmbedding, timestep_sinusoid
 from .feed_forward import FeedForward
-from .normalization import group_norm
+from .normalization import LayerNorm, group_norm
 from .resnet import PointwiseConv2d
 from .temporal import AlphaBlender
 
@@ -71,13 +71,13 @@ class BasicTransformerBlock(nn.Module):
         super().__init__()
         if num_positions is not None:
             self.pos_embed = SinusoidalPositionalEmbedding(dim, num_positions)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn1 = Attention(dim, None, heads, dim_head)
         if cross_attention_dim is not None or double_self_attention:
-            self.norm2 = nn.LayerNorm(dim)
+            self.norm2 = LayerNorm(dim)
             context_dim = None if double_self_attention else cross_attention_dim
             self.attn2 = Attention(dim, context_dim, heads, dim_head)
-        self.norm3 = nn.LayerNorm(dim)
+        self.norm3 = LayerNorm(dim)
         self.ff = FeedForward(dim)
         self.chunk_size: int | None = None
         self.chunk_dim = 0
@@ -109,7 +109,7 @@ class BasicTransformerBlock(nn.Module):
         states = cond.context_states
         if states.shape[1] == 1 and cond.context_mask is None and attn.one_token_is_linear:
             # The softmax over one key is 1: one row for all queries of a context, (B, 1, K) -> (N, 1, K).
-            y = attn.of_one_token(cond.context, **keywords)
+            y = attn.of_one_token(cond.context)
             return mx.repeat(y, x.shape[0] // y.shape[0], axis=0)
         # (N, S, K) -> (B, F*S, K): all rows of a sample ask the same keys
         query = self._placed(self.norm2(x)).reshape(states.shape[0], -1, x.shape[-1])
@@ -136,7 +136,7 @@ class TemporalBasicTransformerBlock(BasicTransformerBlock):
 
     def __init__(self, dim: int, heads: int, dim_head: int, cross_attention_dim: int | None = None):
         super().__init__(dim, heads, dim_head, cross_attention_dim)
-        self.norm_in = nn.LayerNorm(dim)
+        self.norm_in = LayerNorm(dim)
         self.ff_in = FeedForward(dim)
 
     def set_chunk_feed_forward(self, chunk_size: int | None, dim: int = 1) -> None:

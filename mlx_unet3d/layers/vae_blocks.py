@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from .activations import silu
 from .attention import Attention
+from .chunking import evaluate, in_sequence, ranges
 from .conditions import Conditions, by_frames
 from .convolution import Conv2d, TemporalConv
 from .normalization import group_norm
@@ -249,16 +250,10 @@ def blend(before: mx.array, tile: mx.array, extent: int, axis: int) -> mx.array:
 
 
 def in_chunks(fn: Callable[[mx.array], mx.array], x: mx.array, chunk_size: int) -> mx.array:
-    """`fn` of `chunk_size` entries of the first axis at a time, each evaluated before the next
-    begins."""
-    count = x.shape[0]
-    if count <= chunk_size:
+    """`fn` of `chunk_size` entries of the first axis at a time, each evaluated before the next begins."""
+    if x.shape[0] <= chunk_size:
         return fn(x)
-    parts = []
-    for start in range(0, count, chunk_size):
-        parts.append(fn(x[start : start + chunk_size]))
-        mx.eval(parts[-1])
-    return mx.concatenate(parts)
+    return mx.concatenate(in_sequence(fn, ([x[r]] for r in ranges(x.shape[0], chunk_size))))
 
 
 def tiled(fn: Callable[[mx.array], mx.array], x: mx.array, tile_in: int, tile_out: int) -> mx.array:
@@ -283,9 +278,9 @@ def tiled(fn: Callable[[mx.array], mx.array], x: mx.array, tile_in: int, tile_ou
                 tile = blend(above[len(row)], tile, extent, axis=1)
             if row:
                 tile = blend(row[-1], tile, extent, axis=2)
-            mx.eval(tile)
+            evaluate(tile)
             row.append(tile)
         rows.append(mx.concatenate([tile[:, :kept, :kept] for tile in row], axis=2))
-        mx.eval(rows[-1])
+        evaluate(rows[-1])
         above = row
     return mx.concatenate(rows, axis=1)

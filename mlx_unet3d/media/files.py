@@ -2,15 +2,17 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import PIL
-from PIL import features
+from PIL import Image, features
 
-from ..atomic import whole_file, whole_folder
+from ..atomic import check_place, whole_file, whole_folder
 from . import gif, images, mp4
-from .frames import DEFAULT_FPS, MAX_FPS, Frames, check_fps, check_frames
+from .frames import DEFAULT_FPS, MAX_FPS, Frames, Reading, Size, as_frames, check_fps, check_frames
 from .metadata import MetadataValue, decode_metadata, encode_metadata
 
 SUFFIXES = {
@@ -30,7 +32,7 @@ PathLike = str | os.PathLike[str]
 
 def write_video(
     path: PathLike,
-    frames: Frames,
+    frames: Frames | Sequence[Image.Image | Frames],
     fps: float = DEFAULT_FPS,
     metadata: Mapping[str, MetadataValue] | None = None,
     loop: int = 0,
@@ -48,7 +50,8 @@ def write_video(
 
     Args:
         path: where to; its parent folder must be there.
-        frames: uint8 (F, H, W, 3), red green blue; see `to_uint8`.
+        frames: uint8 (F, H, W, 3), red green blue, see `to_uint8`; or a list of images, or of arrays
+            (H, W, 3).
         fps: frames a second, 0.1 to 240. GIF counts in 10 ms and WebP and PNG in 1 ms: frames
             of two lengths take turns there, so that the rate holds over the clip.
         metadata: what made the clip; goes into the file as flat JSON, see `read_metadata`.
@@ -64,7 +67,10 @@ def write_video(
         OSError: as `check_writable`.
         RuntimeError: ffmpeg failed; holds the last lines of what it said.
     """
+    frames = as_frames(frames)
     check_frames(frames)
+    fps = _plain(fps)
+    loop, metadata = _plain(loop), metadata and {key: _plain(value) for key, value in metadata.items()}
     check_writable(path, fps=fps, metadata=metadata, loop=loop, overwrite=overwrite)
     kind, target = _kind(path), Path(path)
     comment = None if metadata is None else encode_metadata(metadata)
@@ -96,6 +102,7 @@ def check_writable(
         TypeError: a value has the wrong type.
         FileNotFoundError, NotADirectoryError, PermissionError: the parent folder is missing, no
             folder, or closed to writing.
+        OSError: a file that was written there on trial could not be, or the name is too long.
         IsADirectoryError: the path has the suffix of a file and is a folder.
         FileExistsError: the path is there and `overwrite` False, or it is a folder with more in
             it than frames.
@@ -125,6 +132,7 @@ def _check_place(target: Path, kind: str, overwrite: bool) -> None:
         raise NotADirectoryError(f"{parent} is a file; {target.name} needs a folder there")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{parent} is closed to writing; give another folder")
+    check_place(target.resolve() if kind == "folder" else target)
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -144,8 +152,15 @@ def _check_place(target: Path, kind: str, overwrite: bool) -> None:
             )
 
 
-def read_video(path: PathLike) -> tuple[Frames, float]:
+def read_video(
+    path: PathLike, *, num_frames: int | None = None, size: Size = (None, None)
+) -> tuple[Frames, float]:
     """Reads a clip: GIF, WebP, PNG, a folder of PNG files, MP4 or MOV (by ffmpeg).
+
+    Args:
+        path: of the clip.
+        num_frames: read no more than so many, the first; None for all.
+        size: height and width that each frame is resized to as it is read, None for as it is.
 
     Returns:
         uint8 frames (F, H, W, 3) and the frames a second. Frames held longer than the others are
@@ -153,12 +168,14 @@ def read_video(path: PathLike) -> tuple[Frames, float]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: unknown suffix, a damaged file, or no ffmpeg for MP4.
+        ValueError: unknown suffix, a damaged file, no ffmpeg for MP4, or more pixels than memory should be
+            spent on: 2**25 a frame, 2**29 bytes in all, after the resizing.
     """
     kind, source = _existing(path)
+    reading = Reading(source, num_frames, size)
     if kind == "folder":
-        return images.read_folder(source)
-    return mp4.read_mp4(source) if kind == "mp4" else images.read_animation(source)
+        return images.read_folder(reading)
+    return mp4.read_mp4(reading) if kind == "mp4" else images.read_animation(reading)
 
 
 def read_metadata(path: PathLike) -> dict[str, MetadataValue]:
@@ -184,8 +201,15 @@ def encoders() -> dict[str, str | None]:
     return {".gif": pillow, ".webp": webp, ".png": pillow, ".mp4": video}
 
 
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python's; others as they are."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _kind(path: PathLike, suffixes: Mapping[str, str] = SUFFIXES) -> str:
     text, suffix = os.fspath(path), Path(path).suffix.lower()
+    if Path(path).name in ("", ".."):  # "", ".", "/", "..": the folder in use, and never meant
+        raise ValueError(f"{text!r} is no name for a video; give one, such as video.gif")
     if text.endswith(("/", os.sep)):
         return "folder"
     if suffix in suffixes:

@@ -4,10 +4,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Real
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ..errors import NonFiniteError
 
@@ -16,6 +19,17 @@ Frames = NDArray[np.uint8]
 # The rate of ModelScope's clips; also what is taken for files that state none.
 DEFAULT_FPS = 8.0
 MIN_FPS, MAX_FPS = 0.1, 240.0
+# A few bytes of a file can stand for any number of pixels; no clip for a network comes near these.
+MAX_PIXELS = 2**25  # of a frame: 8K video
+MAX_BYTES = 2**29  # of the frames of a clip
+MAX_FRAMES = 10_000
+
+Size = tuple[int | None, int | None]
+"""Height and width to resize frames to, each None for as it is."""
+
+
+class RefusedClipError(ValueError):
+    """A clip that breaks a rule of this package, not one of its format."""
 
 
 def to_uint8(frames: NDArray[np.floating] | mx.array) -> Frames:
@@ -48,6 +62,18 @@ def to_uint8(frames: NDArray[np.floating] | mx.array) -> Frames:
     return np.rint(np.clip(frames, 0, 1) * np.float32(255)).astype(np.uint8)
 
 
+def as_frames(frames: Frames | Sequence[Image.Image | Frames]) -> Frames:
+    """Frames (F, H, W, 3) of a list of images or of arrays (H, W, 3); anything else as it is."""
+    if not isinstance(frames, list | tuple) or not frames:
+        return frames
+    arrays = [np.asarray(f.convert("RGB")) if isinstance(f, Image.Image) else f for f in frames]
+    if not all(isinstance(array, np.ndarray) for array in arrays):
+        return frames
+    if len({(array.shape, array.dtype) for array in arrays}) > 1:
+        raise ValueError("the frames differ in size or dtype; the frames of a clip have one of each")
+    return np.stack(arrays)
+
+
 def check_frames(frames: Frames) -> None:
     """Raises TypeError or ValueError unless frames are uint8 (F, H, W, 3) with something in them."""
     if not isinstance(frames, np.ndarray):
@@ -60,7 +86,7 @@ def check_frames(frames: Frames) -> None:
 
 def check_fps(fps: float, highest: float = MAX_FPS) -> None:
     """Raises TypeError or ValueError unless `MIN_FPS <= fps <= highest`."""
-    if isinstance(fps, bool) or not isinstance(fps, (int, float, Fraction)):
+    if isinstance(fps, bool) or not isinstance(fps, Real):
         raise TypeError(f"fps={fps!r} is a {type(fps).__name__}; give a number")
     if not (math.isfinite(fps) and MIN_FPS <= fps <= highest):
         raise ValueError(f"fps={fps} is out of range; use {MIN_FPS:g} <= fps <= {highest:g}")
@@ -91,3 +117,66 @@ def even_rate(times: Sequence[float], unit: int) -> tuple[list[int], float]:
     period = sum(single) / len(single)
     repeats = [max(1, round(time / period)) for time in known]
     return repeats, 1000 * sum(repeats) / sum(known)
+
+
+class Reading:
+    """The frames of one clip while they are read: only those wanted, resized at once, within the bounds.
+
+    Args:
+        path: of the clip, for messages.
+        num_frames: how many are wanted; None for all.
+        size: to resize them to.
+    """
+
+    def __init__(self, path: Path, num_frames: int | None = None, size: Size = (None, None)):
+        self.path, self.num_frames, self.size = path, num_frames, size
+        self.frames: list[Frames] = []
+        self.seen = 0
+
+    def enter(self, width: int, height: int) -> bool:
+        """Whether the next frame is wanted; RefusedClipError before it takes memory that it should not."""
+        if width * height > MAX_PIXELS or 0 in (width, height):
+            raise RefusedClipError(
+                f"{self.path} has a frame of {width}x{height} pixels; at most {MAX_PIXELS:,} pixels are read"
+            )
+        self.seen += 1
+        if self.seen > MAX_FRAMES:
+            raise RefusedClipError(f"{self.path} has more than {MAX_FRAMES} frames; cut it")
+        return self.num_frames is None or len(self.frames) < self.num_frames
+
+    def add(self, frame: Frames) -> None:
+        """Keep a frame (H, W, 3)."""
+        height, width = (
+            n if n is not None else own for n, own in zip(self.size, frame.shape[:2], strict=True)
+        )
+        if (height, width) != frame.shape[:2]:
+            frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
+        self.frames.append(frame)
+        self._check(len(self.frames))
+
+    def clip(self, repeats: Sequence[int] | None = None) -> Frames:
+        """The frames (F, H, W, 3), each as often as `repeats` says."""
+        shapes = {frame.shape for frame in self.frames}
+        if len(shapes) > 1:
+            sizes = ", ".join(sorted(f"{width}x{height}" for height, width, _ in shapes)[:4])
+            raise RefusedClipError(
+                f"{self.path} has frames of {sizes} pixels; the frames of a clip have one size"
+            )
+        if repeats is None:
+            return np.stack(self.frames)
+        order = itertools.chain.from_iterable(map(itertools.repeat, range(len(self.frames)), repeats))
+        order = list(itertools.islice(order, self.num_frames or self._most() + 1))
+        self._check(len(order))
+        return np.stack([self.frames[i] for i in order])
+
+    def _most(self) -> int:
+        return min(MAX_BYTES // self.frames[0].nbytes, MAX_FRAMES)
+
+    def _check(self, count: int) -> None:
+        if count > self._most():
+            height, width, _ = self.frames[0].shape
+            raise RefusedClipError(
+                f"{self.path} has more than {self._most()} frames of {width}x{height} pixels, which take "
+                f"more than {MAX_BYTES / 1e9:.1f} GB; read fewer (--num-frames, num_frames=), or "
+                "smaller ones (--height and --width, size=)"
+            )

@@ -1,16 +1,23 @@
-"""WebP, PNG, folders of PNG, and reading whatever Pillow reads."""
+"""WebP, PNG, folders of PNG, and reading these, GIF and JPEG."""
 
 import contextlib
+import math
+import os
 import re
 import struct
+import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageSequence, PngImagePlugin
 
+from ..errors import printable
+from ..inputs import open_input
 from . import gif
-from .frames import DEFAULT_FPS, Frames, durations, even_rate
+from .frames import DEFAULT_FPS, MAX_FPS, MIN_FPS, Frames, Reading, RefusedClipError, durations, even_rate
 
 UNIT = 1  # milliseconds
 WEBP_QUALITY = 90
@@ -18,8 +25,15 @@ WEBP_QUALITY = 90
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
 EXIF_ASCII = b"ASCII\0\0\0"  # names the character set, in the first 8 bytes of a user comment
 
-# What Pillow's readers raise, by format, over a file that is cut off or overwritten.
-DAMAGE = (OSError, SyntaxError, ValueError, IndexError, struct.error)
+# Whatever the name says, Pillow tries all formats that it has, and some start other programs.
+FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
+MAX_FILE_BYTES = 2**28
+
+# What Pillow's readers raise, by format, over a file that is cut off, overwritten or made to hurt.
+DAMAGE = (
+    OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
+    AssertionError, RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 PNG_COMMENT, PNG_RATE = "Comment", "fps"
 
@@ -70,34 +84,47 @@ def _png_info(comment: str | None) -> PngImagePlugin.PngInfo:
     return info
 
 
-def read_animation(path: Path) -> tuple[Frames, float]:
+def read_animation(reading: Reading) -> tuple[Frames, float]:
     """Frames (F, H, W, 3) and rate of an animated or still image; long frames are repeated."""
-    with open_image(path) as image:
+    with open_image(reading.path) as image:
         unit = gif.UNIT if image.format == "GIF" else UNIT
-        frames, times = [], []
+        times = []
+        reading.enter(*image.size)  # before the first is decoded
+        reading.seen = 0
         for frame in ImageSequence.Iterator(image):
-            frames.append(np.asarray(frame.convert("RGB")))
+            if reading.enter(*frame.size):
+                reading.add(np.asarray(frame.convert("RGB")))
             times.append(float(frame.info.get("duration", 0)))
     repeats, fps = even_rate(times, unit)
-    return np.repeat(np.stack(frames), repeats, axis=0), fps
+    return reading.clip(repeats), fps
 
 
-def read_folder(folder: Path) -> tuple[Frames, float]:
+def read_folder(reading: Reading) -> tuple[Frames, float]:
     """Frames (F, H, W, 3) of all PNG files in the order of their numbers, and their rate."""
+    folder, fps = reading.path, DEFAULT_FPS
     paths = png_files(folder)
-    frames, fps = [], DEFAULT_FPS
+    first = None
     for path in paths:
         with open_image(path) as image:
-            if path == paths[0]:
-                fps = float(image.info.get(PNG_RATE, DEFAULT_FPS))
-            frames.append(np.asarray(image.convert("RGB")))
-        if frames[-1].shape != frames[0].shape:
-            sizes = ["{1}x{0}".format(*frame.shape) for frame in (frames[0], frames[-1])]
-            raise ValueError(
-                f"{paths[0].name} is {sizes[0]} and {path.name} {sizes[1]} pixels in {folder}; "
-                "the frames of a clip have one size"
-            )
-    return np.stack(frames), fps
+            if not reading.enter(*image.size):
+                break
+            if first is None:
+                first, fps = image.size, _rate(image.info.get(PNG_RATE), path)
+            if image.size != first:
+                sizes = ["{}x{}".format(*size) for size in (first, image.size)]
+                raise RefusedClipError(
+                    f"{paths[0].name} is {sizes[0]} and {path.name} {sizes[1]} pixels in {folder}; "
+                    "the frames of a clip have one size"
+                )
+            reading.add(np.asarray(image.convert("RGB")))
+    return reading.clip(), fps
+
+
+def _rate(text: object, path: Path) -> float:
+    fps = DEFAULT_FPS if text is None else float(text) if isinstance(text, str) else math.nan
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise RefusedClipError(f"{path} states {fps} frames a second; use {MIN_FPS:g} to {MAX_FPS:g}")
+    return fps
 
 
 def png_files(folder: Path) -> list[Path]:
@@ -123,11 +150,40 @@ def read_comment(path: Path) -> str | bytes | None:
         return image.info.get("comment" if image.format == "GIF" else PNG_COMMENT)
 
 
+class _Metered:
+    """A file that is read in as many pieces as its size explains: readers look for the next block of a file
+    of zeros byte by byte, for minutes."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._left = file, 100_000 + size // 64
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, count: int = -1) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("its blocks are too many and too small")
+        return self._file.read(count)
+
+
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """An image opened; what Pillow raises over its contents, then and later, becomes a ValueError."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except DAMAGE as error:
-        raise ValueError(f"{path} is damaged, or no image that Pillow reads: {error}") from error
+    with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise ValueError(
+                f"{path} is an image of {size} bytes; at most {MAX_FILE_BYTES} are read: write it as .mp4"
+            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # of large pictures, which are bounded more closely, and of tags
+                with Image.open(_Metered(file, size), formats=FORMATS) as image:
+                    yield image
+        except RefusedClipError:
+            raise
+        except DAMAGE as error:
+            raise ValueError(
+                f"{path} is damaged, or no image that Pillow reads: {printable(str(error))}"
+            ) from error

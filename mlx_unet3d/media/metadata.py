@@ -4,6 +4,8 @@ import json
 import math
 from collections.abc import Mapping
 
+from ..inputs import parse_json
+
 MetadataValue = str | int | float | bool | None
 
 # A process takes arguments of 128 KiB on Linux, and ffmpeg takes the text as one.
@@ -39,12 +41,12 @@ def encode_metadata(metadata: Mapping[str, MetadataValue]) -> str:
 
 def decode_metadata(text: str | bytes | None, path: object) -> dict[str, MetadataValue]:
     """The object that `encode_metadata` wrote; ValueError where `text` is another's, or nothing."""
-    if text is not None:
+    if isinstance(text, str | bytes) and len(text) <= MAX_BYTES:
         try:
-            found = json.loads(text)
+            found = parse_json(text)
         except ValueError:
             found = None
-        if isinstance(found, dict):
+        if isinstance(found, dict) and all(isinstance(v, MetadataValue) for v in found.values()):
             return found
     raise ValueError(
         f"{path} holds no settings: it was not made by this program, or went through another one "

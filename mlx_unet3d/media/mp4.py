@@ -1,21 +1,28 @@
 """MP4: H.264 through an ffmpeg process; the container's own atoms are read here."""
 
+import os
 import shutil
 import struct
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from .frames import Frames
+from ..errors import printable_lines
+from ..inputs import open_input
+from .frames import MAX_PIXELS, Frames, Reading
 
 CRF = 17  # x264's constant rate factor: no loss that an eye finds
 INSTALL = 'install ffmpeg (`brew install ffmpeg`), or `pip install "mlx-unet3d[video]"`'
 COMMENT = "\u00a9cmt"  # iTunes' name for a comment, ffmpeg's too
+# The movie header takes some 20 bytes a frame; a file has a handful of atoms, or one a fragment.
+_MAX_MOVIE_BYTES, _MAX_ATOMS = 2**26, 100_000
 
 
 @dataclass(frozen=True)
@@ -91,24 +98,49 @@ def write_mp4(path: Path, frames: Frames, fps: float, comment: str | None) -> No
         raise RuntimeError(f"ffmpeg failed with status {done.returncode}: {_tail(done.stderr)}")
 
 
-def read_mp4(path: Path) -> tuple[Frames, float]:
+def read_mp4(reading: Reading) -> tuple[Frames, float]:
     """Frames (F, H, W, 3), upright, and the mean rate, to which uneven frame times are evened out."""
+    path = reading.path
     candidates = installed()
     if not candidates:
         raise ValueError(f"reading {path} needs ffmpeg: {INSTALL}")
     rate = video_rate(path)
     command = [candidates[0].executable, "-hide_banner", "-loglevel", "error", "-nostdin"]
+    # As a file of this format and nothing else: by its content it could be a list of other files.
+    command += ["-protocol_whitelist", "file,pipe", "-f", "mov", "-max_pixels", str(MAX_PIXELS)]
     command += ["-i", f"file:{path.absolute()}", "-map", "0:v:0"]
     command += ["-r", f"{rate.numerator}/{rate.denominator}"]
+    if reading.num_frames is not None:
+        command += ["-frames:v", str(reading.num_frames)]
     command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1"]
-    done = _run(command)
-    if done.returncode != 0 or not done.stdout:
-        raise ValueError(f"ffmpeg cannot read {path}: {_tail(done.stderr)}")
-    magic, size, depth, _ = done.stdout.split(b"\n", 3)
-    width, height = map(int, size.split())
-    header = len(magic) + len(size) + len(depth) + 3
-    images = np.frombuffer(done.stdout, np.uint8).reshape(-1, header + height * width * 3)
-    return images[:, header:].reshape(-1, height, width, 3).copy(), float(rate)
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+        try:
+            while (frame := _next_ppm(process.stdout, reading)) is not None:
+                reading.add(frame)
+            status = process.wait()
+        finally:  # also where a frame is one too many
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        if status != 0 or not reading.frames:
+            errors.seek(0)
+            raise ValueError(f"ffmpeg cannot read {path}: {_tail(errors.read(2**16))}")
+    return reading.clip(), float(rate)
+
+
+def _next_ppm(pipe: IO[bytes], reading: Reading) -> Frames | None:
+    """The next image (H, W, 3) of a stream of PPM files: "P6", sizes, 255, pixels; None at its end."""
+    header = [pipe.readline(100) for _ in range(3)]
+    if not header[0]:
+        return None
+    width, height = map(int, header[1].split())
+    if not reading.enter(width, height):
+        return None
+    pixels = pipe.read(height * width * 3)
+    if len(pixels) != height * width * 3:  # it broke off
+        return None
+    return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
 
 def _run(command: Sequence[str], input: memoryview | None = None) -> subprocess.CompletedProcess[bytes]:
@@ -121,7 +153,7 @@ def _run(command: Sequence[str], input: memoryview | None = None) -> subprocess.
 
 def _tail(stderr: bytes, lines: int = 10) -> str:
     text = "\n".join(stderr.decode(errors="replace").strip().splitlines()[-lines:])
-    return text or "it said nothing"
+    return printable_lines(text) or "it said nothing"
 
 
 def read_comment(path: Path) -> bytes | None:
@@ -143,10 +175,10 @@ def video_rate(path: Path) -> Fraction:
         try:
             (timescale,) = struct.unpack_from(">I", header, 20 if header[:1] == b"\1" else 12)
             (entries,) = struct.unpack_from(">I", table, 4)
-            runs = list(struct.iter_unpack(">II", table[8 : 8 + 8 * entries]))
-        except struct.error as error:
+            runs = np.frombuffer(table[8 : 8 + 8 * entries], ">u4").reshape(-1, 2).astype(np.float64)
+        except (struct.error, ValueError) as error:
             raise ValueError(f"{path} is damaged in its frame times: {error}") from error
-        count, ticks = sum(n for n, _ in runs), sum(n * length for n, length in runs)
+        count, ticks = int(runs[:, 0].sum()), int(runs.prod(axis=1).sum())
         if count > 0 and ticks > 0 and timescale > 0:
             return Fraction(timescale * count, ticks).limit_denominator(100_000)
         break
@@ -158,20 +190,29 @@ def video_rate(path: Path) -> Fraction:
 
 def _movie(path: Path) -> memoryview:
     """The body of the moov atom: all about the tracks, without their samples."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = 0
-        while start + 8 <= size:
+        for _ in range(_MAX_ATOMS):
             file.seek(start)
-            length, kind = struct.unpack(">I4s", file.read(8))
+            head = file.read(16)
+            if len(head) < 8:
+                break
+            length, kind = struct.unpack(">I4s", head[:8])
             header = 8
             if length == 1:
-                length, header = struct.unpack(">Q", file.read(8))[0], 16
+                length, header = int.from_bytes(head[8:], "big"), 16
             elif length == 0:
                 length = size - start
             if length < header or start + length > size:
                 break
             if kind == b"moov":
+                if length > _MAX_MOVIE_BYTES:
+                    raise ValueError(
+                        f"{path} has a movie header of {length} bytes, at most {_MAX_MOVIE_BYTES} are read; "
+                        "cut the video"
+                    )
+                file.seek(start + header)
                 return memoryview(file.read(length - header))
             start += length
     raise ValueError(f"{path} is no MP4 file, or cut off: it has no movie header")

@@ -1,12 +1,11 @@
 """The graph of a computation, by shapes alone: nothing is computed and nothing allocated.
 
-`mx.export_function` hands the operations to a callback. What it takes apart, but a backend does at once, is
-replaced while tracing by `mx.depends` on a constant that tells which operation it stands for, a mark.
+`mx.export_function` hands the operations to a callback. It would take those of `operations` apart; in their
+place stands `mx.depends` on a constant that tells which operation it stands for, a mark.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +13,9 @@ import mlx.core as mx
 
 from .. import cpu
 from ..layers.chunking import sketched
+from ..operations import Tracer, traced_by
 
 _MAGIC = 0x3D0E7
-COMPILED = type(mx.compile(lambda x: x))
-
-Change = tuple[Any, str, Any]
-"""An owner, the name of one of its attributes, and what to put there."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +68,16 @@ def trace(
 
     `gpu`: as a GPU runs it, with attention and layer norms as operations of their own.
     """
-    marks = Marks()
-    changes = marks.of_compiled() + (marks.of_fast() if gpu else [])
-    with sketched(), cpu.routes(False) if gpu else nullcontext(), replaced(changes):
+    marks = Marks(gpu)
+    with sketched(), cpu.routes(False) if gpu else nullcontext(), traced_by(marks):
         return record(fn, arguments, marks)
 
 
-class Marks:
-    """Marks, and stand-ins that make them: for functions of `mx.compile`, which are always taken apart, and
-    for those of `mx.fast`, which are where there is no GPU."""
+class Marks(Tracer):
+    """Marks of element-wise functions, and on a GPU of attention and layer norms."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpu: bool) -> None:
+        self.gpu = gpu
         self.names: list[str] = []
 
     def new(self, name: str) -> mx.array:
@@ -102,59 +97,28 @@ class Marks:
         """An array like `x`, made by one operation of `x` and of those of `others` that are arrays."""
         return mx.depends([x], [*(a for a in others if isinstance(a, mx.array)), self.new(name)])[0]
 
-    def of_compiled(self, *owners: Any) -> list[Change]:
-        """Stand-ins for compiled functions wherever they are imported, and for attributes of `owners`."""
-        modules = [m for path, m in list(sys.modules.items()) if path.startswith(("mlx_unet3d", "mlx.nn"))]
-        return [
-            (owner, name, self.compiled(value))
-            for owner in (*modules, *owners)
-            if owner is not None
-            for name, value in vars(owner).items()
-            if isinstance(value, COMPILED)
-        ]
+    def attention(
+        self, query: mx.array, key: mx.array, value: mx.array, scale: float, mask: mx.array | str | None
+    ) -> mx.array:
+        if not self.gpu:
+            return super().attention(query, key, value, scale, mask)
+        return self.whole("ScaledDotProductAttention", query, key, value, mask)
 
-    def of_fast(self) -> list[Change]:
-        """Stand-ins for attention and layer norms."""
-        return [
-            (mx.fast, "layer_norm", self.layer_norm),
-            (mx.fast, "scaled_dot_product_attention", self.attention),
-        ]
-
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """An element-wise function as one operation."""
-
-        def stand_in(*args: mx.array) -> Any:
-            made = function(*args)  # for its form alone
-            results = [made] if isinstance(made, mx.array) else list(made)
-            like = next(a for a in args if a.shape == results[0].shape)
-            others = [a for a in args if a is not like]
-            results = mx.depends([like] * len(results), [*others, self.new("Compiled")])
-            return results[0] if isinstance(made, mx.array) else type(made)(results)
-
-        return stand_in
-
-    def layer_norm(self, x, weight, bias, eps, **_: Any) -> mx.array:
+    def layer_norm(self, x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
+        if not self.gpu:
+            return super().layer_norm(x, weight, bias, eps)
         for other in weight, bias:
             if other is not None and other.dtype != x.dtype:
                 x = x.astype(mx.result_type(x, other))
         return self.whole("LayerNorm", x, weight, bias)
 
-    def attention(self, q, k, v, *, scale, mask=None, **_: Any) -> mx.array:
-        return self.whole("ScaledDotProductAttention", q, k, v, mask)
-
-
-@contextmanager
-def replaced(changes: Iterable[Change]) -> Iterator[None]:
-    """Within it, attributes are other ones."""
-    before: list[Change] = []
-    try:
-        for owner, name, value in changes:
-            before.append((owner, name, vars(owner)[name]))
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in reversed(before):
-            setattr(owner, name, value)
+    def fused(self, function: Callable[..., Any], *args: mx.array) -> Any:
+        made = function(*args)  # for its form alone
+        results = [made] if isinstance(made, mx.array) else list(made)
+        like = next(a for a in args if a.shape == results[0].shape)
+        others = [a for a in args if a is not like]
+        results = mx.depends([like] * len(results), [*others, self.new("Compiled")])
+        return results[0] if isinstance(made, mx.array) else type(made)(results)
 
 
 def record(

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -205,19 +204,6 @@ class LoRAMixin:
     def _refuse_fused(self, what: str) -> None:
         if any(layer.fused for layer in self._adapted().values()):
             raise ValueError(f"adapters are fused; call unfuse_lora before you {what}")
-
-    @contextmanager
-    def _scaled_adapters(self, keywords: Mapping[str, Any] | None) -> Iterator[None]:
-        """For one forward, all adapters times `scale` of the `cross_attention_kwargs`."""
-        scale = (keywords or {}).get("scale", 1.0)
-        layers = self._adapted().values() if scale != 1 else ()
-        for layer in layers:
-            layer.factor = scale
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.factor = 1.0
 
 
 def chosen_weights(

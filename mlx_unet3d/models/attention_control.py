@@ -19,6 +19,7 @@ from ..layers.attention_adapters import (
     LoRAAttnProcessor,
     LoRAAttnProcessor2_0,
     LoRAXFormersAttnProcessor,
+    lora_processor,
 )
 from ..layers.attention_processors import (
     AttnProcessor,
@@ -86,16 +87,22 @@ class AttentionControl(LoRAMixin):
 
     @property
     def attn_processors(self) -> dict[str, Processor]:
-        """Path of each attention layer, with ".processor" -> its processor."""
-        return {processor_path(p): a.get_processor() for p, a in self._attentions().items()}
+        """Path of each attention layer, with ".processor" -> its processor; one of LoRA where its layers are
+        set, as in diffusers 0.23."""
+        found = {}
+        for path, attn in self._attentions().items():
+            lora = lora_processor(attn)
+            found[processor_path(path)] = attn.get_processor() if lora is None else lora
+        return found
 
     def set_attn_processor(
         self, processor: Processor | Mapping[str, Processor], _remove_lora: bool = False
     ) -> None:
         """Use one processor everywhere, or one a layer from a dict keyed like `attn_processors`.
 
-        `_remove_lora=True` drops LoRA layers that were set before. The dict is left as it is. ValueError
-        for a dict of another length, KeyError for one with another key; nothing is changed then.
+        The layers of LoRA processors become the adapter "processors"; `_remove_lora=True` drops those that
+        were set before. The dict is left as it is. ValueError for a dict of another length or a
+        processor that does not go with its layer, KeyError for another key; nothing is changed then.
         """
         layers = {processor_path(p): a for p, a in self._attentions().items()}
         if isinstance(processor, Mapping) and not isinstance(processor, nn.Module):
@@ -111,6 +118,8 @@ class AttentionControl(LoRAMixin):
             chosen = {key: processor[key] for key in layers}
         else:
             chosen = dict.fromkeys(layers, processor)
+        for key, layer in layers.items():
+            layer.check_processor(chosen[key], _remove_lora)
         for key, layer in layers.items():
             layer.set_processor(chosen[key], _remove_lora=_remove_lora)
 
@@ -192,14 +201,15 @@ class AttentionControl(LoRAMixin):
         self.processors_before_fusion = None
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> list[Path]:
-        """See `PretrainedModel.save_pretrained`. ValueError while projections are fused or adapters are set:
-        their weights are not part of this network's checkpoint."""
+        """See `PretrainedModel.save_pretrained`. ValueError while projections are fused, or adapters or
+        processors with weights are set: these are not part of this network's checkpoint."""
         if self.processors_before_fusion is not None:
             raise ValueError("the projections are fused; call unfuse_qkv_projections before saving")
-        adapters = {type(p).__name__ for p in self.attn_processors.values() if isinstance(p, nn.Module)}
-        if adapters:
+        processors = {type(a.get_processor()) for a in self._attentions().values()}
+        weighty = sorted(kind.__name__ for kind in processors if issubclass(kind, nn.Module))
+        if weighty:
             raise ValueError(
-                f"adapters are set ({', '.join(sorted(adapters))}) and would be lost; remove them before "
-                "saving: set_attn_processor(AttnProcessor2_0(), _remove_lora=True)"
+                f"adapters are set ({', '.join(weighty)}) and would be lost; remove them before saving: "
+                "set_attn_processor(AttnProcessor2_0())"
             )
         return super().save_pretrained(folder, **options)

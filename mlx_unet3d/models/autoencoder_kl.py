@@ -175,8 +175,7 @@ class AutoencoderKL(PretrainedModel):
                 left over when they are no multiples of it has no latent of its own.
             chunk_size: frames an evaluation, at least 1; the result is the same. None for 1 where
                 slicing is enabled, else for `frames_per_chunk`. With more frames than that, this
-                call evaluates its pieces, which `mx.grad` and `mx.compile` do not allow; pass N for
-                them.
+                call evaluates its pieces, except within `mx.compile`.
 
         Returns the distribution, (N, c, H // spatial_factor, W // spatial_factor), in the dtype of
         the network, whatever the dtype of `x`.

@@ -13,7 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .. import operations
 from ..checkpoints import ModelConfig
+from ..layers.normalization import LayerNorm
+from ..operations import one_operation
 from .adapters import LoRAMixin
 from .pretrained import PretrainedModel
 
@@ -21,8 +24,8 @@ from .pretrained import PretrainedModel
 _MOST_LAYERS = 1000
 
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": nn.gelu,  # the exact one, by erf
-    "quick_gelu": nn.gelu_fast_approx,  # x * sigmoid(1.702 x)
+    "gelu": one_operation(nn.gelu),  # the exact one, by erf
+    "quick_gelu": one_operation(nn.gelu_fast_approx),  # x * sigmoid(1.702 x)
 }
 
 
@@ -118,7 +121,7 @@ class CLIPAttention(nn.Module):
             proj(x).reshape(batch, length, self.heads, -1).transpose(0, 2, 1, 3)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = mx.fast.scaled_dot_product_attention(query, key, value, scale=self.scale, mask="causal")
+        y = operations.attention(query, key, value, scale=self.scale, mask="causal")
         # (B, heads, L, E / heads) -> (B, L, E)
         return self.out_proj(y.transpose(0, 2, 1, 3).reshape(batch, length, width))
 
@@ -141,9 +144,9 @@ class CLIPEncoderLayer(nn.Module):
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = CLIPAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -172,7 +175,7 @@ class CLIPTextTransformer(nn.Module):
         super().__init__()
         self.embeddings = CLIPTextEmbeddings(config)
         self.encoder = CLIPEncoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(self, input_ids: mx.array, num_layers: int) -> mx.array:
         """(B, L) -> (B, L, E)."""

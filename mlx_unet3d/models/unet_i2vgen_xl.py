@@ -18,6 +18,7 @@ from ..layers.conditions import Conditions
 from ..layers.convolution import Conv2d
 from ..layers.embeddings import timestep_sinusoid
 from ..layers.feed_forward import FeedForward
+from ..layers.normalization import LayerNorm
 from ..layers.text_context import TextContext
 from ..layers.transformers import TransformerTemporalModel
 from .feature_cache import FeatureCache
@@ -72,7 +73,7 @@ class I2VGenXLTransformerTemporalEncoder(nn.Module):
 
     def __init__(self, dim: int, heads: int, dim_head: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn1 = Attention(dim, None, heads, dim_head)
         self.ff = FeedForward(dim, activation="gelu")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..compilation import CompiledForward
 from ..layers.activations import silu
-from ..layers.adapted import walk
+from ..layers.adapted import scaled_adapters, walk
 from ..layers.blocks import DownBlock, Join, Keep, Level, MidBlock, Run, Step, UpBlock
 from ..layers.chunking import Chunks
 from ..layers.conditions import Conditions, by_frames
@@ -183,16 +183,25 @@ class VideoUNet(AttentionControl, PretrainedModel):
             deep = feature_cache.next()
         keywords = inputs.get("cross_attention_kwargs")
         if keywords is not None:  # a trace takes no scalars of NumPy
-            keywords = {k: v.item() if isinstance(v, np.generic) else v for k, v in keywords.items()}
+            keywords = {
+                k: v.item() if isinstance(v, np.generic | mx.array) and v.size == 1 else v
+                for k, v in keywords.items()
+            }
             inputs = inputs | {"cross_attention_kwargs": keywords}
         forward = self._forward if self._compiled is None else self._compiled
-        with self._scaled_adapters(keywords):
-            x, *made = forward(sample, context, inputs, depth, deep)
+        x, *made = forward(sample, context, inputs, depth, deep)
         if made:
             feature_cache.keep(made[0])
         return x
 
     def _forward(
+        self, sample: mx.array, context: Context | None, inputs: dict[str, Any], *features: Any
+    ) -> tuple[mx.array, ...]:
+        """Run all layers, with adapters scaled by the keyword `scale`, also while they are traced."""
+        with scaled_adapters((inputs.get("cross_attention_kwargs") or {}).get("scale", 1.0)):
+            return self._run_layers(sample, context, inputs, *features)
+
+    def _run_layers(
         self,
         sample: mx.array,
         context: Context | None,
@@ -410,21 +419,22 @@ class _CompiledUNet(CompiledForward):
     """The compiled `_forward` of a network; keys and values of a `TextContext` are inputs of the trace."""
 
     def __init__(self, unet: VideoUNet):
-        super().__init__(unet, self._trace)
+        super().__init__(unet)
         self._unet = unet
         self._projected: WeakSet[TextContext] = WeakSet()
 
     def __call__(self, sample: mx.array, context: Context | None, *others: Any) -> tuple[mx.array, ...]:
         if not isinstance(context, TextContext):
             return super().__call__(sample, context, *others)
-        if context not in self._projected:
-            # Making a graph runs none of it, but has the context make all keys and values.
-            self._unet._forward(sample, context, *others[:-1])  # no features: all layers
-            mx.eval(context.take_apart()[2])
-            self._projected.add(context)
+        with self._lock:
+            if context not in self._projected:
+                # Making a graph runs none of it, but has the context make all keys and values.
+                self._unet._forward(sample, context, *others[:-1])  # no features: all layers
+                mx.eval(context.take_apart()[2])
+                self._projected.add(context)
         return super().__call__(sample, context.take_apart(), *others)
 
-    def _trace(self, sample: mx.array, context: Any, *others: Any) -> tuple[mx.array, ...]:
+    def forward(self, sample: mx.array, context: Any, *others: Any) -> tuple[mx.array, ...]:
         if isinstance(context, tuple):
             context = TextContext.put_together(*context)
         return self._unet._forward(sample, context, *others)

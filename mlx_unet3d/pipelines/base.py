@@ -34,7 +34,7 @@ from ..models.outputs import ModelOutput
 from ..models.pretrained import PretrainedModel
 from ..models.unet_3d_condition import UNet3DConditionModel
 from ..noise import NoiseSource, noise_source
-from ..schedulers import Scheduler, scheduler_from_config
+from ..schedulers import Scheduler, scheduler_of_pipeline
 from ..tokenizer import CLIPTokenizer
 from .denoising import DenoisingStep, fold_frames
 
@@ -97,7 +97,8 @@ class BatchNoise:
     """Noise for a batch: one source for all of it, or one a sample, each drawing its own rows."""
 
     def __init__(self, seed: int | Sequence[int], rng: str, batch: int):
-        seeds = list(seed) if isinstance(seed, list | tuple) else [seed]
+        seeds = np.asarray(seed).tolist() if isinstance(seed, np.ndarray) else seed
+        seeds = list(seeds) if isinstance(seeds, list | tuple) else [seeds]
         if len(seeds) not in (1, batch):
             raise ValueError(f"seed has {len(seeds)} entries for {batch} videos; give one, or one each")
         self.sources: list[NoiseSource] = [noise_source(s, rng) for s in seeds]
@@ -111,7 +112,9 @@ class VideoPipeline:
     """A text encoder, a 3D UNet, a VAE and a scheduler, and what turns a prompt into frames.
 
     Args:
-        unet, vae, text_encoder, tokenizer, scheduler: the components; `from_pretrained` reads all.
+        unet, vae, text_encoder, tokenizer, scheduler: the components; `from_pretrained` reads all. A run lays
+            out its own copy of the scheduler, and leaves this one as it is: `pipe.scheduler.timesteps` are
+            those of training, and a run's own are in its records.
         recommended: what the checkpoint says of its use.
 
     Raises ValueError where the components do not fit together.
@@ -159,6 +162,7 @@ class VideoPipeline:
         *,
         dtype: mx.Dtype | None = None,
         vae_dtype: mx.Dtype | None = mx.float32,
+        scheduler: Scheduler | str | None = None,
         revision: str | None = None,
         variant: str | None = None,
         local_files_only: bool = False,
@@ -170,8 +174,11 @@ class VideoPipeline:
         "demo" is the small model that comes in this package.
 
         Args:
-            dtype: of the UNet and the text encoder; None for that of their files.
+            dtype: of the UNet and the text encoder; None for that of their files, or on a CPU, where half
+                precision saves no time, for float32.
             vae_dtype: of the VAE, which is prone to overflow in half precision; None as above.
+            scheduler: to take for the checkpoint's own; or the name of one to make from the checkpoint's
+                config, of a class or from `schedulers.SCHEDULERS`.
             revision, variant, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
 
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
@@ -192,14 +199,19 @@ class VideoPipeline:
                 f"{path_or_id}: model_index.json has no {', '.join(missing)}; the pipeline needs it"
             )
 
+        if dtype is None and mx.default_device() == mx.cpu:
+            dtype = mx.float32
+
         def load(kind: type[PretrainedModel], subfolder: str, dtype: mx.Dtype | None) -> Any:
             return kind.from_pretrained(
                 path_or_id, subfolder=subfolder, variant=variant, dtype=dtype, **where
             )
 
-        config = read_component_config(path_or_id, "scheduler_config.json", subfolder="scheduler", **where)
-        with naming(folder / "scheduler" / "scheduler_config.json"):
-            scheduler = scheduler_from_config(config)
+        if not isinstance(scheduler, Scheduler):
+            name = "scheduler_config.json"
+            config = read_component_config(path_or_id, name, subfolder="scheduler", **where)
+            with naming(folder / "scheduler" / name):
+                scheduler = scheduler_of_pipeline(config, index["scheduler"], scheduler)
         return cls(
             scheduler=scheduler,
             tokenizer=CLIPTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **where),
@@ -256,15 +268,16 @@ class VideoPipeline:
         prompt_embeds: mx.array | None = None,
         negative_prompt_embeds: mx.array | None = None,
         clip_skip: int | None = None,
-    ) -> mx.array:
-        """Text states for `denoise`: (2B, L, D), negative first, or (B, L, D) for a scale of at most 1.
+    ) -> tuple[mx.array, mx.array | None]:
+        """Return the text states (prompt_embeds, negative_prompt_embeds), as diffusers' pipelines do.
 
-        `clip_skip` counts layers to leave out at the end of the text encoder, for the positive prompt. A
-        model of few words warns of others.
+        Each is (B, L, D); the second is None for a `guidance_scale` of at most 1. `steps` takes the pair, a
+        call its parts by their names. `clip_skip` counts layers to leave out at the end of the text encoder,
+        for the positive prompt. A model of few words warns of others.
         """
         positive = self._states("prompt", prompt, prompt_embeds, clip_skip)
         if self.guidance_scale(guidance_scale) <= 1:
-            return positive
+            return positive, None
         batch = positive.shape[0]
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
@@ -276,7 +289,7 @@ class VideoPipeline:
                 f"negative prompts give states {tuple(negative.shape)}, prompts {tuple(positive.shape)}; "
                 "give one negative prompt, or one a prompt"
             )
-        return mx.concatenate([negative, positive])
+        return positive, negative
 
     def _states(
         self,
@@ -288,7 +301,13 @@ class VideoPipeline:
         if (text is None) == (states is None):
             raise ValueError(f"give either {name} or {name}_embeds, and not both")
         if states is not None:
+            states = mx.array(states) if isinstance(states, np.ndarray) else states
             width = self._text_channels
+            if not isinstance(states, mx.array):
+                raise TypeError(
+                    f"{name}_embeds is a {type(states).__name__}; give an mx.array: of the pair that "
+                    "encode_prompt returns, the first is prompt_embeds, the second negative_prompt_embeds"
+                )
             if states.ndim != 3 or states.shape[2] != width:
                 raise ValueError(
                     f"{name}_embeds has shape {tuple(states.shape)}; it must be (batch, tokens, {width})"
@@ -300,6 +319,7 @@ class VideoPipeline:
             raise TypeError(f"{name}={text!r} must be a string or a list of strings")
         self._warn_of_unknown_words(texts)
         ids = mx.array(self.tokenizer([self._expand(text) for text in texts]))
+        clip_skip = int(clip_skip) if isinstance(clip_skip, np.integer) else clip_skip
         states = self.text_encoder(ids, clip_skip=clip_skip)
         mx.eval(states)
         return states
@@ -517,6 +537,23 @@ class VideoPipeline:
 
     # What the calls of the pipelines share.
 
+    def _stacked(self, states: tuple[mx.array, mx.array | None], guidance_scale: float) -> mx.array:
+        """The pair of `encode_prompt` as `denoise` takes it: (2B, L, D), negative first, or (B, L, D)."""
+        if not isinstance(states, tuple) or len(states) != 2:
+            raise TypeError(
+                f"text states are a {type(states).__name__}; give the pair that encode_prompt returns"
+            )
+        positive, negative = states
+        if guidance_scale <= 1:
+            return positive
+        if negative is None or negative.shape != positive.shape:
+            shape = None if negative is None else tuple(negative.shape)
+            raise ValueError(
+                f"guidance_scale={guidance_scale:g} needs negative states of shape {tuple(positive.shape)}, "
+                f"not {shape}; call encode_prompt with the same guidance_scale"
+            )
+        return mx.concatenate([negative, positive])
+
     def _check_call(
         self,
         num_inference_steps: int,
@@ -533,7 +570,8 @@ class VideoPipeline:
             raise ValueError(f"eta={eta} must lie between 0 and 1")
         if eta and not self.scheduler.uses_eta:
             raise ValueError(
-                f"eta={eta} means nothing to {type(self.scheduler).__name__}; use DDIMScheduler or leave it 0"
+                f"eta={eta} means nothing to {type(self.scheduler).__name__}; use DDIMScheduler or "
+                "TCDScheduler, or leave it 0"
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}")

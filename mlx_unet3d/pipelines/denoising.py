@@ -87,6 +87,8 @@ def denoise(
 ) -> Iterator[DenoisingStep]:
     """Denoise `latents` (B, C, F, h, w) from `scheduler.timesteps[first_step]` to the end.
 
+    `scheduler` is laid out, and this run's alone, as its steps change it: see `Scheduler.laid_out`.
+
     `text_states` is (2B, L, D), negative prompts first, where `guidance_scale` > 1, and (B, L, D)
     otherwise: then the network runs once a step. The latents stay in fp32; the network gets its dtype.
 

@@ -51,7 +51,7 @@ class TextToVideoPipeline(VideoPipeline):
             guidance_scale: strength of the prompt; at most 1: one pass a step, without negative prompt.
                 Default: as above, or 9.
             negative_prompt: what to avoid; one, or one a prompt; or `negative_prompt_embeds`.
-            eta: noise of DDIM, 0 to 1; only with a DDIMScheduler.
+            eta: noise of DDIM and TCD, 0 to 1; only with their schedulers.
             seed: of the noise; with a list, each video is what its seed alone would make.
             latents: (B, C, F, h, w) to start from instead of noise, before `init_noise_sigma`.
             output_type: "np", "pil", "mlx" or "latent", see `VideoOutput`.
@@ -72,7 +72,7 @@ class TextToVideoPipeline(VideoPipeline):
         num_inference_steps = self.num_inference_steps(num_inference_steps)
         guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta, output_type, callback_steps)
-        text_states = self.encode_prompt(
+        states = self.encode_prompt(
             prompt,
             negative_prompt,
             guidance_scale=guidance_scale,
@@ -82,7 +82,7 @@ class TextToVideoPipeline(VideoPipeline):
         )
         self._done_with("text_encoder")
         steps = self.steps(
-            text_states,
+            states,
             height=height,
             width=width,
             num_frames=num_frames,
@@ -101,7 +101,7 @@ class TextToVideoPipeline(VideoPipeline):
 
     def steps(
         self,
-        text_states: mx.array,
+        states: tuple[mx.array, mx.array | None],
         *,
         height: int | None = None,
         width: int | None = None,
@@ -121,7 +121,9 @@ class TextToVideoPipeline(VideoPipeline):
         """The denoising loop alone, on what `encode_prompt` returned for the same `guidance_scale`.
 
         Arguments as for the call. Checks them at once; each step runs when its record is asked for, so
-        a loop over it can show progress, preview `denoised`, or stop. To go on with a run that stopped,
+        a loop over it can show progress, preview `denoised`, or stop. Several runs may be under way at a
+        time, in several threads too; a thread of yours should end with `mx.clear_streams()`, as MLX may
+        otherwise abort the process at its exit. To go on with a run that stopped,
         pass the `prediction` of each of its records and the same arguments: the network then runs for the
         remaining steps only, and the result is that of an uninterrupted run.
         """
@@ -132,7 +134,8 @@ class TextToVideoPipeline(VideoPipeline):
         self._check_savings(guidance_scale, guidance_interval, cache_interval, cache_depth)
         num_frames = self.num_frames(num_frames)
         check_count("num_frames", num_frames)
-        batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
+        text_states = self._stacked(states, guidance_scale)
+        batch = states[0].shape[0]
         shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
         noise = BatchNoise(seed, rng, batch)
         if latents is None:
@@ -141,11 +144,13 @@ class TextToVideoPipeline(VideoPipeline):
             raise ValueError(
                 f"latents has shape {tuple(latents.shape)}; with these settings it must be {shape}"
             )
-        self.scheduler.set_timesteps(num_inference_steps)
+        scheduler = self.scheduler.laid_out(num_inference_steps)
+        latents = mx.array(latents) * scheduler.init_noise_sigma
+        mx.eval(latents, text_states)  # so that another thread can run the steps
         return denoise(
             self.unet,
-            self.scheduler,
-            latents * self.scheduler.init_noise_sigma,
+            scheduler,
+            latents,
             text_states,
             guidance_scale=guidance_scale,
             eta=eta,

@@ -44,8 +44,10 @@ class VideoToVideoPipeline(VideoPipeline):
 
         Args:
             prompt: one, or one a video; or `prompt_embeds` (B, L, D) instead.
-            video: frames (F, H, W, 3) or (B, F, H, W, 3), uint8 or floats in [0, 1], as NumPy array; a
-                list of images; or latents (B, C, F, h, w) as mx.array. H and W are multiples of 8.
+            video: frames (F, H, W, 3) or (B, F, H, W, 3), uint8 or floats in [0, 1], as NumPy array; a list
+                of images or arrays (H, W, 3); a list of one such list or array a prompt; or latents
+                (B, C, F, h, w) as mx.array. H and W of at least 8; the video is made without the rows and
+                columns that multiples of 8 leave over at the right and below, as in diffusers.
             strength: how much to change, above 0 and at most 1: that share of the steps is run.
 
         The other arguments are those of `TextToVideoPipeline`; `guidance_scale` is 15 where neither the
@@ -56,7 +58,7 @@ class VideoToVideoPipeline(VideoPipeline):
         num_inference_steps = self.num_inference_steps(num_inference_steps)
         guidance_scale = self.guidance_scale(guidance_scale)
         self._check_call(num_inference_steps, guidance_scale, eta, output_type, callback_steps)
-        text_states = self.encode_prompt(
+        states = self.encode_prompt(
             prompt,
             negative_prompt,
             guidance_scale=guidance_scale,
@@ -66,7 +68,7 @@ class VideoToVideoPipeline(VideoPipeline):
         )
         self._done_with("text_encoder")
         steps = self.steps(
-            text_states,
+            states,
             video,
             strength=strength,
             num_inference_steps=num_inference_steps,
@@ -83,7 +85,7 @@ class VideoToVideoPipeline(VideoPipeline):
 
     def steps(
         self,
-        text_states: mx.array,
+        states: tuple[mx.array, mx.array | None],
         video: Any,
         *,
         strength: float = 0.6,
@@ -104,25 +106,28 @@ class VideoToVideoPipeline(VideoPipeline):
         self._need("unet")
         self._check_call(num_inference_steps, guidance_scale, eta)
         self._check_savings(guidance_scale, guidance_interval, cache_interval, cache_depth)
-        batch = text_states.shape[0] // (2 if guidance_scale > 1 else 1)
+        text_states = self._stacked(states, guidance_scale)
+        batch = states[0].shape[0]
         noise = BatchNoise(seed, rng, batch)
-        self.scheduler.set_timesteps(num_inference_steps)
+        scheduler = self.scheduler.laid_out(num_inference_steps)
         run = min(int(num_inference_steps * strength), num_inference_steps) if 0 < strength <= 1 else 0
         if run < 1:
             raise ValueError(
                 f"strength={strength} with num_inference_steps={num_inference_steps} leaves no step to run; "
                 f"use a strength from {1 / num_inference_steps:.3g} to 1"
             )
-        first = (num_inference_steps - run) * self.scheduler.order
+        first = (num_inference_steps - run) * scheduler.order
 
         clean = self._encode_video(video, batch, noise)  # (N, C, h, w)
-        self.scheduler.set_begin_index(first)
-        start = self.scheduler.timesteps[first : first + 1]
-        latents = self.scheduler.add_noise(clean, noise(tuple(clean.shape)), start)
+        scheduler.set_begin_index(first)
+        start = scheduler.timesteps[first : first + 1]
+        latents = scheduler.add_noise(clean, noise(tuple(clean.shape)), start)
+        latents = unfold_frames(latents, batch)
+        mx.eval(latents, text_states)  # so that another thread can run the steps
         return denoise(
             self.unet,
-            self.scheduler,
-            unfold_frames(latents, batch),
+            scheduler,
+            latents,
             text_states,
             guidance_scale=guidance_scale,
             first_step=first,
@@ -148,10 +153,10 @@ class VideoToVideoPipeline(VideoPipeline):
             return fold_frames(video).astype(mx.float32)
         pixels = as_pixels(video)
         factor = self.vae_scale_factor
-        if pixels.shape[0] != batch or pixels.shape[2] % factor or pixels.shape[3] % factor:
+        if pixels.shape[0] != batch or min(pixels.shape[2:4]) < factor:
             raise ValueError(
                 f"video has shape {pixels.shape}; it must be ({batch}, frames, height, width, 3), one a "
-                f"prompt, with height and width multiples of {factor}: resize or crop it"
+                f"prompt, with height and width of at least {factor}"
             )
         # (B, F, H, W, 3) in [0, 1] -> (B*F, 3, H, W) in [-1, 1]
         images = mx.array(pixels.reshape(-1, *pixels.shape[2:])).transpose(0, 3, 1, 2) * 2 - 1
@@ -166,11 +171,12 @@ def as_pixels(video: Any) -> np.ndarray:
     if isinstance(video, list | tuple):
         if not video:
             raise ValueError("video is an empty list; it must have at least one frame")
-        images = [f.convert("RGB") if isinstance(f, Image.Image) else f for f in video]
-        shapes = {np.shape(image) for image in images}
+        parts = [as_array(part) for part in video]
+        shapes = {part.shape for part in parts}
         if len(shapes) > 1:
             raise ValueError(f"the frames of video differ in shape: {sorted(shapes)}")
-        video = np.stack([np.asarray(image) for image in images])
+        # Arrays of five axes are batches already.
+        video = np.concatenate(parts) if parts[0].ndim == 5 else np.stack(parts)
     if not isinstance(video, np.ndarray):
         raise TypeError(
             f"video is a {type(video).__name__}; give a NumPy array, a list of images or an mx.array"
@@ -188,3 +194,18 @@ def as_pixels(video: Any) -> np.ndarray:
             f"video has values from {video.min():.3g} to {video.max():.3g}; floats must lie in [0, 1]"
         )
     return video.astype(np.float32)
+
+
+def as_array(part: Any) -> np.ndarray:
+    """A frame (H, W, 3) of an image, frames (F, H, W, 3) of a list of them; an array as it is."""
+    if isinstance(part, Image.Image):
+        return np.asarray(part.convert("RGB"))
+    if isinstance(part, list | tuple) and part:
+        frames = [as_array(frame) for frame in part]
+        shapes = {frame.shape for frame in frames}
+        if len(shapes) > 1:
+            raise ValueError(f"the frames of video differ in shape: {sorted(shapes)}")
+        return np.stack(frames)
+    if not isinstance(part, np.ndarray):
+        raise TypeError(f"video has a {type(part).__name__} in it; give images or NumPy arrays")
+    return part

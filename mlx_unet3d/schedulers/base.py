@@ -1,19 +1,16 @@
-"""What all schedulers share: configuration, schedule position, predictions, noising, files."""
+"""Base of all schedulers: schedule, position in it, predictions, noising."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
 
-from ..atomic import write_text
 from .arrays import SchedulerOutput, Timestep, as_number, check_same_shape, dynamic_threshold
-from .config import FOREIGN_KEYS, SchedulerConfig, argument_names, split_config
+from .config import ConfigMixin
 from .tables import (
     BETA_SCHEDULES,
     SPACINGS,
@@ -28,16 +25,15 @@ if TYPE_CHECKING:
 
     from ..noise import NoiseSource
 
-CONFIG_NAME = "scheduler_config.json"
 _MOST_TIMESTEPS = 10**6  # a thousand are usual; the tables hold a number for each
 
 
-class Scheduler:
+class Scheduler(ConfigMixin):
     """Base of the samplers: turns a network's outputs into ever less noisy samples.
 
-    Use: `set_timesteps(n)`; begin with noise times `init_noise_sigma` (or `set_begin_index(i)` and
-    `add_noise` to begin from a sample at `timesteps[i]`); then for each `t` in `timesteps`, call
-    the network on `scale_model_input(sample, t)` and give its output to `step`.
+    Use: `set_timesteps(n)`, or `laid_out(n)` for a copy; begin with noise times `init_noise_sigma` (or
+    `set_begin_index(i)` and `add_noise` to begin from a sample at `timesteps[i]`); then for each `t` in
+    `timesteps`, call the network on `scale_model_input(sample, t)` and give its output to `step`.
 
     Samples may have any shape (B, ...) and any float dtype. The arithmetic is float32; results come back in
     the sample's dtype. A scheduler keeps state between steps, and `set_timesteps` begins anew.
@@ -53,18 +49,12 @@ class Scheduler:
     """Entries of `timesteps` for one step of strength in video-to-video."""
     uses_eta: ClassVar[bool] = False
     """Whether `step` takes `eta`."""
+    custom_schedules: ClassVar[tuple[str, ...]] = ()
+    """Schedules of the caller's own that `set_timesteps` takes: "timesteps", "sigmas"."""
+    repeats_timesteps: ClassVar[bool] = False
+    """Whether there may be more steps than training timesteps."""
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
     beta_schedules: ClassVar[tuple[str, ...]] = BETA_SCHEDULES
-
-    classes: ClassVar[dict[str, type[Scheduler]]] = {}
-    """The scheduler classes by name."""
-
-    config: SchedulerConfig
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if hasattr(vars(cls).get("__init__"), "__wrapped__"):  # made by `configured`: no mere base
-            Scheduler.classes[cls.__name__] = cls
 
     def __init__(self) -> None:
         if type(self) is Scheduler:
@@ -85,10 +75,10 @@ class Scheduler:
             betas = make_betas(config.beta_schedule, config.beta_start, config.beta_end, total)
         else:
             betas = np.array(config.trained_betas, dtype=np.float32)
-            if betas.shape != (total,):
+            if betas.ndim != 1 or not 1 <= len(betas) <= _MOST_TIMESTEPS:
                 raise ValueError(
-                    f"trained_betas has shape {betas.shape}; it must hold one value for each of "
-                    f"the num_train_timesteps={total}"
+                    f"trained_betas has shape {betas.shape}; it must be a list of one value for each "
+                    f"training timestep, {_MOST_TIMESTEPS} at most"
                 )
         if not np.isfinite(betas).all():
             raise ValueError(
@@ -103,9 +93,6 @@ class Scheduler:
         self.timesteps: np.ndarray = np.arange(total)[::-1].copy()
         self._step_index: int | None = None
         self._begin_index: int | None = None
-
-    def __repr__(self) -> str:
-        return repr(self.config)
 
     # -- the schedule ------------------------------------------------------------------------------
 
@@ -132,25 +119,53 @@ class Scheduler:
         """The position at which sampling begins, if `set_begin_index` was called."""
         return self._begin_index
 
-    def set_timesteps(self, num_inference_steps: int) -> None:
-        """Lay out a schedule of `num_inference_steps` steps, and forget all earlier steps.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        timesteps: Sequence[float] | np.ndarray | None = None,
+        sigmas: Sequence[float] | np.ndarray | None = None,
+    ) -> None:
+        """Lay out a schedule, and forget all earlier steps.
+
+        Args:
+            num_inference_steps: n, for a schedule as the config spaces it; from 1 to `num_train_timesteps`,
+                or more in a class that `repeats_timesteps`.
+            timesteps: (n,) a schedule of one's own instead, noisiest first.
+            sigmas: (n + 1,) noise levels instead, falling; the last one is where the last step ends.
 
         Raises:
-            ValueError: not a whole number from 1 to `num_train_timesteps`.
+            ValueError: not exactly one of the three, a number out of range, or a kind of schedule that is not
+                among `custom_schedules`.
         """
-        total = self.config.num_train_timesteps
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, (int, np.integer)):
-            raise ValueError(f"num_inference_steps={num_inference_steps!r} must be a whole number")
-        if not 1 <= num_inference_steps <= total:
+        custom = {"timesteps": timesteps, "sigmas": sigmas}
+        custom = {name: values for name, values in custom.items() if values is not None}
+        if len(custom) + (num_inference_steps is not None) != 1:
+            given = [*custom, *["num_inference_steps"] * (num_inference_steps is not None)]
             raise ValueError(
-                f"num_inference_steps={num_inference_steps} must be from 1 to {total}, the number "
-                "of timesteps that the model was trained on"
+                f"set_timesteps was given {' and '.join(given) or 'nothing'}; give one of "
+                "num_inference_steps, timesteps and sigmas"
             )
-        self._lay_out(int(num_inference_steps))
-        self.num_inference_steps = int(num_inference_steps)
+        if num_inference_steps is not None:
+            steps = self._checked_steps(num_inference_steps)
+        else:
+            custom = {name: self._checked_schedule(name, values) for name, values in custom.items()}
+            steps = sum(len(values) - (name == "sigmas") for name, values in custom.items())
+        self._lay_out(steps, **custom)
+        self._check_range()
+        self.num_inference_steps = steps
         self._step_index = None
         self._begin_index = None
         self._reset()
+
+    def laid_out(self, num_inference_steps: int | None = None, **schedule: Any) -> Self:
+        """Return a copy for one run, with a schedule laid out; the scheduler itself stays as it is.
+
+        Arguments and errors are those of `set_timesteps`.
+        """
+        scheduler = copy.copy(self)  # enough, as set_timesteps replaces all state and changes none in place
+        scheduler.set_timesteps(num_inference_steps, **schedule)
+        return scheduler
 
     def set_begin_index(self, begin_index: int) -> None:
         """Begin at `timesteps[begin_index]`. Call it after `set_timesteps`, before the first step.
@@ -235,18 +250,72 @@ class Scheduler:
     # -- for the samplers --------------------------------------------------------------------------
 
     def _lay_out(self, steps: int) -> None:
-        """Set `timesteps` (and what goes with them)."""
+        """Set `timesteps`, and `sigmas` in classes that have them.
+
+        Classes with `custom_schedules` take these by keyword, as float64.
+        """
         config = self.config
         self.timesteps = spaced_timesteps(
             config.timestep_spacing, steps, config.num_train_timesteps, config.steps_offset
         ).astype(np.int64)
+
+    def _checked_steps(self, steps: int) -> int:
+        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
+            raise ValueError(f"num_inference_steps={steps!r} must be a whole number")
+        most = _MOST_TIMESTEPS if self.repeats_timesteps else self.config.num_train_timesteps
+        if not 1 <= steps <= most:
+            why = "" if self.repeats_timesteps else ", the number of timesteps that the model was trained on"
+            raise ValueError(f"num_inference_steps={steps} must be from 1 to {most}{why}")
+        return int(steps)
+
+    def _checked_schedule(self, name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
+        """A schedule of the caller's as an array of float64."""
+        if name not in self.custom_schedules:
+            able = [cls.__name__ for cls in Scheduler.classes.values() if name in cls.custom_schedules]
+            raise ValueError(
+                f"{type(self).__name__} takes no {name}, only num_inference_steps; schedulers that take "
+                f"{name}: {', '.join(able)}"
+            )
+        if self.sigma_kind() is not None and name == "timesteps":
+            raise ValueError(
+                f"timesteps cannot be given where the config asks for {self.sigma_kind()} sigmas, which "
+                "decide them; leave them out, or make a scheduler without these sigmas by from_config"
+            )
+        try:
+            array = np.array(values, dtype=np.float64)
+        except (TypeError, ValueError):
+            array = np.array(np.nan)
+        least = 2 if name == "sigmas" else 1
+        if array.ndim != 1 or not least <= len(array) <= _MOST_TIMESTEPS or not np.isfinite(array).all():
+            raise ValueError(f"{name}={values!r} must be a list of numbers, {least} or more")
+        return array
+
+    def _check_falling(self, timesteps: np.ndarray) -> None:
+        if (np.diff(timesteps) >= 0).any():
+            raise ValueError(
+                f"timesteps {_shown(timesteps)} must fall from each to the next for {type(self).__name__}"
+            )
+
+    def _check_range(self) -> None:
+        """ValueError where the schedule reaches past the tables, which hold a number for each timestep."""
+        last = len(self.alphas_cumprod) - 1
+        if not 0 <= self.timesteps.min() <= self.timesteps.max() <= last:
+            raise ValueError(
+                f"timesteps {_shown(self.timesteps)} must be from 0 to {last}, the last training timestep; "
+                "use fewer steps, steps_offset=0, other timesteps, or trained_betas for each of "
+                "num_train_timesteps"
+            )
+
+    def sigma_kind(self) -> str | None:
+        """Which spacing of sigmas the config asks for; None in classes that have none."""
+        return None
 
     def _reset(self) -> None:
         """Forget what earlier steps left behind."""
 
     def _noise_levels(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(signal, noise) factors of `add_noise` at training timesteps."""
-        total = self.config.num_train_timesteps
+        total = len(self.alphas_cumprod)
         if timesteps.min() < 0 or timesteps.max() >= total or (timesteps % 1).any():
             raise ValueError(f"timesteps {_shown(timesteps)} must be whole numbers from 0 to {total - 1}")
         alphas_cumprod = self.alphas_cumprod[timesteps.astype(np.int64)].astype(np.float64)
@@ -321,74 +390,6 @@ class Scheduler:
         if noise is None:
             raise ValueError(f"{type(self).__name__} draws noise in this step; pass noise=noise_source(seed)")
         return noise(shape).astype(mx.float32)
-
-    def _check_choice(self, name: str, choices: Sequence[Any]) -> None:
-        value = self.config.get(name, choices[0])
-        if value not in choices:
-            raise ValueError(
-                f"{type(self).__name__} has no {name}={value!r}; it has " + ", ".join(map(repr, choices))
-            )
-
-    def _refuse(self, name: str, allowed: Any, reason: str) -> None:
-        """Say no to an argument of the diffusers class that has one value here."""
-        value = self.config[name]
-        if value != allowed:
-            raise ValueError(
-                f"{type(self).__name__} does not support {name}={value!r}, only {allowed!r}: {reason}"
-            )
-
-    # -- files -------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
-        """A scheduler of this class from the config of any other, as diffusers does it.
-
-        Args:
-            config: another scheduler's `config`, or a dict as read from scheduler_config.json.
-            overrides: arguments of this class that go before those of the config.
-
-        Only arguments that were given to the other scheduler pass on; where it ran on defaults this
-        class takes its own. (So a DDIM config that does not spell `timestep_spacing` makes a
-        "linspace" DPM-Solver.) Arguments of other scheduler classes are carried along without
-        effect; names that no scheduler has are left out with a warning.
-
-        Raises:
-            TypeError: an override is no argument of this class.
-        """
-        own = argument_names(cls)
-        strange = sorted(overrides.keys() - own)
-        if strange:
-            raise TypeError(
-                f"{cls.__name__} has no argument {', '.join(strange)}; it has {', '.join(sorted(own))}"
-            )
-        known = FOREIGN_KEYS.union(*map(argument_names, Scheduler.classes.values()))
-        arguments, carried = split_config(config, own, known, cls.__name__)
-        scheduler = cls(**{**arguments, **overrides})
-        scheduler.config = scheduler.config.carrying(carried)
-        return scheduler
-
-    @classmethod
-    def from_pretrained(
-        cls, path_or_id: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any
-    ) -> Self:
-        """A scheduler of this class from the scheduler_config.json in a folder or hub repository.
-
-        Args:
-            path_or_id: a folder, or a hub id.
-            subfolder: "scheduler" where `path_or_id` is a whole pipeline.
-            hub: `revision`, `token`, `cache_dir`, `local_files_only`.
-        """
-        from ..checkpoints import read_component_config
-
-        config = read_component_config(path_or_id, CONFIG_NAME, subfolder=subfolder, **hub)
-        return cls.from_config(config)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write scheduler_config.json, which diffusers reads too, into a folder (made if need be)."""
-        target = Path(folder) / CONFIG_NAME
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
-        write_text(target, text)
 
 
 def _shown(values: np.ndarray) -> str:

@@ -1,20 +1,33 @@
-"""The configuration of a scheduler: its constructor arguments, and how they pass to another class."""
+"""The configuration of a scheduler: its constructor arguments, from class to class and on disk."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import json
+import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+
+from ..atomic import write_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+CONFIG_NAME = "scheduler_config.json"
 
 # The release of diffusers whose defaults and results the schedulers have; saved configs name it.
 DIFFUSERS_VERSION = "0.42.1"
 
 # Arguments of diffusers schedulers that are not here. A config file may well hold them.
 FOREIGN_KEYS = frozenset({"noise_sampler_seed", "rho", "sigma_data", "sigma_schedule"})
+
+# Arguments that diffusers' classes do not have: written where they are given, and no defaults of theirs.
+OWN_KEYS = frozenset({"distilled_spacing"})
 
 
 class SchedulerConfig(Mapping[str, Any]):
@@ -70,7 +83,9 @@ class SchedulerConfig(Mapping[str, Any]):
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments, the carried ones too, as diffusers writes them to scheduler_config.json."""
-        values = {name: _plain(value) for name, value in {**self.carried, **self}.items()}
+        values = {**self.carried, **self}
+        unsaid = OWN_KEYS & set(self) - self.given
+        values = {name: _plain(value) for name, value in values.items() if name not in unsaid}
         return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION, **values}
 
     def replaced(self, **values: Any) -> SchedulerConfig:
@@ -138,6 +153,89 @@ def split_config(
             stacklevel=3,
         )
     return arguments, carried
+
+
+class ConfigMixin:
+    """Base that makes schedulers from configs and writes configs to disk."""
+
+    classes: ClassVar[dict[str, type[Any]]] = {}
+    """The scheduler classes by name."""
+
+    config: SchedulerConfig
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(vars(cls).get("__init__"), "__wrapped__"):  # made by `configured`: no mere base
+            ConfigMixin.classes[cls.__name__] = cls
+
+    def __repr__(self) -> str:
+        return repr(self.config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
+        """A scheduler of this class from the config of any other, as diffusers does it.
+
+        Args:
+            config: another scheduler's `config`, or a dict as read from scheduler_config.json.
+            overrides: arguments of this class that go before those of the config.
+
+        Only arguments that were given to the other scheduler pass on; where it ran on defaults this
+        class takes its own. (So a DDIM config that does not spell `timestep_spacing` makes a
+        "linspace" DPM-Solver.) Arguments of other scheduler classes are carried along without
+        effect; names that no scheduler has are left out with a warning.
+
+        Raises:
+            TypeError: an override is no argument of this class.
+        """
+        own = argument_names(cls)
+        strange = sorted(overrides.keys() - own)
+        if strange:
+            raise TypeError(
+                f"{cls.__name__} has no argument {', '.join(strange)}; it has {', '.join(sorted(own))}"
+            )
+        known = FOREIGN_KEYS.union(*map(argument_names, ConfigMixin.classes.values()))
+        arguments, carried = split_config(config, own, known, cls.__name__)
+        scheduler = cls(**{**arguments, **overrides})
+        scheduler.config = scheduler.config.carrying(carried)
+        return scheduler
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any
+    ) -> Self:
+        """A scheduler of this class from the scheduler_config.json in a folder or hub repository.
+
+        Args:
+            path_or_id: a folder, or a hub id.
+            subfolder: "scheduler" where `path_or_id` is a whole pipeline.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+        """
+        from ..checkpoints import read_component_config
+
+        config = read_component_config(path_or_id, CONFIG_NAME, subfolder=subfolder, **hub)
+        return cls.from_config(config)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write scheduler_config.json, which diffusers reads too, into a folder (made if need be)."""
+        target = Path(folder) / CONFIG_NAME
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
+        write_text(target, text)
+
+    def _check_choice(self, name: str, choices: Sequence[Any]) -> None:
+        value = self.config.get(name, choices[0])
+        if value not in choices:
+            raise ValueError(
+                f"{type(self).__name__} has no {name}={value!r}; it has " + ", ".join(map(repr, choices))
+            )
+
+    def _refuse(self, name: str, allowed: Any, reason: str) -> None:
+        """Say no to an argument of the diffusers class that has one value here."""
+        value = self.config[name]
+        if value != allowed:
+            raise ValueError(
+                f"{type(self).__name__} does not support {name}={value!r}, only {allowed!r}: {reason}"
+            )
 
 
 def _frozen(value: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import mlx.core as mx
+import numpy as np
 
 from .arrays import SchedulerOutput, Timestep, output, upcast
 from .base import Scheduler
@@ -16,18 +17,19 @@ from .tables import BETA_SCHEDULES
 if TYPE_CHECKING:
     from ..noise import NoiseSource
 
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range", None)
 
 
 class DDPMScheduler(Scheduler):
     """Denoising diffusion probabilistic models (Ho et al. 2020, arXiv:2006.11239, eq. 7).
 
     Equals diffusers' DDPMScheduler, but for `variance_type="fixed_large_log"`, which is refused:
-    diffusers takes the root of a negative number there. With a learned variance (Nichol and
-    Dhariwal 2021) the model
-    output has twice the channels of the sample on axis 1: the prediction, then the variance.
+    diffusers takes the root of a negative number there. A `variance_type` of None, as configs of
+    DPM-Solver have it, stands for "fixed_small". With a learned variance (Nichol and Dhariwal 2021)
+    the model output has twice the channels of the sample on axis 1: the prediction, then the variance.
     """
 
+    custom_schedules: ClassVar[tuple[str, ...]] = ("timesteps",)
     beta_schedules: ClassVar[tuple[str, ...]] = (*BETA_SCHEDULES, "sigmoid", "laplace")
 
     @configured
@@ -38,7 +40,7 @@ class DDPMScheduler(Scheduler):
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         trained_betas: Sequence[float] | None = None,
-        variance_type: str = "fixed_small",
+        variance_type: str | None = "fixed_small",
         clip_sample: bool = True,
         prediction_type: str = "epsilon",
         thresholding: bool = False,
@@ -56,6 +58,13 @@ class DDPMScheduler(Scheduler):
     def uses_noise(self) -> bool:
         """Each step draws noise, but for one at timestep 0."""
         return True
+
+    def _lay_out(self, steps: int, timesteps: np.ndarray | None = None) -> None:
+        if timesteps is None:
+            super()._lay_out(steps)
+            return
+        self._check_falling(timesteps)
+        self.timesteps = timesteps.astype(np.int64)
 
     def _alpha_bar(self, timestep: int) -> float:
         return float(self.alphas_cumprod[timestep]) if timestep >= 0 else 1.0
@@ -90,7 +99,7 @@ class DDPMScheduler(Scheduler):
 
     def _split(self, model_output: mx.array, sample: mx.array) -> tuple[mx.array, mx.array | None]:
         """The prediction, and the learned variance where there is one."""
-        if not self.config.variance_type.startswith("learned"):
+        if self.config.variance_type not in ("learned", "learned_range"):
             return model_output, None
         channels = sample.shape[1]
         if model_output.shape[1] != 2 * channels:

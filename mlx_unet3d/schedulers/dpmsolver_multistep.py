@@ -30,6 +30,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
     "dpmsolver++", and the solver types of other solvers for "midpoint", so that configs cross.
     """
 
+    custom_schedules: ClassVar[tuple[str, ...]] = ("timesteps",)
     substitutes: ClassVar[dict[str, dict[str, str]]] = {
         "algorithm_type": {"deis": "dpmsolver++"},
         "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
@@ -99,7 +100,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         signal = np.sqrt(self.alphas_cumprod)
         log_snr = np.log(signal) - np.log(np.sqrt(np.float32(1) - self.alphas_cumprod))
         clipped = np.searchsorted(log_snr[::-1], self.config.lambda_min_clipped)
-        return len(log_snr) - int(clipped)
+        return self.config.num_train_timesteps - int(clipped)
 
     def step(
         self,
@@ -116,7 +117,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         drawn = self._draw(noise, sample.shape) if self._stochastic else None
         x0, epsilon = self._converted(model_output, sample, index)
         newest = x0 if self._predicts_x0 else epsilon
-        self._outputs = [newest, *self._outputs][: self.config.solver_order]
+        self._keep(newest, index)
         x = self._update(sample, index, self._order_at(index), drawn)
         self._step_index = index + 1
         return output(x, x0, dtype)
@@ -139,9 +140,9 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         """
         alpha, sigma = alpha_sigma(float(self.sigmas[index + 1]))
         alpha_now, sigma_now = alpha_sigma(float(self.sigmas[index]))
-        lambdas = [half_log_snr(float(s)) for s in self.sigmas[max(index - 2, 0) : index + 2]][::-1]
+        lambdas = [half_log_snr(sigma) for sigma in (float(self.sigmas[index + 1]), *self._levels)]
         h = lambdas[0] - lambdas[1]
-        if h == 0:  # both ends at the smallest sigma of training: nothing to go
+        if h == 0:  # a timestep that stands twice, or the smallest sigma of training
             return x
         if self._predicts_x0:
             ratio, scale, g = sigma / sigma_now, alpha, -h

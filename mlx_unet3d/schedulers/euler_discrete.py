@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class EulerLadder(SigmaScheduler):
-    """What both Euler schedulers share: samples are x0 + sigma * epsilon, of growing variance."""
+    """Base of the schedulers whose samples are x0 + sigma * epsilon, of growing variance."""
 
     @property
     def init_noise_sigma(self) -> float:
@@ -75,6 +75,7 @@ class EulerDiscreteScheduler(EulerLadder):
     karras, exponential and beta spacings; None stands for those of the schedule.
     """
 
+    custom_schedules: ClassVar[tuple[str, ...]] = ("timesteps", "sigmas")
     prediction_types: ClassVar[tuple[str, ...]] = (
         "epsilon",
         "sample",
@@ -108,9 +109,20 @@ class EulerDiscreteScheduler(EulerLadder):
         self._check_choice("timestep_type", ("discrete", "continuous"))
         self._check_choice("final_sigmas_type", ("zero", "sigma_min"))
 
-    def _lay_out(self, steps: int) -> None:
+    def _lay_out(
+        self, steps: int, timesteps: np.ndarray | None = None, sigmas: np.ndarray | None = None
+    ) -> None:
         config = self.config
-        timesteps = self._spaced_timesteps(steps)
+        continuous = config.timestep_type == "continuous" and config.prediction_type == "v_prediction"
+        if timesteps is not None and continuous:
+            raise ValueError(
+                "timesteps cannot be given where timestep_type='continuous' has the network take the "
+                "logarithm of sigma; give sigmas, or num_inference_steps"
+            )
+        if sigmas is not None:
+            self._set_sigmas(sigmas, sigma_to_timestep(sigmas[:-1], np.log(self.train_sigmas)), continuous)
+            return
+        timesteps = self._spaced_timesteps(steps) if timesteps is None else timesteps.astype(np.float32)
         if config.interpolation_type == "linear":
             sigmas = self._interpolated_sigmas(timesteps)
         else:  # one more than steps: the last step then ends at the smallest of training
@@ -120,10 +132,11 @@ class EulerDiscreteScheduler(EulerLadder):
         if kind is not None:
             sigmas = self._spaced_sigmas(kind, sigmas, steps)
             timesteps = sigma_to_timestep(sigmas, np.log(self.train_sigmas))
-        if config.timestep_type == "continuous" and config.prediction_type == "v_prediction":
-            timesteps = 0.25 * np.log(sigmas)
-        self.sigmas = np.append(sigmas, self._final_sigma(sigmas)).astype(np.float32)
-        self.timesteps = timesteps.astype(np.float32)
+        self._set_sigmas(np.append(sigmas, self._final_sigma(sigmas)), timesteps, continuous)
+
+    def _set_sigmas(self, sigmas: np.ndarray, timesteps: np.ndarray, continuous: bool) -> None:
+        self.sigmas = sigmas.astype(np.float32)
+        self.timesteps = (0.25 * np.log(sigmas[:-1]) if continuous else timesteps).astype(np.float32)
 
     def step(
         self,

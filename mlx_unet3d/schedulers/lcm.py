@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from .arrays import SchedulerOutput, Timestep, output, upcast
-from .base import Scheduler
 from .config import configured
+from .distilled import DistilledScheduler
 
 if TYPE_CHECKING:
     from ..noise import NoiseSource
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 SIGMA_DATA = 0.5
 
 
-class LCMScheduler(Scheduler):
+class LCMScheduler(DistilledScheduler):
     """Multistep sampling of latent consistency models (Luo et al. 2023, arXiv:2310.04378, algorithm
     3).
 
-    Equals diffusers' LCMScheduler; `pred_original_sample` is its `denoised`. The timesteps are
-    those of the distillation, `original_inference_steps` evenly spaced ones, so `timestep_spacing`,
-    `steps_offset` and `set_alpha_to_one` change nothing here, as in diffusers; they are in the
-    config for other classes.
+    Equals diffusers' LCMScheduler; `pred_original_sample` is its `denoised`. See `DistilledScheduler`
+    for the timesteps; `set_alpha_to_one` changes nothing, as in diffusers.
+
+    `distilled_spacing` is this class's own. "linspace", as in diffusers, spreads the steps over all timesteps
+    of the distillation; "strided" takes every k-th of them from the last on, with k the whole part of
+    `original_inference_steps` / steps, as T2V-Turbo does (Li et al. 2024, arXiv:2405.18750).
     """
 
     @configured
@@ -49,31 +51,20 @@ class LCMScheduler(Scheduler):
         timestep_spacing: str = "leading",
         timestep_scaling: float = 10.0,
         rescale_betas_zero_snr: bool = False,
+        distilled_spacing: str = "linspace",
     ) -> None:
         super().__init__()
-        if not 1 <= original_inference_steps <= num_train_timesteps:
-            raise ValueError(
-                f"original_inference_steps={original_inference_steps} must be from 1 to "
-                f"num_train_timesteps={num_train_timesteps}"
-            )
+        self._check_choice("distilled_spacing", ("linspace", "strided"))
 
     @property
     def uses_noise(self) -> bool:
         """Each step but the last draws noise."""
         return self.num_inference_steps != 1
 
-    def _lay_out(self, steps: int) -> None:
-        config = self.config
-        original = config.original_inference_steps
-        if steps > original:
-            raise ValueError(
-                f"num_inference_steps={steps} is more than the original_inference_steps={original} "
-                "that the model was distilled on; use fewer"
-            )
-        stride = config.num_train_timesteps // original
-        distilled = np.arange(original, 0, -1) * stride - 1
-        places = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)
-        self.timesteps = distilled[places]
+    def _places(self, steps: int, original: int) -> np.ndarray:
+        if self.config.distilled_spacing == "strided":
+            return np.arange(steps) * (original // steps)
+        return super()._places(steps, original)
 
     def step(
         self,

@@ -36,6 +36,7 @@ class PNDMScheduler(Scheduler):
     made twice instead, so `timesteps` has one entry more than there are steps.
     """
 
+    repeats_timesteps: ClassVar[bool] = True
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
 
     @configured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ class SigmaScheduler(Scheduler):
         sigmas: (n + 1,) float32, falling; the last one is where the last step ends.
         train_sigmas: (T,) float32, one for each training timestep, rising.
     """
+
+    repeats_timesteps: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,6 +51,9 @@ class SigmaScheduler(Scheduler):
         first = float(ends[0]) if first is None else first
         last = float(ends[-1]) if last is None else last
         return spaced_sigmas(kind, first, last, steps)
+
+    def _check_range(self) -> None:
+        """Steps go by `sigmas`, which end where the tables end, whatever the timesteps are."""
 
     def _final_sigma(self, sigmas: np.ndarray) -> float:
         """Where the last step ends, given where the steps begin."""

@@ -1,4 +1,4 @@
-"""Base of the multistep exponential integrators, DPM-Solver and UniPC."""
+"""Base of the multistep exponential integrators: DPM-Solver, DEIS and UniPC."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .tables import sigma_to_timestep, solver_timesteps
 
 
 class MultistepScheduler(SigmaScheduler):
-    """What DPM-Solver and UniPC share: schedule, kept outputs, and what they turn down."""
+    """Schedule, kept outputs and refusals of the multistep solvers."""
 
     substitutes: ClassVar[dict[str, dict[str, str]]] = {}
-    """Values of other solvers' configs, and what stands for them here."""
+    """Values of other solvers' configs, each with its substitute here."""
 
     def __init__(self) -> None:
         for name, values in self.substitutes.items():
@@ -35,21 +35,34 @@ class MultistepScheduler(SigmaScheduler):
 
     def _reset(self) -> None:
         self._outputs: list[mx.array] = []  # converted model outputs, newest first
+        self._levels: list[float] = []  # the sigma of each
+
+    def _keep(self, model_output: mx.array, index: int) -> None:
+        """Keep a converted model output, made at `sigmas[index]`.
+
+        It replaces one of the same sigma, as two outputs at one point have no slope.
+        """
+        sigma = float(self.sigmas[index])
+        same = int(self._levels[:1] == [sigma])
+        self._outputs = [model_output, *self._outputs[same:]][: self.config.solver_order]
+        self._levels = [sigma, *self._levels[same:]][: self.config.solver_order]
 
     def _usable_timesteps(self) -> int:
         return self.config.num_train_timesteps
 
-    def _lay_out(self, steps: int) -> None:
+    def _lay_out(self, steps: int, timesteps: np.ndarray | None = None) -> None:
         config = self.config
         kind = self.sigma_kind()
         if kind is None:
-            timesteps = solver_timesteps(
-                config.timestep_spacing,
-                steps,
-                config.num_train_timesteps,
-                config.steps_offset,
-                self._usable_timesteps(),
-            )
+            if timesteps is None:
+                timesteps = solver_timesteps(
+                    config.timestep_spacing,
+                    steps,
+                    config.num_train_timesteps,
+                    config.steps_offset,
+                    self._usable_timesteps(),
+                )
+            timesteps = timesteps.astype(np.int64)
             sigmas = np.interp(timesteps, np.arange(len(self.train_sigmas)), self.train_sigmas)
         else:
             sigmas = self._spaced_sigmas(kind, self.train_sigmas[::-1], steps)

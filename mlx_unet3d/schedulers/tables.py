@@ -19,7 +19,7 @@ def make_betas(schedule: str, start: float, end: float, steps: int) -> np.ndarra
 
     "linear" is of DDPM (Ho et al. 2020), "scaled_linear" of latent diffusion (Rombach et al. 2022),
     "squaredcos_cap_v2" of improved DDPM (Nichol and Dhariwal 2021), "sigmoid" of GeoDiff
-    (Xu et al. 2022) and "laplace" of Hang et al. 2024.
+    (Xu et al. 2022), "laplace" of Hang et al. 2024, and "exp" has ᾱ fall off exponentially.
     """
     if schedule == "linear":
         return np.linspace(start, end, steps).astype(np.float32)
@@ -28,7 +28,8 @@ def make_betas(schedule: str, start: float, end: float, steps: int) -> np.ndarra
     if schedule == "sigmoid":
         ramp = np.linspace(-6.0, 6.0, steps).astype(np.float32)
         return (1 / (1 + np.exp(-ramp)) * np.float32(end - start) + np.float32(start)).astype(np.float32)
-    alpha_bar = {"squaredcos_cap_v2": _cosine_alpha_bar, "laplace": _laplace_alpha_bar}[schedule]
+    curves = {"squaredcos_cap_v2": _cosine_alpha_bar, "laplace": _laplace_alpha_bar, "exp": _exp_alpha_bar}
+    alpha_bar = curves[schedule]
     level = [alpha_bar(i / steps) for i in range(steps + 1)]
     return np.array([min(1 - level[i + 1] / level[i], 0.999) for i in range(steps)], dtype=np.float32)
 
@@ -41,6 +42,10 @@ def _laplace_alpha_bar(t: float) -> float:
     log_snr = -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6)
     snr = math.exp(log_snr)
     return math.sqrt(snr / (1 + snr))
+
+
+def _exp_alpha_bar(t: float) -> float:
+    return math.exp(-12.0 * t)
 
 
 def cumulative_alphas(betas: np.ndarray) -> np.ndarray:
@@ -75,13 +80,7 @@ def spaced_timesteps(spacing: str, steps: int, total: int, offset: int, *, whole
         return np.linspace(0, total - 1, steps).round()[::-1].copy()
     if spacing == "trailing":
         return np.arange(total, 0, -total / steps).round()[:steps] - 1
-    timesteps = (np.arange(steps) * (total // steps)).astype(np.float64)[::-1] + offset
-    if timesteps[0] >= total:
-        raise ValueError(
-            f"steps_offset={offset} moves the first of {steps} timesteps to {timesteps[0]:.0f}, "
-            f"past the last training timestep {total - 1}; use fewer steps or steps_offset=0"
-        )
-    return timesteps
+    return (np.arange(steps) * (total // steps)).astype(np.float64)[::-1] + offset
 
 
 def solver_timesteps(
@@ -95,11 +94,6 @@ def solver_timesteps(
     usable = total if usable is None else usable
     if spacing == "trailing":
         return np.arange(usable, 0, -total / steps).round()[:steps] - 1
-    if steps >= usable:
-        raise ValueError(
-            f"num_inference_steps={steps} leaves two steps on one timestep: with {spacing!r} "
-            f"spacing this solver takes at most {usable - 1}; use fewer steps"
-        )
     return spaced_timesteps(spacing, steps + 1, usable, offset)[:-1]
 
 
@@ -143,6 +137,8 @@ def sigma_to_timestep(sigmas: np.ndarray, log_table: np.ndarray) -> np.ndarray:
         sigmas: (n,) noise levels.
         log_table: (T,) float32, log sigma of each training timestep, rising.
     """
+    if len(log_table) == 1:  # the only timestep
+        return np.zeros(len(sigmas))
     log_sigmas = np.log(np.maximum(sigmas, 1e-10))
     below = np.searchsorted(log_table, log_sigmas, side="right") - 1
     below = below.clip(0, len(log_table) - 2)

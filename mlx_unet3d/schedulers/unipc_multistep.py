@@ -114,7 +114,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
         if self._last_sample is not None and index - 1 not in config.disable_corrector:
             sample = self._update(self._last_sample, index, self._last_order, newest)
 
-        self._outputs = [newest, *self._outputs][: config.solver_order]
+        self._keep(newest, index)
         order = len(self._outputs)
         if config.lower_order_final:
             order = min(order, len(self.timesteps) - index)
@@ -129,7 +129,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
         alpha_now, sigma_now = alpha_sigma(float(self.sigmas[target - 1]))
         now = half_log_snr(float(self.sigmas[target - 1]))
         h = half_log_snr(float(self.sigmas[target])) - now
-        if h == 0:  # both ends at the smallest sigma: nothing to go
+        if h == 0:  # a timestep that stands twice, or the smallest sigma
             return x
         if self.config.predict_x0:
             ratio, scale, g = sigma / sigma_now, alpha, -h
@@ -137,7 +137,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
             ratio, scale, g = alpha / alpha_now, sigma, h
 
         # Where the older outputs lie, in steps h from the present one, and their differences.
-        places = [(half_log_snr(float(self.sigmas[target - 1 - k])) - now) / h for k in range(1, order)]
+        places = [(half_log_snr(sigma) - now) / h for sigma in self._levels[1:order]]
         newest = self._outputs[0]
         terms = [(self._outputs[k + 1] - newest) / place for k, place in enumerate(places)]
         if corrector is not None:

@@ -109,12 +109,15 @@ def test_same_latents_same_video(pipes):
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "dpm++-sde": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
     "lcm": "LCMScheduler",
     "pndm": "PNDMScheduler",
+    "tcd": "TCDScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 
@@ -177,17 +180,18 @@ def test_text_states(pipes):
     theirs, ours = pipes
     for prompt in ("", "A panda, surfing!", "x" * 200):
         positive, negative = theirs.encode_prompt(prompt, "cpu", 1, True, "blurry")
-        expected = torch.cat([negative, positive]).detach().numpy()
+        expected = torch.cat([positive, negative]).detach().numpy()
         if len(prompt) > 75:
             with pytest.warns(UserWarning, match="xxx"):
                 states = ours.encode_prompt(prompt, "blurry")
         else:
             states = ours.encode_prompt(prompt, "blurry")
-        assert difference(np.array(states), expected) <= 1e-5 * np.abs(expected).max()
+        assert len(states) == 2
+        assert difference(np.concatenate(states), expected) <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(
-    ("strength", "scheduler"), [(0.5, "ddim"), (1.0, "ddim"), (0.6, "dpm++"), (0.6, "euler")]
+    ("strength", "scheduler"), [(0.5, "ddim"), (1.0, "ddim"), (0.6, "dpm++"), (0.6, "euler"), (0.6, "heun")]
 )
 def test_video_to_video(video_pipes, strength, scheduler):
     theirs, ours = video_pipes
@@ -261,10 +265,10 @@ def test_textual_inversion(folder, tmp_path, count, suffix):
     theirs = TextToVideoSDPipeline.from_pretrained(folder)
     ours = TextToVideoPipeline.from_pretrained(folder)
     prompt = "a <toy> on a <Table>, <toy>"
-    before = ours.encode_prompt(prompt, guidance_scale=1)
+    before, _ = ours.encode_prompt(prompt, guidance_scale=1)
     theirs.load_textual_inversion(tmp_path, weight_name=file.name, token="<toy>")
     ours.load_textual_inversion(tmp_path, weight_name=file.name)
     expected, _ = theirs.encode_prompt(prompt, "cpu", 1, False)
-    states = ours.encode_prompt(prompt, guidance_scale=1)
+    states, _ = ours.encode_prompt(prompt, guidance_scale=1)
     assert difference(states, expected.detach()) <= 1e-5 * expected.abs().max()
     assert difference(states, before) > 0.1

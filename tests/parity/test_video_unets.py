@@ -179,7 +179,8 @@ def test_saved_networks_load_on_both_sides(pair, tmp_path):
     again = type(ours).from_pretrained(tmp_path / "mlx")
     assert mx.array_equal(ours_of(again, inputs), ours_of(ours, inputs))
     back, report = type(theirs).from_pretrained(tmp_path / "torch", output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     ours_state, state = back.state_dict(), theirs.state_dict()
     assert ours_state.keys() == state.keys()
     assert all(torch.equal(ours_state[name], state[name]) for name in state)

@@ -1,0 +1,227 @@
+"""The settings of a video: one table for the command line, for what a file remembers, and for its limits."""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoints import DEMO
+from ..errors import printable
+from ..layers.convolution import MODES as CONVOLUTIONS
+from ..schedulers import scheduler_from_config
+from . import options
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        default: None for the model's own, or for what follows from the other settings.
+        parse: its value of the text of a command line; ValueError or ArgumentTypeError for any other.
+        kind: of the value in a file: text, a number, or bool, which no text is parsed for.
+    """
+
+    default: Any
+    parse: Callable[[str], Any]
+    kind: type = str
+
+    def of_file(self, value: Any) -> Any:
+        """The value that a file has, by the same rules as one of the command line."""
+        if value is None:
+            return self.default
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError("it must be true or false")
+            return value
+        if isinstance(value, bool) or not isinstance(value, str if self.kind is str else int | float):
+            raise ValueError("it must be text" if self.kind is str else "it must be a number")
+        return self.parse(value if self.kind is str else repr(value))
+
+
+def scheduler(name: str) -> str:
+    """The name of a sampler."""
+    scheduler_from_config({"_class_name": "DDIMScheduler"}, name)
+    return name
+
+
+def loras(text: str) -> str:
+    """JSON of LoRAs and their weights, [["owner/name", 1.0], ...]."""
+    try:
+        pairs = json.loads(text)
+        for path, weight in pairs:
+            options.text(path)
+            options.number(repr(weight))
+    except (TypeError, ValueError, RecursionError, argparse.ArgumentTypeError) as error:
+        raise ValueError("it must be a list of LoRAs and their weights") from error
+    return text
+
+
+# What a file remembers and `--from` takes up again.
+SETTINGS: dict[str, Setting] = {
+    "prompt": Setting(None, options.text),
+    "negative_prompt": Setting(None, options.text),
+    "num_frames": Setting(None, options.frames, int),
+    "height": Setting(None, options.side, int),
+    "width": Setting(None, options.side, int),
+    "steps": Setting(None, options.count, int),
+    "guidance": Setting(None, options.number, float),
+    "seed": Setting(0, options.seed, int),
+    "rng": Setting("torch", options.one_of("torch", "mlx")),
+    "scheduler": Setting(None, scheduler),
+    "eta": Setting(0.0, options.number, float),
+    "clip_skip": Setting(None, options.count, int),
+    "dtype": Setting(None, options.one_of(*options.DTYPES)),
+    "vae_dtype": Setting("float32", options.one_of(*options.DTYPES)),
+    "vae_tiling": Setting(False, bool, bool),
+    "fps": Setting(8.0, options.rate, float),
+    "model": Setting(None, options.path),
+    "revision": Setting(None, options.path),
+    "variant": Setting(None, options.path),
+    "lora": Setting(None, loras),
+    "convolution": Setting("auto", options.one_of(*CONVOLUTIONS)),
+    "cache_interval": Setting(1, options.count, int),
+    "cache_depth": Setting(1, options.count, int),
+    "guidance_from": Setting(0.0, options.number, float),
+    "guidance_to": Setting(1.0, options.number, float),
+    "video": Setting(None, options.path),
+    "strength": Setting(0.6, options.number, float),
+}
+DEFAULTS: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
+
+# What a file says besides of how it was made; text, but for the number of steps.
+_RECORDS = ("weights", "video_frames", "program", "mlx")
+
+
+def of_file(found: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The settings in a file, checked, and its records; what is not known is left out.
+
+    Raises ValueError for a value that the command line would not take either.
+    """
+    settings: dict[str, Any] = {}
+    for name, value in found.items():
+        try:
+            if name in SETTINGS:
+                settings[name] = SETTINGS[name].of_file(value)
+            elif name in _RECORDS and value is not None:
+                settings[name] = Setting(None, options.text).of_file(value)
+            elif name == "steps_done":
+                settings[name] = Setting(None, options.count, int).of_file(value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            shown = repr(value)
+            raise ValueError(
+                f"{path}: its {name} is {shown if len(shown) < 80 else shown[:77] + '...'}; "
+                f"{printable(str(error)[:300])}; give another file"
+            ) from error
+    try:
+        check(DEFAULTS | settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return settings
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """ValueError for settings that do not go together."""
+    options.check_size(*(settings[name] for name in ("num_frames", "height", "width")))
+    first, last = settings["guidance_from"], settings["guidance_to"]
+    if not 0 <= first < last <= 1:
+        raise ValueError(
+            f"--guidance-from {first:g} --guidance-to {last:g}: these are shares of the run, the first below "
+            "the second, both from 0 to 1"
+        )
+    if settings["scheduler"] is not None:
+        scheduler(settings["scheduler"])
+
+
+# Paths.
+
+
+def is_local(path: str) -> bool:
+    """Whether a model, LoRA or video is named by a path, rather than by the id of a repository."""
+    if path == DEMO:
+        return False
+    plain = path.startswith((".", "/", "~", "\\")) or "/" not in path or ".." in Path(path).parts
+    return plain or Path(path).exists()
+
+
+def _public(path: str) -> str:
+    """The name alone of a path: how the folders of a machine are called is nobody's business."""
+    return _name(path) if is_local(path) else path
+
+
+def _name(path: str) -> str:
+    return Path(os.path.abspath(Path(path).expanduser())).name
+
+
+def public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as a video carries them: of files only their names."""
+    named = dict(settings)
+    if settings.get("model") is not None:
+        named["model"] = _public(settings["model"])
+    if settings.get("lora") is not None:
+        named["lora"] = json.dumps([(_public(p), weight) for p, weight in json.loads(settings["lora"])])
+    if settings.get("video") is not None:
+        named["video"] = _name(settings["video"])
+    return named
+
+
+def is_same_model(given: str, named: str | None) -> bool:
+    """Whether a model of the command line may be the one that a file names."""
+    return named is not None and _public(given) == _public(named)
+
+
+def trusted(settings: Mapping[str, Any], source: str | Path, given: Mapping[str, Any]) -> None:
+    """Say which model, LoRAs and input video a file of settings names, before any is read.
+
+    Raises ValueError for one outside the current folder that the command line, `given`, does not name too: a
+    file may come from anybody.
+    """
+    named = [("model", settings.get("model"))]
+    named += [("lora", path) for path, _ in json.loads(settings.get("lora") or "[]")]
+    named += [("video", settings.get("video"))]
+    for name, path in named:
+        if path is None or name in given:
+            continue
+        if (name == "video" or is_local(path)) and not _is_inside(path):
+            raise ValueError(
+                f"{source} names the {name} {printable(path)}, which is not in the current folder; give it, "
+                f"or another, with --{name}"
+            )
+        options.say(f"{name}: {path}, named by {source}")
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a path exists and lies in the current folder, links followed."""
+    try:
+        found = Path(path).expanduser().resolve(strict=True)
+        return Path.cwd().resolve() in (found, *found.parents)
+    except (OSError, RuntimeError, ValueError):  # absent, a circle of links, no path at all
+        return False
+
+
+def outside(settings: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that name the files of these settings outside the current folder."""
+    words: list[str] = []
+    for name in ("model", "video"):
+        path = settings.get(name)
+        if path is not None and (name == "video" or is_local(path)) and not _is_inside(path):
+            words += [f"--{name}", shlex.quote(path)]
+    pairs = json.loads(settings.get("lora") or "[]")
+    if any(is_local(path) and not _is_inside(path) for path, _ in pairs):
+        for path, weight in pairs:
+            words += ["--lora", shlex.quote(path), f"{weight:g}"]
+    return words
+
+
+def checksum_of_frames(frames: np.ndarray) -> str:
+    """A fingerprint of an input video (F, H, W, 3), 16 hex digits."""
+    digest = hashlib.sha256(repr(frames.shape).encode())
+    digest.update(memoryview(np.ascontiguousarray(frames)).cast("B"))
+    return digest.hexdigest()[:16]
