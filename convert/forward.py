@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_unet3d.checkpoints import to_mlx
 from mlx_unet3d.checkpoints.source import variant_of
 from mlx_unet3d.errors import CheckpointError
@@ -29,6 +30,8 @@ def compare_forwards(component: ComponentPlan, folder: Path) -> str:
     One network is in memory at a time. Raises CheckpointError where they differ more than their dtype
     explains; for quantized weights, where nothing of the output is left.
     """
+    if kind_of(component.cls).inputs is None:
+        return "no forward to compare, as it has none by itself"
     config = {key: value for key, value in component.config.items() if key != "quantization"}
     model = component.cls.from_config(config).eval()
     loaded = []
@@ -38,6 +41,9 @@ def compare_forwards(component: ComponentPlan, folder: Path) -> str:
             array = to_mlx(tensor.layout, array)
         mx.eval(array)
         loaded.append((tensor.name, array))
+    made = {name for name, want in model.expected_tensors().items() if want.optional}
+    there = {name for name, _ in loaded}
+    loaded += [(k, a) for k, a in tree_flatten(model.parameters()) if k in made - there]
     model.load_weights(loaded)
     del loaded
     expected = _forward(model)
@@ -96,8 +102,8 @@ def _forward(model: PretrainedModel) -> np.ndarray:
 
 def _reference_forward(component: ComponentPlan) -> np.ndarray | None:
     """diffusers' (or transformers') forward of the source in float32; None where that cannot be had."""
-    kind, folder = kind_of(component.cls), component.files[0].parent
-    readable = (folder / "config.json").is_file() and component.tensors[0].source_layout == "diffusers"
+    kind, folder = kind_of(component.cls), component.folder
+    readable = folder is not None and component.tensors[0].source_layout == "diffusers"
     if not readable or not all(map(importlib.util.find_spec, ("torch", "diffusers", "transformers"))):
         return None
     import torch  # only here: most users have none of it

@@ -13,9 +13,10 @@ from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.schedulers import scheduler_of_pipeline
 
-from .kinds import BY_NAME, COMPONENTS, Kind
-from .networks import Ways, class_name, plan_component
-from .original_files import plan_originals
+from .kinds import BY_NAME, COMPONENTS, Kind, Pipeline
+from .networks import Source, Ways, class_name, plan_combined, plan_network, source_in_folder
+from .original_files import MOTION_ADAPTER, find_adapter, plan_originals
+from .pipelines import finish
 from .plan import CheckpointPlan
 from .recognition import weight_files_in
 from .tokenizers import with_tokenizer
@@ -35,6 +36,7 @@ def plan_checkpoint(
     source: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    motion_adapter: str | Path | None = None,
     dtype: mx.Dtype | None = None,
     layout: str = "mlx",
     variant: str | None = None,
@@ -46,11 +48,12 @@ def plan_checkpoint(
 
     Args:
         source: folder or hub id of a diffusers pipeline or of one network, in safetensors or torch pickles;
-            or original files, which are told by their tensors: the folder of ModelScope's model, or one file
-            of its UNet, of a latent diffusion autoencoder or of OpenCLIP, or a checkpoint of latent diffusion
-            that holds all three. A single file may have diffusers' names, too.
+            or original files, which are told by their tensors: one of a network of `kinds`, a checkpoint that
+            holds several, or a folder of such files. A single file may have diffusers' names, too.
         tokenizer: folder or hub id of a CLIP tokenizer, or of a pipeline that has one, in place of the
             source's; original files come without.
+        motion_adapter: folder, hub id or file of AnimateDiff's motion modules, to be put into the UNet of the
+            source, which is one of Stable Diffusion.
         dtype: of all floating tensors; None for that of most bytes of each network.
         layout: "mlx" or "diffusers", of the result.
         variant: weight files such as "fp16", of a diffusers folder.
@@ -71,39 +74,68 @@ def plan_checkpoint(
     if quantization is not None and layout == "diffusers":
         raise ValueError("diffusers does not read MLX's quantized weights; quantize with the layout 'mlx'")
     ways = Ways(dtype, layout, variant, quantization, recipe)
+    adapter = None if motion_adapter is None else find_adapter(motion_adapter, hub)
     file = Path(source).expanduser()
     if file.is_file():
         if hub.get("revision") is not None:
             raise ValueError(
                 f"revision={hub['revision']!r} is for hub ids, but {file} is a file; leave it out"
             )
-        return plan_originals(source, file, [file], tokenizer, ways, hub)
+        return plan_originals(source, file, [file], tokenizer, adapter, ways, hub)
     folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), **hub)
     hub = {**hub, "revision": pinned_revision(source, folder, hub.get("revision"))}
     if not (folder / "model_index.json").is_file():
         if not (folder / "config.json").exists():
             folder = find_folder(source, files=PUBLISHED_FILES, **hub)
             if folder.is_dir() and weight_files_in(folder):  # nothing downloaded, no folder
-                return plan_originals(source, folder, weight_files_in(folder), tokenizer, ways, hub)
+                files = weight_files_in(folder)
+                return plan_originals(source, folder, files, tokenizer, adapter, ways, hub)
         config = read_json(folder / "config.json")
-        component = plan_component(source, "", _kind_of(config, folder), ways, hub)
+        own = source_in_folder(source, "", _kind_of(config, folder), variant, hub)
+        component = plan_network(own, "", ways) if adapter is None else plan_combined(own, adapter, "", ways)
         return with_tokenizer(CheckpointPlan(str(source), folder, None, [component], hub), tokenizer)
-    return _plan_pipeline(source, folder, tokenizer, ways, hub)
+    return _plan_pipeline(source, folder, tokenizer, adapter, ways, hub)
 
 
 def _plan_pipeline(
     source: str | Path,
     folder: Path,
     tokenizer: str | Path | None,
+    adapter: Source | None,
     ways: Ways,
     hub: dict[str, Any],
 ) -> CheckpointPlan:
     """A folder with a `model_index.json`."""
     path = folder / "model_index.json"
     index = read_json(path)
+    notes, scheduler = [], None
+    unet = index.get("unet")
+    base = _known(unet[-1]) if isinstance(unet, list) and unet else None
+    if base is not None and base.combine is not None:
+        if adapter is None and index.get(MOTION_ADAPTER, [None])[0] is not None:
+            adapter = source_in_folder(source, MOTION_ADAPTER, BY_NAME["MotionAdapter"], None, hub)
+        own = source_in_folder(source, "unet", base, ways.variant, hub)
+        if adapter is not None and not base.pipeline.only(own.config):
+            component = plan_combined(own, adapter, "", ways)
+            left = "the rest: left out, as this converter makes no pipeline of this UNet; convert it alone"
+            return CheckpointPlan(str(source), folder, None, [component], hub, notes=[left])
+        if index.get("_class_name") != base.pipeline.name:
+            index, notes = _of_videos(index, base.pipeline)
+            scheduler = dict(base.pipeline.scheduler)
+        index["unet"] = base.pipeline.index()["unet"]
+    elif adapter is not None and base is None:
+        raise CheckpointError(
+            f"{path} has no UNet of Stable Diffusion, into which the motion adapter {adapter.where} could "
+            "go; give the base model, or leave out --motion-adapter"
+        )
+    within = {} if base is None else BY_NAME[base.cls.__name__].parts
     components = []
     for name, entry in index.items():
+        if name in within:
+            continue
         kind = _known(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
+        if name == "unet" and base is not None:
+            kind = base
         if kind is None:
             if name in COMPONENTS and entry != [None, None]:  # a pipeline is of no use without
                 raise CheckpointError(
@@ -116,27 +148,40 @@ def _plan_pipeline(
                 f"{path} lists a network by the name {name[:200]!r}, which must be plain, such as 'unet'; "
                 "correct it or download it again"
             )
-        components.append(plan_component(source, name, kind, ways, hub))
+        own = source_in_folder(source, name, kind, ways.variant, hub)
+        combines = adapter is not None and name == "unet"
+        components.append(
+            plan_combined(own, adapter, name, ways) if combines else plan_network(own, name, ways)
+        )
     if not components:
         raise CheckpointError(f"{path} lists none of {', '.join(BY_NAME)}; there is nothing to convert")
-    words = scheduler = None
+    words = None
     if tokenizer is None and "tokenizer" in index:
         words = mlx_unet3d.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **hub)
-    if "scheduler" in index:
+    if scheduler is None and "scheduler" in index:
         where = find_folder(source, subfolder="scheduler", files=(SCHEDULER_CONFIG,), **hub)
         scheduler = read_json(where / SCHEDULER_CONFIG)
         with naming(where / SCHEDULER_CONFIG):
             made = scheduler_of_pipeline(scheduler, index["scheduler"])
         # The class that model_index.json asks for, in a config that says so.
         scheduler |= {"_class_name": type(made).__name__}
-    known = {"tokenizer", "scheduler", *(component.name for component in components)}
-    notes = [
+    known = {"tokenizer", "scheduler", *within, *(component.name for component in components)}
+    notes += [
         f"{name}: left out, as this converter does not know {str(entry[-1])[:200]}"
         for name, entry in index.items()
         if isinstance(entry, list) and any(entry) and name not in known and not name.startswith("_")
     ]
     plan = CheckpointPlan(str(source), folder, index, components, hub, words, scheduler, notes)
-    return with_tokenizer(plan, tokenizer)
+    return finish(with_tokenizer(plan, tokenizer), ways)
+
+
+def _of_videos(index: dict[str, Any], pipeline: Pipeline) -> tuple[dict[str, Any], list[str]]:
+    """The index of a pipeline of images as one of videos, and what to say of it."""
+    own = pipeline.index()
+    made = {k: index.get(k, v) if k == "tokenizer" else v for k, v in own.items()}
+    left = [k for k, v in index.items() if k not in made and isinstance(v, list) and any(v)]
+    notes = ["scheduler: that of the motion modules' training, in place of the source's"]
+    return made, notes + [f"{name}: left out, as {pipeline.name} does without" for name in left]
 
 
 def _kind_of(config: dict[str, Any], folder: Path) -> Kind:

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_unet3d.checkpoints import Header, read_header, read_pickle
+from mlx_unet3d.checkpoints.matching import file_format
 from mlx_unet3d.checkpoints.pickles import is_pickle
+from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 
 from .kinds import KINDS, Family, Kind
 from .kinds.numbered_blocks import WITHIN
+from .kinds.others import other
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 """What weight files are looked for by in a folder; what they hold is told by their content."""
 
 # Telling what a file is nearest to compares all kinds of keys; real files have a hundred, and short ones.
 _COMPARED, _LONGEST = 500, 200
+_WRAPPER = "module."  # of torch's data parallel training
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Recognized:
         header: the parts of tensors that are parameters, by what to call them, see `Part.of`.
         names: the parameter of each.
         dropped: keys of the file that the network has no use for.
+        unused: the shapes of those that are its own.
     """
 
     path: Path
@@ -41,6 +46,13 @@ class Recognized:
     header: Header
     names: dict[str, str]
     dropped: list[str]
+    unused: dict[str, tuple[int, ...]]
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of all its tensors, of those it has no use for too, under their own names."""
+        shapes = {self.names[key]: info.shape for key, info in self.header.tensors.items()}
+        return Shapes(str(self.path), self.unused | shapes, file_format({self.path: self.header}))
 
     @property
     def reason(self) -> str:
@@ -61,11 +73,18 @@ def recognize(path: Path) -> list[Recognized]:
             prefixes, or a fused tensor that does not come apart.
     """
     header = read_pickle(path) if is_pickle(path) else read_header(path)
+    if all(key.startswith(_WRAPPER) for key in header.tensors):
+        bare = {key.removeprefix(_WRAPPER): info for key, info in header.tensors.items()}
+        header = Header(bare, header.metadata)
+    beside = other(header.tensors)
+    if beside is not None:
+        raise CheckpointError(f"{path} holds {beside.title}: {beside.cure}")
     found = list(_matches(header.tensors))
     if not found:
         raise CheckpointError(_unknown(path, header.tensors))
-    kinds = {kind.cls for kind, _, _ in found}
-    if len(found) > 1 and (len(kinds) < len(found) or not all(prefix for _, _, prefix in found)):
+    kinds = {kind.component for kind, _, _ in found}
+    apart = all(prefix or not family.alone for _, family, prefix in found)
+    if len(found) > 1 and (len(kinds) < len(found) or not apart):
         raise CheckpointError(
             f"{path} holds several networks at once: "
             f"{' and '.join(f'{family.title} ({prefix}{family.signs[-1]})' for _, family, prefix in found)}; "
@@ -79,7 +98,8 @@ def _recognized(path: Path, header: Header, kind: Kind, family: Family, prefix: 
     """The parts of one network of the file."""
     keys = {key.removeprefix(prefix): key for key in header.tensors if key.startswith(prefix)}
     naming = family.naming(keys.keys())
-    parts, names, dropped = {}, {}, [key for key in header.tensors if not key.startswith(prefix)]
+    parts, names, unused = {}, {}, {}
+    dropped = [key for key in header.tensors if not key.startswith(prefix)]
     for bare, key in keys.items():
         for part in (made := naming(bare)):
             try:
@@ -89,7 +109,8 @@ def _recognized(path: Path, header: Header, kind: Kind, family: Family, prefix: 
             parts[called], names[called] = info, part.name
         if not made:
             dropped.append(key)
-    return Recognized(path, kind, family, prefix, Header(parts, header.metadata), names, dropped)
+            unused[bare] = header.tensors[key].shape
+    return Recognized(path, kind, family, prefix, Header(parts, header.metadata), names, dropped, unused)
 
 
 def is_image_model(networks: Collection[Recognized]) -> bool:

@@ -95,6 +95,7 @@ AUTOENCODER_KL = Kind(
             ),
             naming,
             ("first_stage_model.",),
+            without=("decoder.conv_out.time_mix_conv.weight",),
         ),
         diffusers_files(
             mlx_unet3d.AutoencoderKL,

@@ -12,10 +12,11 @@ import numpy as np
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 
-from .kind import Config, Family, Inputs, Kind, diffusers_files, linear_beside_others
+from .kind import Config, Family, Inputs, Kind, diffusers_files, linear_beside_others, own_names
 from .parts import Naming, Part
 
 _HEAD_DIM = 64  # of all published CLIP text towers
+_OPENAI_WIDTH = 768  # of OpenAI's tower, the only one with another activation
 
 _NAMES = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
@@ -75,7 +76,8 @@ def infer(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
         num_hidden_layers=shapes.count(f"{layer}.mlp.fc1.weight"),
         max_position_embeddings=shapes.outputs("text_model.embeddings.position_embedding.weight"),
     )
-    assumed = dict(num_attention_heads=width // _HEAD_DIM, hidden_act="gelu", layer_norm_eps=1e-5)
+    act = "quick_gelu" if width == _OPENAI_WIDTH else "gelu"
+    assumed = dict(num_attention_heads=width // _HEAD_DIM, hidden_act=act, layer_norm_eps=1e-5)
     return known, assumed
 
 
@@ -104,6 +106,14 @@ CLIP_TEXT = Kind(
             ),
             naming,
             ("cond_stage_model.model.", "cond_stage_model."),
+        ),
+        Family(
+            "the text encoder of Stable Diffusion",
+            tuple(f"text_model.{sign}" for sign in _SIGNS),
+            own_names(mlx_unet3d.CLIPTextModel),
+            ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
+            alone=False,
+            assumed={"hidden_act": "quick_gelu"},
         ),
         diffusers_files(mlx_unet3d.CLIPTextModel, *(f"text_model.{sign}" for sign in _SIGNS)),
         diffusers_files(mlx_unet3d.CLIPTextModel, *_SIGNS),

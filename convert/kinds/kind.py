@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_unet3d.checkpoints.quantization import choose
 from mlx_unet3d.checkpoints.shapes import Shapes
+from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.models.pretrained import PretrainedModel
 
@@ -116,20 +117,44 @@ class Kind:
         component: its name in a pipeline.
         families: the files that it comes in, besides folders with a `config.json`.
         infer: its config from shapes, see `Inference`.
-        inputs: those of a small forward, by its config.
+        inputs: those of a small forward, by its config; None for what has no forward.
         quantize: see `Rule`.
         library: the package of the reference class, which has the same name.
         pipeline: of a UNet, the pipeline of its original files.
+        from_image: whether it makes videos of images.
+        combine: of what is no network by itself but a part of one: the config of that, given its own, that of
+            the other part, and both files for messages. Raises CheckpointError where they do not go together.
+        called: its class in `config.json`, where that is not `cls`.
+        parts: the networks that lie within one of this kind, by their names in its pipeline: the class,
+            and the config by that of the network.
+        about_others: what a file of this network tells of the configs of the others in it.
     """
 
     cls: type[PretrainedModel]
     component: str
     families: tuple[Family, ...]
     infer: Inference
-    inputs: Callable[[Config], Inputs]
+    inputs: Callable[[Config], Inputs] | None
     quantize: Rule = as_asked
     library: str = "diffusers"
     pipeline: Pipeline | None = None
+    from_image: bool = False
+    combine: Callable[[Config, Config, str, str], dict[str, Any]] | None = None
+    called: str = ""
+    parts: Mapping[str, tuple[str, Callable[[Config], dict[str, Any]]]] = field(default_factory=dict)
+    about_others: Callable[[Config], Mapping[str, Config]] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its class in `config.json` and `model_index.json`."""
+        return self.called or self.cls.__name__
+
+    def check_class_name(self, config: Config, where: str) -> None:
+        """CheckpointError where a `config.json` is that of another class."""
+        if not self.called:
+            self.cls.check_class_name(config, where)
+        elif config.get("_class_name") not in (None, self.called):
+            raise CheckpointError(f"{where} is for the class {config['_class_name']}, not {self.called}")
 
     def prefixes(self, family: Family) -> tuple[str, ...]:
         """What the keys of a family may have in front: nothing in a file of this network alone."""

@@ -1,6 +1,6 @@
 """Pipelines of original files, which come without an index and a scheduler."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ class Pipeline:
         networks: the class of each network, by its name in the pipeline.
         scheduler: the content of `scheduler_config.json`.
         tokenizer: whether it has one.
+        only: which configs of the UNet it is for; None for all.
         pads_with_zero: whether texts were padded with id 0 in training, as OpenCLIP does.
     """
 
@@ -23,6 +24,7 @@ class Pipeline:
     networks: Mapping[str, str]
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: bool = True
+    only: Callable[[Mapping[str, Any]], bool] | None = None
     pads_with_zero: bool = True
 
     def index(self) -> dict[str, Any]:
