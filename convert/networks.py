@@ -21,7 +21,9 @@ from mlx_unet3d.checkpoints import (
 from mlx_unet3d.checkpoints.config import naming
 from mlx_unet3d.checkpoints.matching import Expected, file_format, majority_dtype, match
 from mlx_unet3d.checkpoints.pickles import is_pickle
+from mlx_unet3d.checkpoints.prefixes import unwrapped
 from mlx_unet3d.checkpoints.quantization import to_config
+from mlx_unet3d.checkpoints.source import has_weights
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.models.pretrained import PretrainedModel
@@ -112,7 +114,7 @@ def source_in_file(network: Recognized, variant: str | None) -> Source:
         config, assumed = kind.infer(network.shapes)
         assumed |= network.family.assumed
         config |= assumed
-    names = network.names
+    names = {unwrapped(key)[1]: parameter for key, parameter in network.names.items()}
     headers = {path: network.header}
     return Source(
         where, kind, config, headers, reason, lambda key, _: names[key], network.dropped, assumed, folder
@@ -219,7 +221,7 @@ def _config_beside(network: Recognized) -> dict[str, Any] | None:
     if not path.exists():
         return None
     config = read_json(path)
-    return config if class_name(config) == network.kind.name else None
+    return config if class_name(config) in network.kind.names else None
 
 
 def _plan_tensors(
@@ -275,9 +277,13 @@ def _find_weights(
 ) -> tuple[Path, list[Path], str]:
     where = dict(subfolder=name or None, variant=variant, stem=cls.weights_stem, **hub)
     folder = find_folder(source, **where)
-    if any(path.suffix == ".safetensors" for path in folder.iterdir()):
+    if has_weights(folder, cls.weights_stem, variant):
         return folder, weight_files(folder, cls.weights_stem, variant), "safetensors"
     folder = find_folder(source, pickles=True, **where)
+    if not has_weights(folder, cls.weights_stem, variant, pickles=True) and any(
+        path.suffix == ".safetensors" for path in folder.iterdir()
+    ):
+        weight_files(folder, cls.weights_stem, variant)  # raises, and says what there is
     try:
         files = pickle_files(folder, cls.weights_stem, variant)
     except FileNotFoundError as error:
@@ -289,7 +295,7 @@ def _find_weights(
             ) from error
         # Neither: the message of the other kind says what there is instead.
         return folder, weight_files(folder, cls.weights_stem, variant), "safetensors"
-    return folder, files, "torch pickles, read without running them: there is no .safetensors"
+    return folder, files, "torch pickles, read without running them: there is no .safetensors of it"
 
 
 def _tensors(headers: dict[Path, Header]) -> Iterator[tuple[Path, str, TensorInfo]]:

@@ -8,7 +8,7 @@ import mlx_unet3d
 import mlx.core as mx
 from mlx_unet3d.checkpoints import find_folder, read_json
 from mlx_unet3d.checkpoints.config import naming
-from mlx_unet3d.checkpoints.source import pinned_revision
+from mlx_unet3d.checkpoints.source import choose_variants, pinned_revision
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.schedulers import scheduler_of_pipeline
@@ -129,7 +129,7 @@ def _plan_pipeline(
             "go; give the base model, or leave out --motion-adapter"
         )
     within = {} if base is None else BY_NAME[base.cls.__name__].parts
-    components = []
+    kinds: dict[str, Kind] = {}
     for name, entry in index.items():
         if name in within:
             continue
@@ -148,11 +148,16 @@ def _plan_pipeline(
                 f"{path} lists a network by the name {name[:200]!r}, which must be plain, such as 'unet'; "
                 "correct it or download it again"
             )
-        own = source_in_folder(source, name, kind, ways.variant, hub)
-        combines = adapter is not None and name == "unet"
-        components.append(
-            plan_combined(own, adapter, name, ways) if combines else plan_network(own, name, ways)
-        )
+        kinds[name] = kind
+    stems = {name: kind.cls.weights_stem for name, kind in kinds.items()}
+    variants = choose_variants(source, stems, ways.variant, pickles=True, **hub)
+    components = []
+    for name, kind in kinds.items():
+        own = source_in_folder(source, name, kind, variants[name], hub)
+        if adapter is not None and name == "unet":
+            components.append(plan_combined(own, adapter, name, ways))
+        else:
+            components.append(plan_network(own, name, ways))
     if not components:
         raise CheckpointError(f"{path} lists none of {', '.join(BY_NAME)}; there is nothing to convert")
     words = None
@@ -170,6 +175,11 @@ def _plan_pipeline(
         f"{name}: left out, as this converter does not know {str(entry[-1])[:200]}"
         for name, entry in index.items()
         if isinstance(entry, list) and any(entry) and name not in known and not name.startswith("_")
+    ]
+    notes += [
+        f"{name}: no files of the variant {ways.variant!r}; taking {', '.join(f.name for f in part.files)}"
+        for name, part in zip(kinds, components, strict=True)
+        if variants[name] != ways.variant
     ]
     plan = CheckpointPlan(str(source), folder, index, components, hub, words, scheduler, notes)
     return finish(with_tokenizer(plan, tokenizer), ways)

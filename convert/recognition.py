@@ -1,14 +1,17 @@
 """Telling which network a weight file holds, by the names of its tensors and never by its own."""
 
 import difflib
+import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_unet3d.checkpoints import Header, read_header, read_pickle
+from mlx_unet3d.checkpoints.describe import size
 from mlx_unet3d.checkpoints.matching import file_format
 from mlx_unet3d.checkpoints.pickles import is_pickle
+from mlx_unet3d.checkpoints.prefixes import without_wrappers
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 
@@ -21,7 +24,6 @@ SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 
 # Telling what a file is nearest to compares all kinds of keys; real files have a hundred, and short ones.
 _COMPARED, _LONGEST = 500, 200
-_WRAPPER = "module."  # of torch's data parallel training
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class Recognized:
         shapes = {self.names[key]: info.shape for key, info in self.header.tensors.items()}
         return Shapes(str(self.path), self.unused | shapes, file_format({self.path: self.header}))
 
+    def line(self) -> str:
+        """A line about it: its name in a pipeline, its class, size and why it is taken for that."""
+        infos = self.header.tensors.values()
+        parameters, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
+        dtypes = "/".join(sorted({info.dtype for info in infos}))
+        return (
+            f"{self.kind.component:<14}{self.kind.name}, {parameters:,} parameters in {len(infos)} tensors, "
+            f"{dtypes}, {size(nbytes)}, {self.reason}"
+        )
+
     @property
     def reason(self) -> str:
         """Why it is taken for what it is, and how it is read."""
@@ -73,8 +85,8 @@ def recognize(path: Path) -> list[Recognized]:
             prefixes, or a fused tensor that does not come apart.
     """
     header = read_pickle(path) if is_pickle(path) else read_header(path)
-    if all(key.startswith(_WRAPPER) for key in header.tensors):
-        bare = {key.removeprefix(_WRAPPER): info for key, info in header.tensors.items()}
+    bare = {without_wrappers(key): info for key, info in header.tensors.items()}
+    if len(bare) == len(header.tensors):  # else some are there with a wrapper and without
         header = Header(bare, header.metadata)
     beside = other(header.tensors)
     if beside is not None:
@@ -128,16 +140,17 @@ def _choices() -> Iterator[tuple[Kind, Family, str]]:
     """All that a file, or a part of it, may be."""
     for kind in KINDS:
         for family in kind.families:
-            for prefix in kind.prefixes(family):
+            for prefix in kind.usual_prefixes(family):
                 yield kind, family, prefix
 
 
 def _matches(keys: Collection[str]) -> Iterator[tuple[Kind, Family, str]]:
-    for kind, family, prefix in _choices():
-        if all(prefix + sign in keys for sign in family.signs) and not any(
-            prefix + sign in keys for sign in family.without
-        ):
-            yield kind, family, prefix
+    for kind in KINDS:
+        for family in kind.families:
+            for prefix in kind.prefixes(family, keys):
+                there = all(prefix + sign in keys for sign in family.signs)
+                if there and not any(prefix + sign in keys for sign in family.without):
+                    yield kind, family, prefix
 
 
 def _unknown(path: Path, keys: Collection[str]) -> str:

@@ -11,10 +11,12 @@ from .version import __version__  # noqa: E402
 
 if missing_backend() is None:
     from . import media, memory
+    from .image_processor import CLIPImageProcessor
     from .layers.text_context import TextContext
     from .models.autoencoder_kl import AutoencoderKL
     from .models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
-    from .models.clip_text import CLIPTextModel
+    from .models.clip_text import CLIPTextModel, CLIPTextModelOutput, CLIPTextModelWithProjection
+    from .models.clip_vision import CLIPVisionModelOutput, CLIPVisionModelWithProjection
     from .models.feature_cache import FeatureCache
     from .models.motion_adapter import MotionAdapter
     from .models.unet_3d_condition import UNet3DConditionModel, UNet3DConditionOutput
@@ -50,8 +52,13 @@ else:
 __all__ = [
     "AutoencoderKL",
     "AutoencoderKLTemporalDecoder",
+    "CLIPImageProcessor",
     "CLIPTextModel",
+    "CLIPTextModelOutput",
+    "CLIPTextModelWithProjection",
     "CLIPTokenizer",
+    "CLIPVisionModelOutput",
+    "CLIPVisionModelWithProjection",
     "DDIMScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",

@@ -82,18 +82,37 @@ def _gated(fit: tuple, half: mx.array, clipped: mx.array) -> mx.array:
     return half + half * (clipped * _polynomial(above, square) / _polynomial(below, square))
 
 
-# Its arguments are results, hence contiguous, even where x is a view: over views, loops do not vectorize.
-_silu, _gelu = (one_operation(mx.compile(partial(_gated, fit))) for fit in (_TANH, _ERF))
+def _activation(fit: tuple, exact: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """The function of `fit`, with the gradient of `exact`: that of two polynomials would keep each step."""
+    gated = mx.compile(partial(_gated, fit))
+    gated_whole = mx.compile(lambda x, clipped: _gated(fit, 0.5 * x, clipped))
+    limit = fit[2]
+
+    @differentiable(lambda primals, cotangent, _: mx.vjp(exact, list(primals), [cotangent])[1])
+    def of_contiguous(x: mx.array) -> mx.array:
+        return gated_whole(x, mx.clip(x, -limit, limit))
+
+    def activation(x: mx.array) -> mx.array:
+        tracer = operations.active_tracer()
+        if tracer is not None:  # as many arrays as in the line below, and each can be exported
+            return tracer.fused(gated, 0.5 * x, mx.clip(x, -limit, limit))
+        return of_contiguous(mx.contiguous(x))  # over views, loops do not vectorize
+
+    return activation
+
+
+_silu = _activation(_TANH, lambda x: x * mx.sigmoid(x))
+_gelu = _activation(_ERF, lambda x: x * (0.5 + 0.5 * mx.erf(x * 0.5**0.5)))
 
 
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x), to 2e-7 of |x|."""
-    return _silu(0.5 * x, mx.clip(x, -_TANH[2], _TANH[2]))
+    return _silu(x)
 
 
 def gelu(x: mx.array) -> mx.array:
     """x * Phi(x), Phi by erf, to 3e-7 of |x|."""
-    return _gelu(0.5 * x, mx.clip(x, -_ERF[2], _ERF[2]))
+    return _gelu(x)
 
 
 # 2^x = 2^n * 2^f, n the nearest integer: a polynomial for 2^f, and n added to its exponent bits. Adding and
@@ -116,32 +135,35 @@ def _add_exponent(bits: mx.array, shifted: mx.array) -> mx.array:
     return bits + mx.left_shift(shifted, 23)
 
 
-def _exp2(x: mx.array) -> mx.array:
+def exp2(x: mx.array) -> mx.array:
+    """2^x for x <= 0, to 2e-7; 2^-126 below that. It has no gradient."""
     mantissa, shifted = _exp2_parts(mx.maximum(x, -126.0))
     return _add_exponent(mantissa.view(mx.int32), shifted.view(mx.int32)).view(mx.float32)
 
 
-@differentiable(lambda _, cotangent, result: [cotangent * result * log(2)])
-def exp2(x: mx.array) -> mx.array:
-    """2^x for x <= 0, to 2e-7; 2^-126 below that."""
-    return _exp2(x)
-
-
-def _attend(
-    query: mx.array, key: mx.array, value: mx.array, *mask: mx.array, power: Callable = _exp2
-) -> mx.array:
-    """Attention with scores as exponents of two."""
+def _scores(query: mx.array, key: mx.array, mask: Sequence[mx.array]) -> mx.array:
     scores = query @ key.swapaxes(-1, -2)
-    if mask:
-        scores = scores + mask[0]
-    weights = power(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    return scores + mask[0] if mask else scores
+
+
+def _attend_gradient(
+    primals: tuple[mx.array, ...], cotangent: mx.array, result: mx.array
+) -> Sequence[mx.array]:
+    """It makes the scores again, as the forward keeps none."""
+    query, key, value, *mask = primals
+    weights = mx.softmax(log(2) * _scores(query, key, mask), axis=-1)
+    of_weights = cotangent @ value.swapaxes(-1, -2) - (cotangent * result).sum(axis=-1, keepdims=True)
+    of_scores = log(2) * weights * of_weights
+    of_key, of_value = (of.swapaxes(-1, -2) @ x for of, x in ((of_scores, query), (weights, cotangent)))
+    return [of_scores @ key, of_key, of_value, *(of_scores for _ in mask)]
+
+
+@differentiable(_attend_gradient)
+def _attend(query: mx.array, key: mx.array, value: mx.array, *mask: mx.array) -> mx.array:
+    """Softmax attention with scores that are exponents of two."""
+    scores = _scores(query, key, mask)
+    weights = exp2(scores - scores.max(axis=-1, keepdims=True))
     return (weights @ value) / weights.sum(axis=-1, keepdims=True)
-
-
-# A gradient makes the scores again, as the forward keeps none.
-_attend_piece = differentiable(
-    lambda primals, cotangent, _: mx.vjp(partial(_attend, power=exp2), list(primals), [cotangent])[1]
-)(_attend)
 
 
 def attention(
@@ -162,7 +184,7 @@ def attention(
 
     def piece(query: mx.array, part: Part) -> mx.array:
         masks = () if mask is None else (mask[part],)
-        return _attend_piece(query, key[part[:2]], value[part[:2]], *masks)
+        return _attend(query, key[part[:2]], value[part[:2]], *masks)
 
     # As many samples as make a piece; or one, and as many heads; or one of each, and as many queries
     sizes = (heads * queries * length, queries * length, length)

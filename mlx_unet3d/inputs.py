@@ -31,7 +31,8 @@ def open_input(path: str | Path) -> BinaryIO:
     if not stat.S_ISSOCK(mode) and not stat.S_ISDIR(mode):
         # What a name stands for can change, so the open file is looked at; without O_NONBLOCK, opening a
         # pipe waits for who writes to it.
-        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_BINARY", 0)), "rb")  # noqa: SIM115
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = open(os.open(path, flags), "rb")  # noqa: SIM115
         mode = os.fstat(file.fileno()).st_mode
         if stat.S_ISREG(mode):
             return file

@@ -1,15 +1,18 @@
-"""CLIPTextModel without torch: goldens, causality, dtypes, errors."""
+"""CLIPTextModel and CLIPTextModelWithProjection without torch: goldens, causality, dtypes, errors."""
 
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny
+from mlx_unet3d import CLIPTextModelWithProjection
 from mlx.utils import tree_flatten
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.models.clip_text import CLIPTextConfig, CLIPTextModel
 
 GOLDEN = Path(__file__).parent / "goldens" / "clip_text"
+PROJECTED = GOLDEN.with_name("clip_text_2")
 
 
 @pytest.fixture
@@ -157,3 +160,89 @@ def test_wrong_configs(change, message):
 def test_unknown_config_keys_are_reported():
     with pytest.warns(UserWarning, match="use_attention_mask"):
         CLIPTextConfig.from_dict({"use_attention_mask": True, "projection_dim": 512})
+
+
+@pytest.mark.parametrize("clip_skip", [None, 1])
+def test_hidden_states_beside_the_last(model, cases, clip_skip):
+    output = model(cases["ids"], clip_skip=clip_skip, output_hidden_states=True)
+    assert output.keys() == ["last_hidden_state", "hidden_states"]
+    assert mx.array_equal(output.last_hidden_state, model(cases["ids"], clip_skip=clip_skip))
+    assert len(output.hidden_states) == 4
+    before = output.hidden_states[-1 - (clip_skip or 0)]
+    assert mx.array_equal(output.last_hidden_state, model.text_model.final_layer_norm(before))
+
+
+@pytest.fixture
+def projected():
+    return CLIPTextModelWithProjection.from_pretrained(PROJECTED)
+
+
+@pytest.fixture
+def projected_cases():
+    return mx.load(str(PROJECTED / "cases.safetensors"))
+
+
+@pytest.mark.parametrize("eos", [39, 2])
+def test_golden_with_projection(projected, projected_cases, eos):
+    """Outputs of transformers; 2 is the rule of older configs."""
+    projected.config.eos_token_id = eos
+    output = projected(projected_cases["ids"], output_hidden_states=True)
+    for name, value in [("embeds", output[0]), *((f"states.{i}", s) for i, s in enumerate(output[2]))]:
+        expected = projected_cases[f"embeds.{eos}" if name == "embeds" else name]
+        np.testing.assert_allclose(value, expected, rtol=0, atol=2e-5)
+    assert mx.abs(projected_cases["embeds.39"] - projected_cases["embeds.2"]).max().item() > 0.1
+
+
+@pytest.mark.parametrize("layout", ["mlx", "diffusers"])
+def test_save_and_load_with_projection(tmp_path, projected, projected_cases, layout):
+    projected.set_dtype(mx.float16)
+    projected.save_pretrained(tmp_path, layout=layout)
+    again = CLIPTextModelWithProjection.from_pretrained(tmp_path)
+    assert again.config == projected.config
+    output = again(projected_cases["ids"], output_hidden_states=True)
+    assert {a.dtype for a in (output[0], output[1], *output[2])} == {mx.float16}
+    assert mx.array_equal(output.text_embeds, projected(projected_cases["ids"]).text_embeds)
+
+
+def test_a_file_without_projection_is_refused(tmp_path, model):
+    model.save_pretrained(tmp_path, layout="diffusers")
+    config = (tmp_path / "config.json").read_text().replace("CLIPTextModel", "CLIPTextModelWithProjection")
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=r"text_projection\.weight"):
+        CLIPTextModelWithProjection.from_pretrained(tmp_path)
+
+
+def test_quantized_with_projection(tmp_path):
+    model = CLIPTextModelWithProjection(
+        vocab_size=20,
+        projection_dim=32,
+        eos_token_id=19,
+        **tiny.TEXT | {"hidden_size": 32, "intermediate_size": 64},
+    )
+    tiny.randomize(model)
+    ids = np.array([[3, 4, 19, 0]])
+    truth = model(ids).text_embeds
+    model.quantize(8, group_size=32).save_pretrained(tmp_path)
+    again = CLIPTextModelWithProjection.from_pretrained(tmp_path)
+    result = again(ids).text_embeds
+    assert mx.array_equal(result, model(ids).text_embeds)
+    assert 0 < mx.abs(result - truth).max().item() < 0.05 * mx.abs(truth).max().item()
+
+
+def test_parameters_of_bigg():
+    """SDXL's second text encoder; the arrays are never computed."""
+    model = CLIPTextModelWithProjection(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+        hidden_act="gelu", projection_dim=1280, eos_token_id=2,
+    )  # fmt: skip
+    assert model.num_parameters() == 694_659_840
+    assert model.lora_component == "text_encoder_2"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"eos_token_id": None}, "eos_token_id=None must be int"), ({"projection_dim": 0}, "projection_dim=0")],
+)
+def test_wrong_configs_with_projection(change, message):
+    with pytest.raises(ValueError, match=message):
+        CLIPTextModelWithProjection(**change)

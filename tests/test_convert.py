@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -408,29 +408,57 @@ def test_verify_finds_another_config(model, monkeypatch, capsys):
     assert os.listdir() == ["out"]
 
 
+KILLED = """
+import os, signal, sys
+import mlx_unet3d
+import mlx_unet3d_convert as converter
+from mlx_unet3d.cli import main
+
+folder, last = os.getcwd(), int(sys.argv[1])
+count = 0
+
+def step():
+    global count
+    count += 1
+    if count == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def watch(event, arguments):  # all that changes files in the folder
+    if event == "open":
+        path, mode, flags = arguments
+        changes = isinstance(path, str) and flags & (os.O_WRONLY | os.O_RDWR)
+    else:
+        path, changes = (arguments or [""])[0], event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
+    if changes and os.path.abspath(path).startswith(folder):
+        step()
+
+make = converter.TensorPlan.make
+converter.TensorPlan.make = lambda plan: (step(), make(plan))[1]
+sys.addaudithook(watch)
+status = main(["convert", "--hf-path", "source", "--mlx-path", "out"])
+print(count)
+sys.exit(status)
+"""
+
+
 def test_killed_at_any_moment(tmp_path):
-    """kill -9 at 20 moments of a run: no output that loads, no source touched, and the next run succeeds."""
-    unet = tiny.randomize(UNet3DConditionModel(**tiny.UNET | {"block_out_channels": (64, 128)}))
-    unet.save_pretrained("source")
+    """Among tensors and at changes of files: no output loads, no source is touched, the next run succeeds."""
+    tiny.randomize(AutoencoderKL(**tiny.VAE)).save_pretrained("source")
     before = {p.name: p.read_bytes() for p in Path("source").iterdir()}
-    command = [sys.executable, "-m", "mlx_unet3d", "convert", "--hf-path", "source", "--mlx-path", "out"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    start = time.perf_counter()
-    subprocess.run([*command, "--dtype", "float16"], check=True, capture_output=True, env=environment)
-    whole = time.perf_counter() - start
+
+    def run(last):
+        return subprocess.run([sys.executable, "-c", KILLED, str(last)], capture_output=True, text=True)
+
+    done = run(0)
+    assert done.returncode == 0, done.stderr
+    steps, tensors_in_all = int(done.stdout.split()[-1]), len(tensors("source"))
     shutil.rmtree("out")
-    finished = 0
-    for i in range(20):
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        process = subprocess.Popen(command, **quiet)
-        time.sleep(whole * (0.5 + 0.6 * i / 20))
-        process.kill()
-        process.wait()
-        if Path("out").exists():  # it was done: then it is whole
+    assert steps > tensors_in_all + 3
+    for last in (1, 3, tensors_in_all // 2, *(steps - n for n in (10, 7, 4, 2, 1, 0))):
+        assert run(last).returncode == -signal.SIGKILL
+        if Path("out").exists():  # it was done: then all of it is there
             assert same(Path("source"), Path("out"))
             shutil.rmtree("out")
-            finished += 1
-    assert finished < 20
     assert {p.name: p.read_bytes() for p in Path("source").iterdir()} == before
     assert convert("source", "--verify") == 0
     assert same(Path("source"), Path("out"))

@@ -314,18 +314,32 @@ def test_settings_of_peft(tmp_path, rslora, scaling):
     truth = merged(make(), {p: pair for p, pair in lora.items() if p != own}, scaling)
     assert mx.allclose(run(unet), run(truth), atol=5e-5)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {r"mid.*\.to_q": 0}}))
-    with pytest.raises(CheckpointError, match="is a regular expression"):
-        unet.load_lora_adapter(tmp_path, "expression")
+    expression = make()
+    expression.load_lora_adapter(tmp_path)
+    truth = merged(make(), {p: pair for p, pair in lora.items() if not p.startswith("mid")}, scaling)
+    assert mx.allclose(run(expression), run(truth), atol=5e-5)
+    for wrong in ("(a+)+", "(", ".*" * 20, "(.|.)" * 20, "x?" * 60):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {wrong: 0}}))
+        with pytest.raises(CheckpointError, match=r"could take forever|no regular expression"):
+            unet.load_lora_adapter(tmp_path, "expression")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(CheckpointError, match="DoRA"):
         unet.load_lora_adapter(tmp_path, "dora")
 
 
 Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+TEXT_Q = "text_model.encoder.layers.0.self_attn.q_proj"
 GOOD = {f"{Q}.lora_A.weight": mx.zeros((2, 16)), f"{Q}.lora_B.weight": mx.zeros((16, 2))}
 REFUSED = {
     "empty": ({}, "has nothing for the unet"),
-    "text only": ({f"text_encoder.{key}": a for key, a in GOOD.items()}, "has nothing for the unet"),
+    "text only": (
+        {f"text_encoder.{key.replace(Q, TEXT_Q)}": a for key, a in GOOD.items()},
+        "has nothing for the unet",
+    ),
+    "text by its layers": (
+        {f"unet.{key.replace(Q, TEXT_Q)}": a for key, a in GOOD.items()},
+        "has nothing for the unet",
+    ),
     "other names": ({"double_blocks.0.lora_A.weight": mx.zeros((2, 2))}, "fit no layer"),
     "some other names": (GOOD | {"double_blocks.0.lora_A.weight": mx.zeros((2, 2))}, "1 of 3 tensors"),
     "no lora": ({f"{Q}.weight": mx.zeros((16, 16))}, "fit no layer"),

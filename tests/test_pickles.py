@@ -300,3 +300,64 @@ def test_other_files_are_no_pickles(tmp_path):
     assert not is_pickle(path)
     with pytest.raises(FileNotFoundError):
         read_pickle(tmp_path / "missing.bin")
+
+
+def rebuilt(path: Path, *more: tuple[str, bytes], before: bytes = b"", behind: bytes = b"") -> Path:
+    """A good archive with more members and other bytes around it."""
+    write_zip(path, dictionary(w=tensor()))
+    with zipfile.ZipFile(path, "a") as archive:
+        for name, content in more:
+            archive.writestr(name, content)
+    path.write_bytes(before + path.read_bytes() + behind)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(before=b"junk"),
+        dict(before=b"PK\x03\x04" + bytes(60)),
+        dict(more=[("archive/data/0", bytes(24))]),
+        dict(more=[("archive/DATA/0", bytes(24))]),
+        dict(more=[("other/data/0", bytes(24))]),
+    ],
+)
+def test_archives_that_torch_refuses_or_reads_as_other_numbers(tmp_path, changes):
+    more = changes.pop("more", ())
+    path = rebuilt(tmp_path / "x.bin", *more, **changes)
+    with pytest.raises(CheckpointError, match="not a torch file, or a damaged one"):
+        read_pickle(path)
+
+
+def test_bytes_behind_an_archive_do_no_harm(tmp_path):
+    """As torch has it."""
+    path = rebuilt(tmp_path / "x.bin", behind=b"junk")
+    assert read_pickle(path).tensors["w"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("field", [20, 24])
+def test_records_whose_size_lies(tmp_path, field):
+    """In the central directory: the compressed size at byte 20, that of the content at 24."""
+    path = rebuilt(tmp_path / "x.bin")
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02", 0, content.rindex(b"archive/data/0"))
+    struct.pack_into("<I", content, at + field, 12)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        read_pickle(path)
+
+
+def test_empty_tensors_of_sizes_that_no_array_has(tmp_path):
+    shape = b"(" + number(0) + b"\x8a\x08" + struct.pack("<q", 2**40) + b"t"
+    body = dictionary(w=tensor().replace(numbers((2, 3)), shape))
+    with pytest.raises(CheckpointError, match=r"sizes go to 2\*\*31 - 1"):
+        read_pickle(write_zip(tmp_path / "x.bin", body))
+
+
+def test_names_of_the_file_are_escaped(tmp_path):
+    body = dictionary(**{"\x1b[2J\n": number(1)})
+    with pytest.raises(CheckpointError) as caught:
+        read_pickle(write_zip(tmp_path / "x.bin", body))
+    assert "\\x1b[2J\\n" in str(caught.value)
+    assert str(caught.value).isprintable()

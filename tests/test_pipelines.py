@@ -136,9 +136,11 @@ def test_encoded_prompts(pipe):
     assert pipe(prompt_embeds=pipe.encode_prompt(["a", "b"])[0], **SHORT).frames.shape[0] == 2
     alone, none = pipe.encode_prompt("a cat", guidance_scale=1)
     assert none is None
+    assert np.array_equal(np.asarray(pipe.encode_prompt("a cat", guidance_scale=1)), np.array(positive)[None])
+    assert np.asarray(pipe.encode_prompt("a cat"), np.float64).shape == (2, 1, 77, 12)
     assert mx.array_equal(alone, positive)
-    with pytest.raises(TypeError, match=r"prompt_embeds is a tuple; give an mx.array: of the pair"):
-        pipe(prompt_embeds=(positive, negative), **SHORT)
+    with pytest.raises(TypeError, match=r"prompt_embeds is a TextStates; give an mx.array: of the pair"):
+        pipe(prompt_embeds=pipe.encode_prompt("a cat"), **SHORT)
     with pytest.raises(TypeError, match="text states are a array; give the pair"):
         pipe.steps(positive, **SHORT)
     with pytest.raises(ValueError, match="guidance_scale=9 needs negative states"):

@@ -5,10 +5,12 @@ import itertools
 import threading
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
 from mlx_unet3d import TextToVideoPipeline, VideoToVideoPipeline
+from mlx_unet3d.compilation import CompiledForward
 from mlx_unet3d.schedulers import SCHEDULERS, scheduler_from_config
 
 FRAMES = 2
@@ -136,3 +138,25 @@ def test_a_run_begun_in_one_thread_goes_on_in_another(pipes, kind, rng):
     thread.join()
     assert not isinstance(result[0], BaseException), result[0]
     same([first, *result[0]], expected)
+
+
+def test_a_compiled_network_in_two_threads():
+    """A second thread waits while the first traces, when placeholders stand in the network."""
+    layer = nn.Linear(4, 4)
+    x = mx.random.normal((2, 4), key=mx.random.key(1))
+    expected = layer(x)
+    mx.eval(expected, x)
+    under_way = []
+
+    def forward(inputs):
+        if not under_way:
+            under_way.append(in_thread(lambda: np.array(compiled(x))))
+            under_way[0][0].join(0.2)
+        return layer(inputs)
+
+    compiled = CompiledForward(layer, forward)
+    assert mx.array_equal(compiled(x), expected)
+    thread, result = under_way[0]
+    thread.join()
+    assert not isinstance(result[0], BaseException), result[0]
+    assert np.array_equal(result[0], np.array(expected))

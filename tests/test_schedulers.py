@@ -531,6 +531,8 @@ def test_custom_schedules():
     euler.set_timesteps(sigmas=[10, 1, 0.5])
     assert euler.sigmas.tolist() == [10, 1, 0.5]
     assert (euler.num_inference_steps, len(euler.timesteps), euler.init_noise_sigma) == (2, 2, 10)
+    run = euler.laid_out(sigmas=[3, 0])
+    assert (run.sigmas.tolist(), euler.sigmas.tolist()) == ([3, 0], [10, 1, 0.5])
     lcm = make("LCMScheduler")
     lcm.set_timesteps(4, original_inference_steps=100)
     assert lcm.timesteps.tolist() == [999, 749, 499, 249]

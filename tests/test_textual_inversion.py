@@ -1,10 +1,13 @@
 """Learned tokens: in files of diffusers and of the web UI, of one vector and of several."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from mlx_unet3d import TextToVideoPipeline
+from mlx_unet3d import TextToVideoPipeline, media
+from mlx_unet3d.cli import main
 from mlx_unet3d.errors import CheckpointError
 
 WIDTH = tiny.TEXT["hidden_size"]
@@ -99,3 +102,41 @@ def test_twice(pipe):
     pipe.load_textual_inversion({"<toy>": vectors(1)})
     with pytest.raises(ValueError, match="is a token already"):
         pipe.load_textual_inversion({"<toy>": vectors(1)})
+
+
+def test_file_of_the_web_ui(pipe, tmp_path):
+    """What torch.save makes of {"string_to_param": {"*": vectors}, "name": ...}, and of a command."""
+    torch = pytest.importorskip("torch")
+    learned = torch.tensor(np.array(vectors(2)))
+    content = {"string_to_token": {"*": 265}, "string_to_param": {"*": learned}, "name": "style", "step": 5}
+    torch.save(content, tmp_path / "style.pt")
+    assert pipe.load_textual_inversion(tmp_path / "style.pt") == ["style", "style_1"]
+    assert pipe.load_textual_inversion(tmp_path / "style.pt", "<b>") == ["<b>", "<b>_1"]
+    assert mx.array_equal(states(pipe, "a style cat"), states(pipe, "a <b> cat"))
+    torch.save({key: content[key] for key in ("string_to_param",)}, tmp_path / "nameless.pt")
+    with pytest.raises(ValueError, match="does not say what its token is called"):
+        pipe.load_textual_inversion(tmp_path / "nameless.pt")
+
+
+def test_command(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mx.save_safetensors("toy.safetensors", {"<toy>": vectors(2)})
+    short = ["generate", "--model", str(folder), "--num-frames", "2", "--steps", "1"]
+    assert main([*short, "a <toy>", "-o", "plain.png"]) == 0
+    assert main([*short, "a <toy>", "-o", "own.png", "--embedding", "toy.safetensors"]) == 0
+    assert "embedding toy.safetensors: '<toy>', 2 vectors" in capsys.readouterr().err
+    assert main([*short, "a <b>", "-o", "other.png", "--embedding", "toy.safetensors", "<b>"]) == 0
+    frames = [media.read_video(f"{name}.png")[0] for name in ("plain", "own", "other")]
+    assert not np.array_equal(frames[0], frames[1])
+    assert np.array_equal(frames[1], frames[2])
+    assert media.read_metadata("own.png")["weights"] != media.read_metadata("plain.png")["weights"]
+    assert main(["generate", "--from", "own.png", "-o", "again.png"]) == 0
+    assert Path("again.png").read_bytes() == Path("own.png").read_bytes()
+    for wrong, message in (
+        (("toy.safetensors", "a", "b"), "repeat --embedding"),
+        (("nowhere.safetensors",), "does not exist"),
+    ):
+        code = main([*short, "a", "-o", "no.png", "--embedding", *wrong])
+        assert code == 2, capsys.readouterr().err
+        assert message in capsys.readouterr().err
+    assert not Path("no.png").exists()

@@ -1,11 +1,12 @@
 """The networks that can be converted, a file each, and all that the converter knows of them."""
 
+from mlx_unet3d.checkpoints.originals import Part
+
 from .autoencoder_kl import AUTOENCODER_KL
 from .autoencoder_kl_temporal import AUTOENCODER_KL_TEMPORAL
 from .clip_text import CLIP_TEXT
 from .kind import Family, Inputs, Kind
 from .motion_adapter import MOTION_ADAPTER
-from .parts import Part
 from .pipeline import Pipeline
 from .unet_3d_condition import UNET_3D
 from .unet_i2vgen_xl import UNET_I2VGEN_XL
@@ -24,7 +25,7 @@ KINDS: tuple[Kind, ...] = (
     UNET_I2VGEN_XL,
 )
 
-BY_NAME = {kind.name: kind for kind in KINDS}
+BY_NAME = {name: kind for kind in KINDS for name in kind.names}
 """The kinds by the names of their classes in `config.json` and `model_index.json`."""
 
 COMPONENTS = tuple(dict.fromkeys(kind.component for kind in KINDS))

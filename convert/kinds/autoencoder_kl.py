@@ -9,10 +9,10 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
+from mlx_unet3d.checkpoints.originals import Naming, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from .kind import Config, Family, Inputs, Kind, diffusers_files, never
-from .parts import Naming, Part
 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d{1,4})\.(?:block\.(\d{1,4})\.(.+)|(\w+)\.conv\.(\w+))")

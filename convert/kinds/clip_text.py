@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
+from mlx_unet3d.checkpoints.originals import Naming, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 
 from .kind import Config, Family, Inputs, Kind, diffusers_files, linear_beside_others, own_names
-from .parts import Naming, Part
 
 _HEAD_DIM = 64  # of all published CLIP text towers
 _OPENAI_WIDTH = 768  # of OpenAI's tower, the only one with another activation

@@ -1,16 +1,17 @@
 """A network as the converter sees it: all that differs from one to another is said in its `Kind`."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_unet3d.checkpoints.originals import Naming, Part
+from mlx_unet3d.checkpoints.prefixes import unwrapped
 from mlx_unet3d.checkpoints.quantization import choose
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.models.pretrained import PretrainedModel
 
-from .parts import Naming, Part
 from .pipeline import Pipeline
 
 Config = Mapping[str, Any]
@@ -146,7 +147,7 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """Its class in `config.json` and `model_index.json`."""
+        """Its class, to be written and told of."""
         return self.called or self.cls.__name__
 
     def check_class_name(self, config: Config, where: str) -> None:
@@ -156,8 +157,25 @@ class Kind:
         elif config.get("_class_name") not in (None, self.called):
             raise CheckpointError(f"{where} is for the class {config['_class_name']}, not {self.called}")
 
-    def prefixes(self, family: Family) -> tuple[str, ...]:
-        """What the keys of a family may have in front: nothing in a file of this network alone."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its classes in `config.json` and `model_index.json`."""
+        return (self.called,) if self.called else self.cls.class_names or (self.cls.__name__,)
+
+    def prefixes(self, family: Family, keys: Collection[str]) -> Iterator[str]:
+        """What keys of a network of a family have in front: nothing in a file of it alone, else its name in a
+        pipeline, what it is within, and what wrappers add, in any nesting."""
+        sign = family.signs[0]
+        within = [unwrapped(f"{prefix}{sign}")[1] for prefix in family.within]
+        within += [sign] if family.alone else []
+        for key in keys:
+            if key == sign or key.endswith(f".{sign}"):
+                owner, name = unwrapped(key)
+                if owner in (None, self.component) and name in within:
+                    yield key.removesuffix(sign)
+
+    def usual_prefixes(self, family: Family) -> tuple[str, ...]:
+        """What the keys of a family have in front without wrappers."""
         return (*(("",) if family.alone else ()), *family.within, f"{self.component}.")
 
 

@@ -1,4 +1,4 @@
-"""UNets of latent diffusion, whose blocks are numbered through, as of the original files of all video UNets.
+"""UNets of latent diffusion, whose blocks are numbered through, as those of Stable Video Diffusion are.
 
 The layers of a resolution come one after the other, then the halving or doubling between two of them.
 Source: `UNetModel` of latent diffusion, Rombach et al., arXiv:2112.10752.
@@ -7,7 +7,7 @@ Source: `UNetModel` of latent diffusion, Rombach et al., arXiv:2112.10752.
 import re
 from collections.abc import Callable, Collection
 
-from .parts import Naming, Part
+from mlx_unet3d.checkpoints.originals import Naming, Part
 
 WITHIN = "model.diffusion_model."
 """What the keys of a UNet have in front in a whole checkpoint of latent diffusion."""

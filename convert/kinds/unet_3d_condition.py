@@ -1,45 +1,17 @@
-"""UNet3DConditionModel: of ModelScope, ZeroScope and their fine-tunes.
+"""UNet3DConditionModel: of ModelScope, ZeroScope and their fine-tunes."""
 
-Source of the original names: `UNetSD` of modelscope's `video_synthesis`.
-"""
-
-from collections.abc import Collection
 from typing import Any
 
 import mlx_unet3d
 import numpy as np
+from mlx_unet3d.checkpoints.originals import unet_naming
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from .kind import Config, Family, Inputs, Kind, diffusers_files
-from .numbered_blocks import WITHIN, resnet, unet_naming
-from .parts import Naming, Part
+from .numbered_blocks import WITHIN
 from .pipeline import Pipeline
 
 TRANSFORMER_IN_HEADS = 8  # of any UNet3DConditionModel
-
-
-def naming(keys: Collection[str]) -> Naming:
-    """Of `text2video_pytorch_model.pth`."""
-    return unet_naming(keys, layer)
-
-
-def layer(block: str, number: int, place: str, rest: str) -> Part | None:
-    """A tensor of a layer: a resnet with its temporal convolution, a spatial and a temporal transformer."""
-    if not block:
-        return _transformer("transformer_in", rest, True) if place == "1" else None
-    if place == "0":
-        if rest.startswith("temopral_conv."):  # sic
-            return Part(f"{block}.temp_convs.{number}.{rest.removeprefix('temopral_conv.')}")
-        return resnet(f"{block}.resnets.{number}", rest)
-    if place in ("1", "2"):
-        module = "attentions" if place == "1" else "temp_attentions"
-        return _transformer(f"{block}.{module}.{number}", rest, place == "2")
-    return None
-
-
-def _transformer(path: str, rest: str, temporal: bool) -> Part:
-    """Inside, the names are the same on both sides."""
-    return Part(f"{path}.{rest}", pointwise=temporal and rest in ("proj_in.weight", "proj_out.weight"))
 
 
 def levels_of_3d(shapes: Shapes) -> dict[str, Any]:
@@ -103,7 +75,7 @@ UNET_3D = Kind(
                 "input_blocks.0.1.proj_in.weight",
                 "middle_block.0.temopral_conv.conv1.0.weight",
             ),
-            naming,
+            unet_naming,
             (WITHIN,),
             without=("local_image_concat.0.weight",),
         ),

@@ -8,12 +8,12 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
+from mlx_unet3d.checkpoints.originals import Naming, Part, unet_naming
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from . import unet_3d_condition
 from .kind import Config, Family, Inputs, Kind, diffusers_files
-from .numbered_blocks import WITHIN, unet_naming
-from .parts import Naming, Part
+from .numbered_blocks import WITHIN
 from .pipeline import Pipeline
 
 _ENCODER = "local_temporal_encoder.layers.0"
@@ -30,7 +30,7 @@ _FUSED = f"{_ENCODER}.0.fn.to_qkv.weight"
 
 def naming(keys: Collection[str]) -> Naming:
     """Of `i2vgen_xl_00854500.pth`."""
-    blocks = unet_naming(keys, unet_3d_condition.layer)
+    blocks = unet_naming(keys)
 
     def parts(key: str) -> list[Part]:
         if key == _FUSED:

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
+from mlx_unet3d.checkpoints.originals import Naming, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.models.motion_adapter import adapter_of, infer_unet2d, motion_config
@@ -12,7 +13,6 @@ from mlx_unet3d.models.motion_adapter import adapter_of, infer_unet2d, motion_co
 from . import motion_adapter
 from .kind import Config, Family, Inputs, Kind, diffusers_files
 from .numbered_blocks import WITHIN, resnet, unet_naming
-from .parts import Naming, Part
 from .pipeline import Pipeline
 
 

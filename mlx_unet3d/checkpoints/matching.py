@@ -7,9 +7,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
 from .headers import MLX_DTYPES, Header, TensorInfo
 from .layouts import file_shapes
+from .prefixes import unwrapped
 
 _SHOWN = 8
 # Finding the nearest name takes the product of the numbers and of the lengths; real ones stay far below.
@@ -99,23 +100,26 @@ def match(
 ) -> dict[str, str]:
     """Parameter name of each key of the files, without the keys that `rename` drops (None).
 
+    What wrappers and pipelines put in front of keys is left out first, see `prefixes`.
+
     Args:
         what: the checkpoint and the model, for the message.
         expected: the parameters of the model.
         headers: the checked headers by file.
         layout: "mlx" or "diffusers", see `file_format`.
-        rename: parameter name of a key, given all the keys.
+        rename: parameter name of a key, given all the keys, as they are without that.
 
     Raises:
         MismatchError: keys are missing, unexpected, or of the wrong shape or kind.
         CheckpointError: two keys are the same parameter.
     """
     infos = {key: info for header in headers.values() for key, info in header.tensors.items()}
-    keys = frozenset(infos)
+    bare = {key: unwrapped(key)[1] for key in infos}
+    keys = frozenset(bare.values())
     names: dict[str, str] = {}
     sources: dict[str, str] = {}
     for key in sorted(infos):
-        name = rename(key, keys)
+        name = rename(bare[key], keys)
         if name is None:
             continue
         if name in sources:
@@ -181,7 +185,7 @@ def _listing(title: str, items: list[str], candidates: list[str], shown: int) ->
     candidates = [name for name in candidates[:_COMPARED] if len(name) <= _LONGEST]
     for i, item in enumerate(name[:_LONGEST] for name in items[:shown]):
         near = difflib.get_close_matches(item, candidates, n=1) if i < _NEAREST else []
-        lines.append(f"  {item}" + (f"  (nearest: {near[0]})" if near else ""))
+        lines.append(f"  {printable(item)}" + (f"  (nearest: {printable(near[0])})" if near else ""))
     if len(items) > shown:
         lines.append(f"  ... and {len(items) - shown} more")
     return lines

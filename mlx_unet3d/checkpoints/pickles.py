@@ -106,7 +106,8 @@ def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
     A file that wraps its state dict ("state_dict", "module" or "model", beside an optimizer and the like)
     gives the wrapped one; one that has a state dict for each network of a pipeline ("unet", "vae",
     "text_encoder") gives them all, as "unet.NAME" and so on. With `lists`, a list of tensors counts as well:
-    their names are "0", "1" and so on.
+    their names are "0", "1" and so on. Of an embedding of the web UI
+    ("string_to_param"), the metadata has the "name".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -128,8 +129,13 @@ def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
             ) from error
     if lists and isinstance(value, list) and value and all(isinstance(v, _Tensor) for v in value):
         value = {str(i): tensor for i, tensor in enumerate(value)}
+    metadata = {}
+    if isinstance(value, dict) and isinstance(value.get("string_to_param"), dict):
+        metadata = {"name": name} if isinstance(name := value.get("name"), str) else {}
+        value = value["string_to_param"]
     tensors = _state_dict(path, value)
-    return Header({name: _located(path, name, tensor, places, size) for name, tensor in tensors.items()}, {})
+    located = {name: _located(path, name, tensor, places, size) for name, tensor in tensors.items()}
+    return Header(located, metadata)
 
 
 _PARTS = ("unet", "vae", "text_encoder")

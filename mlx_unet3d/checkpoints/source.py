@@ -2,7 +2,7 @@
 
 import errno
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -187,6 +187,44 @@ def pickle_files(folder: str | Path, stem: str, variant: str | None = None) -> l
     raise FileNotFoundError(f"{folder} has no {single.name} or {index.name}{_page_of_snapshot(folder)}")
 
 
+def has_weights(folder: Path, stem: str, variant: str | None = None, *, pickles: bool = False) -> bool:
+    """Whether `weight_files`, or with `pickles` also `pickle_files`, find something in a folder."""
+    names = _weight_patterns(stem, variant, False) + (
+        _weight_patterns(stem, variant, True) if pickles else []
+    )
+    return any((folder / name).is_file() for name in names if "*" not in name)
+
+
+def choose_variants(
+    path_or_id: str | Path,
+    stems: Mapping[str, str],
+    variant: str | None,
+    *,
+    pickles: bool = False,
+    **hub: Any,
+) -> dict[str, str | None]:
+    """Which files to take of each network of a pipeline: the variant where there is one, else the plain ones.
+
+    Where no network has the variant, it is asked for of all, which gives the error of a network alone.
+
+    Args:
+        path_or_id, hub: see `find_folder`; of the hub, the files of the variant are downloaded.
+        stems: of the weight files, by the folder of the network.
+        variant: such as "fp16"; None for none.
+        pickles: whether torch pickles count as well.
+    """
+    chosen: dict[str, str | None] = dict.fromkeys(stems)
+    if variant is None:
+        return chosen
+    for name, stem in stems.items():
+        for kind in (False, True) if pickles else (False,):
+            folder = find_folder(path_or_id, subfolder=name, variant=variant, stem=stem, pickles=kind, **hub)
+            if has_weights(folder, stem, variant, pickles=kind):
+                chosen[name] = variant
+                break
+    return chosen if any(chosen.values()) else dict.fromkeys(stems, variant)
+
+
 def _shards(
     index: Path, suffix: str = ".safetensors", read: Callable[[Path], Header] = read_header
 ) -> list[Path]:
@@ -238,7 +276,7 @@ def _raise_no_weights(folder: Path, stem: str, variant: str | None) -> NoReturn:
         known = f"it has {', '.join(choices)}: ask for {'that' if len(choices) == 1 else 'one of these'}"
         raise FileNotFoundError(f"{folder} has no {wanted} (variant={variant!r}); {known}")
     pickles = [name for name in there if name.endswith(_PICKLES)]
-    if pickles and not any(name.endswith(".safetensors") for name in there):
+    if pickles:
         raise CheckpointError(
             f"{folder} has its weights only as torch pickles ({', '.join(pickles[:4])}); this "
             "package loads safetensors and never runs pickles. Convert the checkpoint once: "

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         pipe.enable_vae_tiling()
     guidance, frames = pipe.guidance_scale(args.guidance), pipe.num_frames(args.num_frames)
     height, width = (n * pipe.vae_scale_factor for n in pipe.latent_size(args.height, args.width))
+    options.check_size(frames, height, width)
     states = pipe.encode_prompt("", guidance_scale=guidance)
     mx.reset_peak_memory()
     seconds, latents = [], None

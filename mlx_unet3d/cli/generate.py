@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import __version__, media, memory
 from ..atomic import check_place, claim
 from ..checkpoints import DEMO, checksum
-from ..checkpoints.adapters import read_adapter
+from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, read_adapter
 from ..chips import working_set
 from ..errors import NonFiniteError
 from ..latents import SavedLatents, open_latents
@@ -122,7 +122,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         action="append",
         metavar=("PATH_OR_ID", "WEIGHT"),
-        help="use a LoRA, with this weight (default: 1); may be given again for others",
+        help="use a LoRA, with this weight (default: 1): a file, a folder, or on the hub "
+        "OWNER/NAME[/FOLDER][/FILE]; may be given again for others",
+    )
+    parser.add_argument(
+        "--embedding",
+        nargs="+",
+        action="append",
+        metavar=("FILE", "TOKEN"),
+        help="take in a textual inversion, under its own name unless TOKEN gives one; found as --lora, "
+        "may be given again for others",
     )
     parser.add_argument(
         "--dtype",
@@ -285,6 +294,8 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     found = {key: value for key, value in vars(args).items() if key in SETTINGS and value is not None}
     if "lora" in found:  # as text, for the settings go into the video
         found["lora"] = json.dumps([lora_setting(values) for values in args.lora])
+    if "embedding" in found:
+        found["embedding"] = json.dumps([embedding_setting(values) for values in args.embedding])
     return found
 
 
@@ -299,8 +310,18 @@ def lora_setting(values: Sequence[Any]) -> tuple[str, float]:
         raise ValueError(f"--lora {path} {rest[0]}: the weight must be a finite number") from error
 
 
+def embedding_setting(values: Sequence[str]) -> tuple[str, str | None]:
+    """The values of one --embedding."""
+    path, *rest = values
+    if len(rest) > 1 or "" in rest:
+        raise ValueError(
+            f"--embedding {' '.join(values)}: give one file and one token without spaces; repeat --embedding"
+        )
+    return path, rest[0] if rest else None
+
+
 # What names files; the rest of a run is as it was begun.
-_PLACES = {"model", "lora", "video"}
+_PLACES = {"model", "lora", "embedding", "video"}
 
 
 def resumed_settings(args: argparse.Namespace, saved: SavedLatents) -> dict[str, Any]:
@@ -360,6 +381,11 @@ def load(args: argparse.Namespace, settings: dict[str, Any]) -> TextToVideoPipel
         counts = pipe.load_lora_weights(file, path, weight=weight)
         layers = ", ".join(f"{count} layers of the {name}" for name, count in counts.items())
         options.say(f"LoRA {path}: {layers}, weight {weight:g}")
+        settings["weights"] += "+" + checksum([file.path])
+    for path, token in json.loads(settings.get("embedding") or "[]"):
+        file = read_adapter(path, names=TEXTUAL_INVERSION_NAMES, local_files_only=args.local_files_only)
+        name, *more = pipe.load_textual_inversion(file, token)
+        options.say(f"embedding {path}: {name!r}, {len(more) + 1} vectors")
         settings["weights"] += "+" + checksum([file.path])
     replayed = settings.pop("replayed_weights", None)
     if replayed not in (None, settings["weights"]):

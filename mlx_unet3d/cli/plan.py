@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype if args.dtype is not None else "float16" if metal else "float32"
     height, width = size_of(networks, args)
     frames = args.num_frames if args.num_frames is not None else networks.num_frames
+    options.check_size(frames, height, width)
     plans = []
     for machine in machines:
         found = memory.plan(

@@ -64,6 +64,19 @@ def loras(text: str) -> str:
     return text
 
 
+def embeddings(text: str) -> str:
+    """JSON of textual inversions and their tokens, None for their own, [["owner/name", "<cat>"], ...]."""
+    try:
+        pairs = json.loads(text)
+        for path, token in pairs:
+            options.text(path)
+            if token is not None:
+                options.text(token)
+    except (TypeError, ValueError, RecursionError, argparse.ArgumentTypeError) as error:
+        raise ValueError("it must be a list of embeddings and their tokens") from error
+    return text
+
+
 # What a file remembers and `--from` takes up again.
 SETTINGS: dict[str, Setting] = {
     "prompt": Setting(None, options.text),
@@ -86,6 +99,7 @@ SETTINGS: dict[str, Setting] = {
     "revision": Setting(None, options.path),
     "variant": Setting(None, options.path),
     "lora": Setting(None, loras),
+    "embedding": Setting(None, embeddings),
     "convolution": Setting("auto", options.one_of(*CONVOLUTIONS)),
     "cache_interval": Setting(1, options.count, int),
     "cache_depth": Setting(1, options.count, int),
@@ -94,6 +108,9 @@ SETTINGS: dict[str, Setting] = {
     "video": Setting(None, options.path),
     "strength": Setting(0.6, options.number, float),
 }
+LISTS = ("lora", "embedding")
+"""Settings of several files, each with a weight or a token, as JSON."""
+
 DEFAULTS: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
 
 # What a file says besides of how it was made; text, but for the number of steps.
@@ -165,8 +182,9 @@ def public(settings: Mapping[str, Any]) -> dict[str, Any]:
     named = dict(settings)
     if settings.get("model") is not None:
         named["model"] = _public(settings["model"])
-    if settings.get("lora") is not None:
-        named["lora"] = json.dumps([(_public(p), weight) for p, weight in json.loads(settings["lora"])])
+    for name in LISTS:
+        if settings.get(name) is not None:
+            named[name] = json.dumps([(_public(path), value) for path, value in json.loads(settings[name])])
     if settings.get("video") is not None:
         named["video"] = _name(settings["video"])
     return named
@@ -184,7 +202,7 @@ def trusted(settings: Mapping[str, Any], source: str | Path, given: Mapping[str,
     file may come from anybody.
     """
     named = [("model", settings.get("model"))]
-    named += [("lora", path) for path, _ in json.loads(settings.get("lora") or "[]")]
+    named += [(name, path) for name in LISTS for path, _ in json.loads(settings.get(name) or "[]")]
     named += [("video", settings.get("video"))]
     for name, path in named:
         if path is None or name in given:
@@ -213,10 +231,12 @@ def outside(settings: Mapping[str, Any]) -> list[str]:
         path = settings.get(name)
         if path is not None and (name == "video" or is_local(path)) and not _is_inside(path):
             words += [f"--{name}", shlex.quote(path)]
-    pairs = json.loads(settings.get("lora") or "[]")
-    if any(is_local(path) and not _is_inside(path) for path, _ in pairs):
-        for path, weight in pairs:
-            words += ["--lora", shlex.quote(path), f"{weight:g}"]
+    for name in LISTS:
+        pairs = json.loads(settings.get(name) or "[]")
+        if any(is_local(path) and not _is_inside(path) for path, _ in pairs):
+            for path, value in pairs:
+                own = [] if value is None else [f"{value:g}" if name == "lora" else shlex.quote(value)]
+                words += [f"--{name}", shlex.quote(path), *own]
     return words
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -77,6 +77,20 @@ class LowRank:
             return self.scaling * down
         flat = down.reshape(down.shape[0], -1)
         return self.scaling * (self.up.astype(mx.float32) @ flat).reshape(-1, *down.shape[1:])
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it is a change of a layer with a weight of this shape."""
+        whole = self.up is None and self.down is not None
+        return (not whole or self.down.shape == shape) and (self.bias is None or self.bias.shape == shape[:1])
+
+    def plus(self, other: "LowRank") -> "LowRank":
+        """Both changes as one."""
+        biases = [c.scaling * c.bias.astype(mx.float32) for c in (self, other) if c.bias is not None]
+        bias = sum(biases[1:], biases[0]) if biases else None
+        if other.down is None and self.scaling:
+            return replace(self, bias=None if bias is None else bias / self.scaling)
+        change = self.change() + other.change()
+        return LowRank(change if change.ndim else None, None, bias=bias)
 
 
 class Branch(nn.Module):

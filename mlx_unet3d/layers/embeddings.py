@@ -44,9 +44,9 @@ class TimestepEmbedding(nn.Module):
     ):
         super().__init__()
         self.linear_1 = nn.Linear(in_channels, time_embed_dim)
-        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim if out_dim is None else out_dim)
         if cond_proj_dim is not None:
             self.cond_proj = nn.Linear(cond_proj_dim, in_channels, bias=False)
+        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim if out_dim is None else out_dim)
         self.act = get_activation(act_fn)
 
     def __call__(self, sample: mx.array, condition: mx.array | None = None) -> mx.array:

@@ -33,6 +33,7 @@ class SinusoidalPositionalEmbedding(nn.Module):
         angles = np.arange(max_seq_length)[:, None] * frequencies
         table = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(max_seq_length, -1)
         self.pe = mx.array(table[None, :, :embed_dim].astype(np.float32))
+        self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
         """(N, S, K) -> (N, S, K). Raise ValueError for more tokens than positions."""

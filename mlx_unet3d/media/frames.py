@@ -133,12 +133,16 @@ class Reading:
         self.frames: list[Frames] = []
         self.seen = 0
 
-    def enter(self, width: int, height: int) -> bool:
-        """Whether the next frame is wanted; RefusedClipError before it takes memory that it should not."""
+    def check_size(self, width: int, height: int) -> None:
+        """RefusedClipError for a frame that takes more memory than it should, before it is decoded."""
         if width * height > MAX_PIXELS or 0 in (width, height):
             raise RefusedClipError(
                 f"{self.path} has a frame of {width}x{height} pixels; at most {MAX_PIXELS:,} pixels are read"
             )
+
+    def enter(self, width: int, height: int) -> bool:
+        """Whether the next frame is wanted; RefusedClipError as `check_size`, and for too many."""
+        self.check_size(width, height)
         self.seen += 1
         if self.seen > MAX_FRAMES:
             raise RefusedClipError(f"{self.path} has more than {MAX_FRAMES} frames; cut it")

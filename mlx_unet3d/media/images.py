@@ -89,8 +89,7 @@ def read_animation(reading: Reading) -> tuple[Frames, float]:
     with open_image(reading.path) as image:
         unit = gif.UNIT if image.format == "GIF" else UNIT
         times = []
-        reading.enter(*image.size)  # before the first is decoded
-        reading.seen = 0
+        reading.check_size(*image.size)  # for the first is decoded when it is looked for
         for frame in ImageSequence.Iterator(image):
             if reading.enter(*frame.size):
                 reading.add(np.asarray(frame.convert("RGB")))

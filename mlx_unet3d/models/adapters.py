@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,19 +13,22 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..atomic import whole_file
-from ..checkpoints.adapters import (
-    AdapterFile,
+from ..checkpoints.adapter_keys import (
     LayerLoRA,
+    components_of,
+    flat,
+    is_list,
     parse_lora,
-    read_adapter,
     scaling_of,
 )
+from ..checkpoints.adapters import AdapterFile, read_adapter
 from ..checkpoints.config import naming
 from ..checkpoints.headers import write_safetensors
 from ..checkpoints.layouts import to_diffusers, to_mlx
 from ..errors import CheckpointError
 from ..layers.adapted import (
     ADAPTABLE,
+    CHANGEABLE,
     AdaptedLayer,
     Branch,
     LowRank,
@@ -34,6 +39,8 @@ from ..layers.adapted import (
 )
 from ..layers.attention import Attention
 from ..layers.attention_adapters import CustomDiffusionAttnProcessor2_0
+from ..layers.quantized import QuantizedLayer
+from .adapter_lists import layers_of_list
 
 
 class LoRAMixin:
@@ -77,18 +84,19 @@ class LoRAMixin:
         self._refuse_fused("load another adapter")
         weight = _number(adapter_name, weight)
         file = read_adapter(source, weight_name=weight_name, **hub)
-        layers = self._adaptable()
+        layers = self._adaptable(CHANGEABLE)
         with naming(file.name):
-            parsed = parse_lora(file, self.lora_component, layers)
+            parsed = self._parse(file, layers)
             if not parsed:
                 raise CheckpointError(
                     f"{file.name} has nothing for the {self.lora_component}: none of its {len(file.tensors)} "
                     "tensors names a layer of it"
                 )
             made = {
-                path: _low_rank(file, self.lora_component, path, entry, layers[path])
+                path: _change(file, self.lora_component, path, entry, layers[path])
                 for path, entry in parsed.items()
             }
+        made = {path: low_rank for path, low_rank in made.items() if low_rank is not None}
         dtype = self.dtype
         for path, low_rank in made.items():
             layer = layers[path]
@@ -178,6 +186,8 @@ class LoRAMixin:
             ones = (1,) * (to_diffusers(layout, low_rank.down).ndim - 2)
             tensors[f"{name}.lora_A.weight"] = to_diffusers(layout, low_rank.down)
             tensors[f"{name}.lora_B.weight"] = low_rank.up.reshape(*low_rank.up.shape, *ones)
+            if low_rank.bias is not None:
+                tensors[f"{name}.lora_B.bias"] = low_rank.bias
             alphas[path] = low_rank.scaling * rank
         settings = {f"{self.lora_component}.alpha_pattern": alphas}
         metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
@@ -188,11 +198,53 @@ class LoRAMixin:
     def _adapted(self) -> dict[str, AdaptedLayer]:
         return {path: m for path, m in self.named_modules() if isinstance(m, AdaptedLayer)}
 
-    def _adaptable(self) -> dict[str, nn.Module]:
-        adapted = self._adapted()
-        inside = tuple(f"{path}." for path in adapted)
-        layers = {path: m for path, m in walk(self) if isinstance(m, (*ADAPTABLE, AdaptedLayer))}
-        return {path: m for path, m in layers.items() if not path.startswith(inside)}
+    def _adaptable(self, kinds: tuple[type[nn.Module], ...] = ADAPTABLE) -> dict[str, nn.Module]:
+        """The layers of these kinds, those with adapters included, by path in the order of registration."""
+        found: dict[str, nn.Module] = {}
+        inside: tuple[str, ...] = ()
+        for path, module in walk(self):
+            if inside and path.startswith(inside):
+                continue
+            if isinstance(module, AdaptedLayer):
+                inside += (f"{path}.",)
+            base = module.base if isinstance(module, AdaptedLayer) else module
+            if isinstance(base, kinds):
+                found[path] = module
+        return found
+
+    def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
+        """Names that files have for the layers at `paths` besides these, and the path of each."""
+        return {}
+
+    def _parse(self, file: AdapterFile, layers: Mapping[str, nn.Module]) -> dict[str, LayerLoRA]:
+        """What the file holds for the layers, by path; see `parse_lora` for the errors."""
+        if is_list(file):
+            return self._parse_list(file)
+        names = {flat(path.removesuffix(".0")): path for path in layers if path.endswith("to_out.0")}
+        names |= {flat(name): path for name, path in self.other_layer_names(layers).items()}
+        return parse_lora(file, self.lora_component, names | {flat(path): path for path in layers})
+
+    def layers_of_list(self, file: AdapterFile) -> dict[tuple[str, ...], str]:
+        """The lists of layers that a file without names can be for, and the classes that tell each."""
+        return layers_of_list(self, self._adaptable(), list(file.tensors.values()), _fits)
+
+    def _parse_list(self, file: AdapterFile) -> dict[str, LayerLoRA]:
+        found = self.layers_of_list(file)
+        count = len(file.tensors)
+        if not found:
+            raise CheckpointError(
+                f"{file.name} is a list of {count} tensors without names, which must be an up and a down of "
+                f"each layer of the {self.lora_component}, here {len(self._adaptable())}, or of those inside "
+                "modules of some classes; it is for another network"
+            )
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{file.name} is a list of {count} tensors without names, which can be for the layers in "
+                f"{' or in '.join(found.values())}; give a file with names"
+            )
+        (paths,) = found
+        arrays = iter(file.tensors.values())
+        return {path: LayerLoRA(up=next(arrays), down=next(arrays)) for path in paths}
 
     def _check_names(self, names: Sequence[str]) -> None:
         known = self.list_adapters()
@@ -204,6 +256,33 @@ class LoRAMixin:
     def _refuse_fused(self, what: str) -> None:
         if any(layer.fused for layer in self._adapted().values()):
             raise ValueError(f"adapters are fused; call unfuse_lora before you {what}")
+
+
+def networks_of(file: AdapterFile, networks: Mapping[str, LoRAMixin]) -> list[str]:
+    """The networks of a pipeline that a file is for.
+
+    Those that its keys name; for a list without names the one whose layers it fits, of several the one that
+    the file is named after. CheckpointError where it fits none, or names a network that there is not.
+    """
+    if not is_list(file):
+        wanted = sorted(components_of(file), reverse=True)
+        unknown = [name for name in wanted if name not in networks]
+        if unknown:
+            raise CheckpointError(
+                f"{file.name} has layers of a {unknown[0]}, which this pipeline does not have; it is for "
+                "another kind of model"
+            )
+        return wanted
+    fitting = [name for name, network in networks.items() if network.layers_of_list(file)]
+    if len(fitting) > 1 and file.path is not None:
+        fitting = [name for name in fitting if file.path.stem.endswith(name)] or fitting
+    if len(fitting) != 1:
+        raise CheckpointError(
+            f"{file.name} is a list of {len(file.tensors)} tensors without names, which fits the layers of "
+            f"{' and of '.join(fitting) or 'no network of this pipeline'}; load it into one network by its "
+            "load_lora_adapter, or give a file with names"
+        )
+    return fitting
 
 
 def chosen_weights(
@@ -223,36 +302,97 @@ def _number(what: str, value: Any) -> float:
     return float(value)
 
 
-def _low_rank(file: AdapterFile, component: str, path: str, entry: LayerLoRA, layer: nn.Module) -> LowRank:
-    """The arrays of a file in MLX's layout, held against the layer."""
+def _change(
+    file: AdapterFile, component: str, path: str, entry: LayerLoRA, layer: nn.Module
+) -> LowRank | None:
+    """The arrays of a file for a layer, in MLX's layout and held against it; None where they change nothing.
+
+    Of a module that was saved in full, the change is the difference.
+    """
     base = layer.base if isinstance(layer, AdaptedLayer) else layer
-    shape, layout = weight_shape(base), layout_of(base)
-    down, up = entry.down, entry.up
-    if entry.stable:
-        change = _stable_lora(down, up, shape, layout)
-        low_rank = change if isinstance(change, LowRank) else None
-    elif down.ndim < 2 or up.ndim < 2:
-        low_rank = None
-    else:
-        rank = down.shape[0]
-        try:
-            turned = to_mlx(layout, down) if down.ndim > 2 else down
-            flat = up.reshape(up.shape[0], -1)  # (O, R, 1, 1): a 1x1 convolution
-        except ValueError:
-            turned, flat = down, up
-        fits = (rank, *shape[1:]) == turned.shape and flat.shape == (shape[0], rank) and rank > 0
-        low_rank = LowRank(turned, flat, scaling_of(file, component, path, entry, rank)) if fits else None
-    if low_rank is None:
+    made: list[LowRank | None] = []
+    if entry.down is not None:
+        low_rank = _low_rank(base, entry.down, entry.up, entry.stable)
+        if low_rank is not None and not entry.stable:
+            scaling = scaling_of(file, component, path, entry.alpha, low_rank.down.shape[0])
+            low_rank = replace(low_rank, scaling=scaling, bias=entry.up_bias)
+        made.append(low_rank)
+    if entry.change is not None or entry.change_bias is not None:
+        weight = None if entry.change is None else _in_shape(base, entry.change)
+        made.append(LowRank(weight, None, bias=entry.change_bias))
+    if entry.weight is not None or entry.bias is not None:
+        made.append(_difference(base, entry))
+    shape = weight_shape(base)
+    if not all(low_rank is not None and low_rank.fits(shape) for low_rank in made):
+        has = {name: value.shape for name, value in vars(entry).items() if isinstance(value, mx.array)}
+        there = " and ".join(f"{name} {tuple(size)}" for name, size in has.items())
         raise CheckpointError(
-            f"{file.name}: {path} is {shape} here; down {tuple(entry.down.shape)} and up "
-            f"{tuple(entry.up.shape)} do not fit it. The adapter is for another network"
+            f"{file.name}: {path} is {shape} here; {there} do not fit it. The adapter is for another network"
         )
-    return low_rank
+    changed = reduce(LowRank.plus, made)
+    if entry.weight is None or changed.up is not None:
+        return changed
+    differs = [mx.any(array).item() for array in (changed.change(), changed.bias) if array is not None]
+    return changed if any(differs) else None
+
+
+def _in_shape(base: nn.Module, weight: mx.array) -> mx.array:
+    """A weight of a file in MLX's layout; as it is where it does not fit."""
+    try:
+        return to_mlx(layout_of(base), weight).reshape(weight_shape(base))
+    except ValueError:
+        return weight
+
+
+def _difference(base: nn.Module, entry: LayerLoRA) -> LowRank:
+    """What the parameters of a file add to those there are; one that lacks is zero there."""
+    weight = bias = None
+    if entry.weight is not None:
+        dense = base.dense_weight(mx.float32) if isinstance(base, QuantizedLayer) else base.weight
+        weight = _in_shape(base, entry.weight).astype(mx.float32)
+        weight = weight - dense.astype(mx.float32) if weight.shape == dense.shape else weight
+    if entry.bias is not None:
+        bias = entry.bias.astype(mx.float32)
+        has = base.bias.astype(mx.float32) if "bias" in base else mx.array(0.0)
+        bias = bias - has if has.shape in ((), bias.shape) else bias
+    return LowRank(weight, None, bias=bias)
+
+
+def _fits(down: mx.array, up: mx.array, layer: nn.Module) -> bool:
+    base = layer.base if isinstance(layer, AdaptedLayer) else layer
+    return _low_rank(base, down, up) is not None
+
+
+def _low_rank(base: nn.Module, down: mx.array, up: mx.array, stable: bool = False) -> LowRank | None:
+    """A down and an up of a file as a change of a layer; None where they do not fit it."""
+    shape, layout = weight_shape(base), layout_of(base)
+    if not isinstance(base, ADAPTABLE):
+        return None
+    if stable:
+        return _stable_lora(down, up, shape, layout)
+    if down.ndim < 2 or up.ndim < 2:
+        return None
+    rank = down.shape[0]
+    try:
+        down = to_mlx(layout, _without_ones(down, layout)) if down.ndim > 2 else down
+        up = up.reshape(up.shape[0], -1)  # (O, R, 1, 1): a 1x1 convolution
+    except ValueError:
+        return None
+    fits = (rank, *shape[1:]) == down.shape and up.shape == (shape[0], rank) and rank > 0
+    return LowRank(down, up) if fits else None
+
+
+def _without_ones(array: mx.array, layout: str) -> mx.array:
+    """A matrix without the axes of one that a convolution of size 1 gives it; others as they are."""
+    if layout == "linear" and array.ndim > 2 and set(array.shape[2:]) == {1}:
+        return array.reshape(array.shape[:2])
+    return array
 
 
 def _stable_lora(down: mx.array, up: mx.array, shape: tuple[int, ...], layout: str) -> LowRank | None:
     """loralib's layout: of a convolution with kernel k, (R k, I k) and (O k, R k), whose product is read in
     the memory order of the weight; over frames, the average over a second k. None where it does not fit."""
+    down, up = (_without_ones(array, "linear") for array in (down, up))
     if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
         return None
     if layout == "linear":

@@ -1,89 +1,115 @@
-"""CLIPTextModel: the text encoder of ModelScope text-to-video (OpenCLIP ViT-H) and of Stable
-Diffusion.
+"""CLIPTextModel and CLIPTextModelWithProjection: the text encoders of ModelScope text-to-video, Stable
+Diffusion and SDXL.
 
-Source: transformers' class of that name; Radford et al., arXiv:2103.00020. Letters: B batch, L
-tokens, E = hidden_size.
+Source: transformers' classes of these names; Radford et al., arXiv:2103.00020. Letters: B batch, L tokens,
+E = hidden_size, P = projection_dim.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import operations
-from ..checkpoints import ModelConfig
+from ..checkpoints.config import ModelConfig, key
+from ..layers.clip import ACTIVATIONS, CLIPEncoder
 from ..layers.normalization import LayerNorm
-from ..operations import one_operation
 from .adapters import LoRAMixin
+from .outputs import ModelOutput
 from .pretrained import PretrainedModel
 
 # Far above any network, and few enough to be built before the weights are held against it.
 _MOST_LAYERS = 1000
 
-_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": one_operation(nn.gelu),  # the exact one, by erf
-    "quick_gelu": one_operation(nn.gelu_fast_approx),  # x * sigmoid(1.702 x)
-}
+CLIP_IGNORED_KEYS = frozenset(
+    (
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "dropout",
+        "dtype",
+        "eos_token_id",
+        "initializer_factor",
+        "initializer_range",
+        "model_type",
+        "pad_token_id",
+        "projection_dim",
+        "torch_dtype",
+        "transformers_version",
+    )
+)
+"""Of training, of the pooled output or of transformers itself."""
+
+
+def check_clip_config(config: Any) -> None:
+    """ValueError where the numbers of a text or image encoder do not fit together."""
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not known; use one of {sorted(ACTIVATIONS)}")
+    if config.num_hidden_layers > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers={config.num_hidden_layers} is above {_MOST_LAYERS}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"num_attention_heads={config.num_attention_heads} does not divide "
+            f"hidden_size={config.hidden_size}"
+        )
 
 
 @dataclass
 class CLIPTextConfig(ModelConfig):
     """The keys of `config.json` that shape the network; defaults are those of transformers."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    vocab_size: int = key(49408, "number of token ids", least=1)
+    hidden_size: int = key(512, "E, channels of the states; a multiple of `num_attention_heads`", least=1)
+    intermediate_size: int = key(2048, "channels between the two linears of an MLP", least=1)
+    num_hidden_layers: int = key(12, "layers of the transformer", least=1)
+    num_attention_heads: int = key(8, "heads of a layer", least=1)
+    max_position_embeddings: int = key(77, "the most tokens a text can have", least=1)
+    hidden_act: str = key("quick_gelu", '"gelu" (by erf; OpenCLIP) or "quick_gelu" (OpenAI)')
+    layer_norm_eps: float = key(1e-5, "of all LayerNorms")
 
-    # Of training, of the pooled output or of transformers itself.
-    ignored_keys: ClassVar[frozenset[str]] = frozenset(
-        (
-            "architectures",
-            "attention_dropout",
-            "bos_token_id",
-            "dropout",
-            "dtype",
-            "eos_token_id",
-            "initializer_factor",
-            "initializer_range",
-            "model_type",
-            "pad_token_id",
-            "projection_dim",
-            "torch_dtype",
-            "transformers_version",
-        )
-    )
+    ignored_keys: ClassVar[frozenset[str]] = CLIP_IGNORED_KEYS
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPTextConfig":
+        """See `ModelConfig.from_dict`; of the config of a whole CLIP, the part for text."""
+        part = config.get("text_config")
+        return super().from_dict(part if isinstance(part, Mapping) else config)
 
     def __post_init__(self) -> None:
-        if self.hidden_act not in _ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act={self.hidden_act!r} is not known; use one of {sorted(_ACTIVATIONS)}"
-            )
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key}={value!r} must be an integer of at least 1")
-        if self.num_hidden_layers > _MOST_LAYERS:
-            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is above {_MOST_LAYERS}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} does not divide "
-                f"hidden_size={self.hidden_size}"
-            )
+        super().__post_init__()
+        check_clip_config(self)
+
+
+@dataclass
+class CLIPTextWithProjectionConfig(CLIPTextConfig):
+    """The keys of `config.json` of a text encoder with a projection; defaults are those of transformers."""
+
+    projection_dim: int = key(512, "P, channels of the embedding of a text", least=1)
+    eos_token_id: int = key(
+        49407,
+        "the token whose state is the embedding of its text, at its first place; 2, as older files have it "
+        "whatever the tokenizer, stands for the largest id of a text",
+        least=0,
+    )
+
+
+@dataclass
+class CLIPTextModelOutput(ModelOutput):
+    """States of texts.
+
+    Attributes:
+        text_embeds: (B, P), of a network with projection; else None.
+        last_hidden_state: (B, L, E), after the final LayerNorm.
+        hidden_states: where asked for, (B, L, E) after the embeddings and after each layer, all before the
+            final LayerNorm; else None.
+    """
+
+    text_embeds: mx.array | None
+    last_hidden_state: mx.array
+    hidden_states: tuple[mx.array, ...] | None = None
 
 
 class CLIPTextEmbeddings(nn.Module):
@@ -100,159 +126,44 @@ class CLIPTextEmbeddings(nn.Module):
         return self.token_embedding(input_ids) + self.position_embedding(positions)
 
 
-class CLIPAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and the tokens before it."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-        self.heads = config.num_attention_heads
-        self.scale = (width // self.heads) ** -0.5
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """(B, L, E) -> (B, L, E)."""
-        batch, length, width = x.shape
-        query, key, value = (
-            # (B, L, E) -> (B, heads, L, E / heads)
-            proj(x).reshape(batch, length, self.heads, -1).transpose(0, 2, 1, 3)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = operations.attention(query, key, value, scale=self.scale, mask="causal")
-        # (B, heads, L, E / heads) -> (B, L, E)
-        return self.out_proj(y.transpose(0, 2, 1, 3).reshape(batch, length, width))
-
-
-class CLIPMLP(nn.Module):
-    """Two linears with the activation between."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act = _ACTIVATIONS[config.hidden_act]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class CLIPEncoderLayer(nn.Module):
-    """Attention and MLP, each after a LayerNorm and around a skip."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = CLIPAttention(config)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CLIPMLP(config)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class CLIPEncoder(nn.Module):
-    """The stack of layers."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.layers = [CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers)]
-
-    def __call__(self, x: mx.array, num_layers: int) -> mx.array:
-        """(B, L, E) through the first `num_layers` layers."""
-        for layer in self.layers[:num_layers]:
-            x = layer(x)
-        return x
-
-
 class CLIPTextTransformer(nn.Module):
     """Embeddings, layers and the final LayerNorm."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.embeddings = CLIPTextEmbeddings(config)
-        self.encoder = CLIPEncoder(config)
+        self.encoder = CLIPEncoder(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.intermediate_size,
+            config.hidden_act,
+            config.layer_norm_eps,
+            causal=True,
+        )
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def __call__(self, input_ids: mx.array, num_layers: int) -> mx.array:
-        """(B, L) -> (B, L, E)."""
-        return self.final_layer_norm(self.encoder(self.embeddings(input_ids), num_layers))
+    def __call__(
+        self, input_ids: mx.array, num_layers: int | None = None, output_hidden_states: bool = False
+    ) -> CLIPTextModelOutput:
+        """(B, L) -> (B, L, E) after the first `num_layers` layers, all by default."""
+        x, states = self.embeddings(input_ids), None
+        if output_hidden_states:
+            states = self.encoder.hidden_states(x)
+            x = states[-1 if num_layers is None else num_layers]
+        else:
+            x = self.encoder(x, num_layers)
+        return CLIPTextModelOutput(None, self.final_layer_norm(x), states)
 
 
-class CLIPTextModel(LoRAMixin, PretrainedModel):
-    """Text states of token ids, for the cross-attention of a UNet; transformers' class of that
-    name.
+class _CLIPTextEncoder(LoRAMixin, PretrainedModel):
+    """A text encoder under the parameter names of the files on the hub (`text_model.encoder.layers.0...`)."""
 
-    Parameter names are those of the files on the hub (`text_model.encoder.layers.0...`). Files
-    without the prefix `text_model.`, as transformers 5 writes them, load as well.
-
-    Args:
-        vocab_size: number of token ids.
-        hidden_size: E, channels of the states; a multiple of `num_attention_heads`.
-        intermediate_size: channels between the two linears of an MLP.
-        num_hidden_layers, num_attention_heads: of the transformer.
-        max_position_embeddings: the most tokens a text can have.
-        hidden_act: "gelu" (by erf; OpenCLIP) or "quick_gelu" (OpenAI).
-        layer_norm_eps: of all LayerNorms.
-
-    Raises ValueError where these do not fit together.
-    """
-
-    config_class = CLIPTextConfig
     weights_stem = "model"
-    class_names = ("CLIPTextModel",)
-    lora_component = "text_encoder"
 
-    def __init__(
-        self,
-        vocab_size: int = 49408,
-        hidden_size: int = 512,
-        intermediate_size: int = 2048,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 8,
-        max_position_embeddings: int = 77,
-        hidden_act: str = "quick_gelu",
-        layer_norm_eps: float = 1e-5,
-    ) -> None:
-        super().__init__()
-        self.config = CLIPTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            max_position_embeddings=max_position_embeddings,
-            hidden_act=hidden_act,
-            layer_norm_eps=layer_norm_eps,
-        )
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.text_model = CLIPTextTransformer(self.config)
-
-    def __call__(self, input_ids: mx.array | np.ndarray, *, clip_skip: int | None = None) -> mx.array:
-        """Text states of whole texts.
-
-        Args:
-            input_ids: integers (B, L) in [0, vocab_size), L <= max_position_embeddings. They are
-                looked at before the forward, so this cannot be inside `mx.compile`.
-            clip_skip: how many of the last layers to leave out, 0 to num_hidden_layers - 1; None
-                for 0. As in diffusers, the final LayerNorm is applied all the same.
-
-        Returns the states (B, L, E) after the final LayerNorm, in the dtype of the network.
-        Raises ValueError for ids, lengths and `clip_skip` out of range, TypeError for ids not
-        integers.
-        """
-        num_layers = self.config.num_hidden_layers
-        skipped = 0 if clip_skip is None else clip_skip
-        if isinstance(skipped, bool) or not isinstance(skipped, int):
-            raise TypeError(f"clip_skip={clip_skip!r} must be an integer or None")
-        if not 0 <= skipped < num_layers:
-            raise ValueError(
-                f"clip_skip={clip_skip} must be 0 to {num_layers - 1}: this text encoder has "
-                f"{num_layers} layers and needs one of them"
-            )
-        return self.text_model(self._checked_ids(input_ids), num_layers - skipped)
 
     def set_token_embeddings(self, ids: Sequence[int], embeddings: mx.array) -> None:
         """Give token ids their embeddings (T, E); `vocab_size` grows to take in the largest id.
@@ -270,7 +181,7 @@ class CLIPTextModel(LoRAMixin, PretrainedModel):
         layer.weight = weight
         self.config = replace(self.config, vocab_size=weight.shape[0])
 
-    def _checked_ids(self, input_ids: mx.array | np.ndarray) -> mx.array:
+    def _checked_ids(self, input_ids: mx.array | np.ndarray) -> np.ndarray:
         ids = np.array(input_ids)
         if not np.issubdtype(ids.dtype, np.integer):
             raise TypeError(f"input_ids must be integers, not {ids.dtype}")
@@ -289,12 +200,118 @@ class CLIPTextModel(LoRAMixin, PretrainedModel):
                 f"input_ids holds {wrong}, which is not in [0, vocab_size="
                 f"{self.config.vocab_size}); is the tokenizer that of this text encoder?"
             )
-        return mx.array(ids.astype(np.int32))
+        return ids.astype(np.int32)
+
+    @classmethod
+    def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
+        """Name of a file's tensor `key` here; None for position ids, which are no parameters."""
+        bare = key.removeprefix("text_model.")
+        return None if bare == "embeddings.position_ids" else f"text_model.{bare}"
+
+
+class CLIPTextModel(_CLIPTextEncoder):
+    """Text states of token ids, for the cross-attention of a UNet; transformers' class of that name.
+
+    Files without the prefix `text_model.`, as transformers 5 writes them, load as well, and those of a
+    network with projection without their projection.
+
+    Raises ValueError where the numbers of its config do not fit together.
+    """
+
+    config_class = CLIPTextConfig
+    class_names = ("CLIPTextModel", "CLIPModel")
+    lora_component = "text_encoder"
+
+    def __call__(
+        self,
+        input_ids: mx.array | np.ndarray,
+        *,
+        clip_skip: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> mx.array | CLIPTextModelOutput:
+        """Text states of whole texts.
+
+        Args:
+            input_ids: integers (B, L) in [0, vocab_size), L <= max_position_embeddings. They are
+                looked at before the forward, so this cannot be inside `mx.compile`.
+            clip_skip: how many of the last layers to leave out, 0 to num_hidden_layers - 1; None
+                for 0. As in diffusers, the final LayerNorm is applied all the same.
+            output_hidden_states: return the states of all layers beside the last ones, as SDXL takes them.
+
+        Returns the states (B, L, E) after the final LayerNorm, in the dtype of the network; as a
+        `CLIPTextModelOutput` with `output_hidden_states`.
+        Raises ValueError for ids, lengths and `clip_skip` out of range, TypeError for ids not
+        integers.
+        """
+        num_layers = self.config.num_hidden_layers
+        skipped = 0 if clip_skip is None else clip_skip
+        if isinstance(skipped, bool) or not isinstance(skipped, int):
+            raise TypeError(f"clip_skip={clip_skip!r} must be an integer or None")
+        if not 0 <= skipped < num_layers:
+            raise ValueError(
+                f"clip_skip={clip_skip} must be 0 to {num_layers - 1}: this text encoder has "
+                f"{num_layers} layers and needs one of them"
+            )
+        ids = mx.array(self._checked_ids(input_ids))
+        output = self.text_model(ids, num_layers - skipped, output_hidden_states)
+        return output if output_hidden_states else output.last_hidden_state
+
+    def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
+        """Those of transformers 5, OpenCLIP and the web UI, and of diffusers' first text LoRAs."""
+        made = {}
+        for path in paths:
+            bare = path.removeprefix("text_model.")
+            block = bare.replace("encoder.layers.", "resblocks.").replace(".self_attn.", ".attn.")
+            original = block.replace(".mlp.fc1", ".mlp.c_fc").replace(".mlp.fc2", ".mlp.c_proj")
+            processor = re.sub(r"\.(q|k|v|out)_proj$", r".to_\1", path)
+            names = bare, block, original, f"transformer.{block}", f"transformer.{original}", processor
+            made |= dict.fromkeys((*names, processor.removeprefix("text_model.")), path)
+        return made
 
     @classmethod
     def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
         """Name of a file's tensor `key` here; None for what last hidden states do not need."""
-        bare = key.removeprefix("text_model.")
-        if bare in ("embeddings.position_ids", "text_projection.weight"):
+        if key.startswith(("vision_model.", "visual_projection.")) or key == "logit_scale":  # of a whole CLIP
             return None
-        return f"text_model.{bare}"
+        projection = key.removeprefix("text_model.").startswith("text_projection.")
+        return None if projection else super().rename_key(key, keys)
+
+
+class CLIPTextModelWithProjection(_CLIPTextEncoder):
+    """Text states and the embedding of each text, of SDXL's second encoder; transformers' class of that name.
+
+    Raises ValueError where the numbers of its config do not fit together.
+    """
+
+    config_class = CLIPTextWithProjectionConfig
+    class_names = ("CLIPTextModelWithProjection",)
+    lora_component = "text_encoder_2"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.text_projection = nn.Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
+
+    def __call__(
+        self, input_ids: mx.array | np.ndarray, *, output_hidden_states: bool = False
+    ) -> CLIPTextModelOutput:
+        """Text states and embeddings of whole texts.
+
+        Args:
+            input_ids: integers (B, L), see `CLIPTextModel`. The embedding is that of the first token with
+                `eos_token_id`, of the first token of all where there is none; with `eos_token_id` 2, of the
+                largest id, which learned tokens beyond the vocabulary would be.
+            output_hidden_states: return the states of all layers as well.
+
+        Raises ValueError for ids and lengths out of range, TypeError for ids not integers.
+        """
+        ids = self._checked_ids(input_ids)
+        eos = self.config.eos_token_id
+        places = (ids if eos == 2 else ids == eos).argmax(axis=1)  # the first of equals
+        output = self.text_model(mx.array(ids), output_hidden_states=output_hidden_states)
+        pooled = output.last_hidden_state[mx.arange(len(ids)), mx.array(places)]  # (B, E)
+        return replace(output, text_embeds=self.text_projection(pooled))
+
+    @classmethod
+    def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
+        """Name of a file's tensor `key` here; None for position ids, which are no parameters."""
+        return key if key.startswith("text_projection.") else super().rename_key(key, keys)

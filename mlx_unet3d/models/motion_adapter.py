@@ -19,7 +19,8 @@ from ..checkpoints.shapes import Shapes
 from ..errors import CheckpointError
 from ..layers.blocks import Level, motion_module
 from ..layers.convolution import Conv2d
-from .pretrained import Checkpoint, PretrainedModel, Source, find_checkpoint
+from .loading import Checkpoint, Source, find_checkpoint
+from .pretrained import PretrainedModel
 from .video_unet import per_level
 
 STEM = "diffusion_pytorch_model"

@@ -1,13 +1,7 @@
-"""The base of all networks: made from a config, loaded from and saved to checkpoint folders.
-
-A network may be put together from several checkpoints. So loading is three functions: `find_checkpoint` reads
-the headers of one, `matched` holds them against the parameters that it is for, `read_parameters` reads these.
-"""
+"""The base of all networks: made from a config, loaded from and saved to checkpoint folders."""
 
 import inspect
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,20 +9,27 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..checkpoints.config import ModelConfig, naming, read_json
-from ..checkpoints.headers import Header, check_dtypes, load_tensors, read_header
-from ..checkpoints.layouts import parameter_layouts, to_diffusers, to_mlx
-from ..checkpoints.matching import Expected, file_format, majority_dtype, match
+from ..checkpoints.config import ModelConfig, naming
+from ..checkpoints.layouts import parameter_layouts, to_diffusers
+from ..checkpoints.matching import Expected
 from ..checkpoints.quantization import choose, choose_as, quantizations, quantize_layers, to_config
-from ..checkpoints.source import find_folder, read_component_config, weight_files
+from ..checkpoints.source import read_component_config
 from ..checkpoints.storage import checksum, parse_size, write_component
 from ..errors import CheckpointError
 from ..layers.adapted import AdaptedLayer
 from ..layers.quantized import Quantization, QuantizedLayer
+from .loading import (
+    Checkpoint,
+    Source,
+    checked_dtype,
+    common_dtype,
+    find_checkpoint,
+    matched,
+    read_parameters,
+)
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
-FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 DIFFUSERS_VERSION = "0.42.1"
 """The version of the config format that is written."""
 
@@ -36,110 +37,6 @@ CONSTANTS = frozenset({"pe"})
 """Names of arrays that are made by a formula: files hold them, and need not; they are no parameters."""
 
 _QUANTIZED = (QuantizedLayer, nn.QuantizedLinear, nn.QuantizedEmbedding)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The files of one network.
-
-    Attributes:
-        where: its folder or file, for messages.
-        config: the content of its `config.json`; empty for a lone file.
-        headers: the checked headers of its weight files.
-        layout: "mlx" or "diffusers".
-    """
-
-    where: Path
-    config: dict[str, Any]
-    headers: dict[Path, Header]
-    layout: str
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The names of all tensors."""
-        return frozenset(key for header in self.headers.values() for key in header.tensors)
-
-
-def find_checkpoint(
-    path_or_id: str | Path, stem: str, *, variant: str | None = None, files: bool = False, **where: Any
-) -> Checkpoint:
-    """Find the weight files of a network and read their headers.
-
-    Args:
-        path_or_id: folder, or hub id `owner/name`.
-        stem: of the names of its weight files.
-        variant: weight files such as "fp16", see `weight_files`; None takes the plain ones.
-        files: take a lone safetensors file as well, which has no config.
-        where: `subfolder`, `revision`, `local_files_only`, `token`, `cache_dir`, see `find_folder`.
-
-    Raises FileNotFoundError, PermissionError, ConnectionError, see `find_folder` and `weight_files`;
-    CheckpointError where files are damaged.
-    """
-    file = Path(path_or_id).expanduser()
-    if files and file.is_file():
-        folder, config, paths = file, {}, [file]
-    else:
-        folder = find_folder(path_or_id, variant=variant, stem=stem, **where)
-        config = read_json(folder / "config.json")
-        paths = weight_files(folder, stem, variant)
-    headers = {path: read_header(path) for path in paths}
-    for path, header in headers.items():
-        check_dtypes(path, header)
-    return Checkpoint(folder, config, headers, file_format(headers))
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint and its part in a network.
-
-    Attributes:
-        checkpoint: the files.
-        expected: the parameters that it is for; None for all.
-        rename: the parameter of a key, see `PretrainedModel.rename_key`; None for that of the network.
-    """
-
-    checkpoint: Checkpoint
-    expected: Mapping[str, Expected] | None = None
-    rename: Callable[[str, Collection[str]], str | None] | None = None
-
-
-def matched(model: "PretrainedModel", source: Source) -> dict[str, str]:
-    """The parameter of each tensor of a source that is needed; CheckpointError where it does not fit."""
-    checkpoint = source.checkpoint
-    return match(
-        f"{checkpoint.where} does not fit {type(model).__name__}",
-        model.expected_tensors() if source.expected is None else source.expected,
-        checkpoint.headers,
-        checkpoint.layout,
-        source.rename or model.rename_key,
-    )
-
-
-def read_parameters(
-    model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], dtype: mx.Dtype | None
-) -> Iterator[tuple[str, mx.array]]:
-    """Names and arrays of parameters, a tensor at a time; floating ones in `dtype`, or as they are where
-    None."""
-    layouts = parameter_layouts(model) if checkpoint.layout == "diffusers" else {}
-    for path in checkpoint.headers:
-        tensors = load_tensors(path)
-        for key in list(tensors):
-            # Out of the dict, so that the array as read is freed once it is cast and transposed.
-            array = tensors.pop(key)
-            if key not in names:
-                continue
-            if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
-                array = array.astype(dtype)
-            array = to_mlx(layouts.get(names[key], "identity"), array)
-            mx.eval(array)
-            yield names[key], array
-
-
-def checked_dtype(dtype: mx.Dtype | None) -> mx.Dtype | None:
-    """`dtype`; ValueError for any but float32, float16, bfloat16 and None."""
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise ValueError(f"dtype={dtype} must be mx.float32, mx.float16 or mx.bfloat16")
-    return dtype
 
 
 class PretrainedModel(nn.Module):
@@ -296,7 +193,7 @@ class PretrainedModel(nn.Module):
         names = [matched(self, source) for source in sources]
         if checked_dtype(dtype) is None:
             first = sources[0].checkpoint
-            dtype = _common_dtype(first.where, first.headers)
+            dtype = common_dtype(first.where, first.headers)
         loaded = dict(own or {})
         for source, its in zip(sources, names, strict=True):
             for name, array in read_parameters(self, source.checkpoint, its, dtype):
@@ -477,14 +374,3 @@ class PretrainedModel(nn.Module):
         where = str(checkpoint.where / "config.json")
         chosen = choose_as(self, checkpoint.config["quantization"], checkpoint.keys, where)
         quantize_layers(self, chosen)
-
-
-def _common_dtype(folder: Path, headers: Mapping[Path, Header]) -> mx.Dtype | None:
-    dtype, nbytes = majority_dtype(headers)
-    if len(nbytes) > 1:
-        sizes = ", ".join(f"{count} bytes of {name}" for name, count in sorted(nbytes.items()))
-        warnings.warn(
-            f"{folder} mixes floating dtypes ({sizes}); loading all as {dtype}, pass dtype= to choose",
-            stacklevel=3,
-        )
-    return dtype

@@ -3,13 +3,14 @@
 Source: diffusers' class of that name (documentation of 0.23, numerics of 0.42). Letters as in `video_unet`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints.config import ModelConfig, key
+from ..checkpoints.config import key
+from ..checkpoints.originals import unet_layer_names
 from ..layers.blocks import (
     CrossAttnDownBlock3D,
     CrossAttnUpBlock3D,
@@ -26,18 +27,18 @@ from .video_unet import (
     Context,
     Levels,
     VideoUNet,
+    VideoUNetConfig,
     VideoUNetOutput,
     as_timestep,
+    block_types,
     check_levels,
-    known_blocks,
     mask_bias,
 )
 
 # `transformer_in` always has this many heads, of attention_head_dim channels each.
 TRANSFORMER_IN_HEADS = 8
 
-DOWN_BLOCKS = known_blocks(DownBlock3D, CrossAttnDownBlock3D)
-UP_BLOCKS = known_blocks(UpBlock3D, CrossAttnUpBlock3D)
+DOWN_BLOCKS, UP_BLOCKS = block_types((DownBlock3D, CrossAttnDownBlock3D), (UpBlock3D, CrossAttnUpBlock3D))
 
 # Keys of early ModelScope configs, which later became fixed, with the values that this network has.
 _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
@@ -60,27 +61,11 @@ _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass
-class UNet3DConditionConfig(ModelConfig):
+class UNet3DConditionConfig(VideoUNetConfig):
     """The keys of `config.json`; defaults are those of diffusers and of ModelScope's 1.7b checkpoint."""
 
-    sample_size: int | tuple[int, int] | None = key(
-        None, "height and width of the latents it was trained on; only pipelines look at it"
-    )
-    in_channels: int = key(4, "of the sample", least=1)
-    out_channels: int = key(4, "of the prediction", least=1)
-    down_block_types: tuple[str, ...] = key(
-        ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
-        '"DownBlock3D" or "CrossAttnDownBlock3D" a level, finest first',
-        choices=DOWN_BLOCKS,
-    )
-    up_block_types: tuple[str, ...] = key(
-        ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
-        '"UpBlock3D" or "CrossAttnUpBlock3D" a level, coarsest first',
-        choices=UP_BLOCKS,
-    )
-    block_out_channels: tuple[int, ...] = key(
-        (320, 640, 1280, 1280), "channels a level; multiples of `norm_num_groups`", least=1
-    )
+    down_block_types: tuple[str, ...] = DOWN_BLOCKS
+    up_block_types: tuple[str, ...] = UP_BLOCKS
     layers_per_block: int = key(2, "resnets of a down block; up blocks have one more", least=1)
     downsample_padding: int = key(1, "0 or 1; of the halving convolutions")
     mid_block_scale_factor: float = key(1, "divides the outputs of the two resnets of the mid block")
@@ -164,8 +149,6 @@ class UNet3DConditionModel(VideoUNet):
         config = self.config
         self._build(
             levels_of_3d(config),
-            [DOWN_BLOCKS[name] for name in config.down_block_types],
-            [UP_BLOCKS[name] for name in config.up_block_types],
             UNetMidBlock3DCrossAttn,
             layers=(config.layers_per_block,) * len(config.block_out_channels),
             in_channels=config.in_channels,
@@ -264,3 +247,7 @@ class UNet3DConditionModel(VideoUNet):
                 "one entry a text token"
             )
         return mask_bias(mask, dtype)
+
+    def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
+        """Those of ModelScope's original network."""
+        return unet_layer_names(paths, self.config.layers_per_block)

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoints.config import ModelConfig, key
+from ..checkpoints.config import key
 from ..layers.activations import SiLU
 from ..layers.attention import Attention
 from ..layers.blocks import UNetMidBlock3DCrossAttn
@@ -23,34 +23,18 @@ from ..layers.text_context import TextContext
 from ..layers.transformers import TransformerTemporalModel
 from .feature_cache import FeatureCache
 from .unet_3d_condition import DOWN_BLOCKS, TRANSFORMER_IN_HEADS, UP_BLOCKS, levels_of_3d
-from .video_unet import Context, VideoUNet, VideoUNetOutput, as_timestep, check_levels
+from .video_unet import Context, VideoUNet, VideoUNetConfig, VideoUNetOutput, as_timestep, check_levels
 
 _LATENT_CHANNELS = 4  # of the image's latents, whatever in_channels is
 _POOLED = 32  # height and width of the image's latents in the context, before they are halved twice
 
 
 @dataclass
-class I2VGenXLUNetConfig(ModelConfig):
+class I2VGenXLUNetConfig(VideoUNetConfig):
     """The keys of `config.json`; defaults are those of diffusers and of the released checkpoint."""
 
-    sample_size: int | tuple[int, int] | None = key(
-        None, "height and width of the latents it was trained on; only pipelines look at it"
-    )
-    in_channels: int = key(4, "of the sample", least=1)
-    out_channels: int = key(4, "of the prediction", least=1)
-    down_block_types: tuple[str, ...] = key(
-        ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
-        '"DownBlock3D" or "CrossAttnDownBlock3D" a level, finest first',
-        choices=DOWN_BLOCKS,
-    )
-    up_block_types: tuple[str, ...] = key(
-        ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
-        '"UpBlock3D" or "CrossAttnUpBlock3D" a level, coarsest first',
-        choices=UP_BLOCKS,
-    )
-    block_out_channels: tuple[int, ...] = key(
-        (320, 640, 1280, 1280), "channels a level; multiples of `norm_num_groups`", least=1
-    )
+    down_block_types: tuple[str, ...] = DOWN_BLOCKS
+    up_block_types: tuple[str, ...] = UP_BLOCKS
     layers_per_block: int = key(2, "resnets of a down block; up blocks have one more", least=1)
     norm_num_groups: int = key(32, "groups of the group norms", least=1)
     cross_attention_dim: int = key(1024, "D, channels of text states and image embedding", least=1)
@@ -132,8 +116,6 @@ class I2VGenXLUNet(VideoUNet):
         )
         self._build(
             levels_of_3d(config),
-            [DOWN_BLOCKS[name] for name in config.down_block_types],
-            [UP_BLOCKS[name] for name in config.up_block_types],
             UNetMidBlock3DCrossAttn,
             layers=(config.layers_per_block,) * len(config.block_out_channels),
             in_channels=2 * c,

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..checkpoints.config import ModelConfig, key
+from ..checkpoints.config import key
 from ..layers.blocks import (
     CrossAttnDownBlockMotion,
     CrossAttnUpBlockMotion,
@@ -30,40 +30,24 @@ from .video_unet import (
     Context,
     Levels,
     VideoUNet,
+    VideoUNetConfig,
     VideoUNetOutput,
     as_timestep,
+    block_types,
     check_levels,
-    known_blocks,
     mask_bias,
     per_level,
 )
 
-DOWN_BLOCKS = known_blocks(DownBlockMotion, CrossAttnDownBlockMotion)
-UP_BLOCKS = known_blocks(UpBlockMotion, CrossAttnUpBlockMotion)
+_DOWN, _UP = block_types((DownBlockMotion, CrossAttnDownBlockMotion), (UpBlockMotion, CrossAttnUpBlockMotion))
 
 
 @dataclass
-class UNetMotionConfig(ModelConfig):
+class UNetMotionConfig(VideoUNetConfig):
     """The keys of `config.json`; defaults are those of diffusers."""
 
-    sample_size: int | tuple[int, int] | None = key(
-        None, "height and width of the latents it was trained on; only pipelines look at it"
-    )
-    in_channels: int = key(4, "of the sample", least=1)
-    out_channels: int = key(4, "of the prediction", least=1)
-    down_block_types: tuple[str, ...] = key(
-        ("CrossAttnDownBlockMotion",) * 3 + ("DownBlockMotion",),
-        '"DownBlockMotion" or "CrossAttnDownBlockMotion" a level, finest first',
-        choices=DOWN_BLOCKS,
-    )
-    up_block_types: tuple[str, ...] = key(
-        ("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * 3,
-        '"UpBlockMotion" or "CrossAttnUpBlockMotion" a level, coarsest first',
-        choices=UP_BLOCKS,
-    )
-    block_out_channels: tuple[int, ...] = key(
-        (320, 640, 1280, 1280), "channels a level; multiples of `norm_num_groups`", least=1
-    )
+    down_block_types: tuple[str, ...] = _DOWN
+    up_block_types: tuple[str, ...] = _UP
     layers_per_block: int | tuple[int, ...] = key(
         2, "resnets of a down block, one number or one a level; up blocks have one more", least=1
     )
@@ -183,8 +167,6 @@ class UNetMotionModel(VideoUNet):
             )
         self._build(
             levels,
-            [DOWN_BLOCKS[name] for name in config.down_block_types],
-            [UP_BLOCKS[name] for name in config.up_block_types],
             UNetMidBlockCrossAttnMotion if config.use_motion_mid_block else UNetMidBlock2DCrossAttn,
             layers=per_level(config.layers_per_block, len(config.block_out_channels)),
             in_channels=config.in_channels,
@@ -347,6 +329,7 @@ class UNetMotionModel(VideoUNet):
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             for module in block.get("motion_modules", ()):
                 module.unfreeze()
+                module.freeze(keys=["pe"])  # the positions are constants
 
 
 def _levels(config: UNetMotionConfig, mid_layers: int | tuple[int, ...]) -> Levels:

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints.config import ModelConfig, key
+from ..checkpoints.config import key
 from ..layers.blocks import (
     CrossAttnDownBlockSpatioTemporal,
     CrossAttnUpBlockSpatioTemporal,
@@ -26,39 +26,27 @@ from .video_unet import (
     Context,
     Levels,
     VideoUNet,
+    VideoUNetConfig,
     VideoUNetOutput,
     as_timestep,
+    block_types,
     check_levels,
-    known_blocks,
     per_level,
 )
 
-DOWN_BLOCKS = known_blocks(DownBlockSpatioTemporal, CrossAttnDownBlockSpatioTemporal)
-UP_BLOCKS = known_blocks(UpBlockSpatioTemporal, CrossAttnUpBlockSpatioTemporal)
+_DOWN, _UP = block_types(
+    (DownBlockSpatioTemporal, CrossAttnDownBlockSpatioTemporal),
+    (UpBlockSpatioTemporal, CrossAttnUpBlockSpatioTemporal),
+)
 
 
 @dataclass
-class UNetSpatioTemporalConditionConfig(ModelConfig):
+class UNetSpatioTemporalConditionConfig(VideoUNetConfig):
     """The keys of `config.json`; defaults are those of diffusers and of the released checkpoints."""
 
-    sample_size: int | tuple[int, int] | None = key(
-        None, "height and width of the latents it was trained on; only pipelines look at it"
-    )
     in_channels: int = key(8, "of the sample: noisy latents beside those of the image", least=1)
-    out_channels: int = key(4, "of the prediction", least=1)
-    down_block_types: tuple[str, ...] = key(
-        ("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",),
-        '"DownBlockSpatioTemporal" or "CrossAttnDownBlockSpatioTemporal" a level, finest first',
-        choices=DOWN_BLOCKS,
-    )
-    up_block_types: tuple[str, ...] = key(
-        ("UpBlockSpatioTemporal",) + ("CrossAttnUpBlockSpatioTemporal",) * 3,
-        '"UpBlockSpatioTemporal" or "CrossAttnUpBlockSpatioTemporal" a level, coarsest first',
-        choices=UP_BLOCKS,
-    )
-    block_out_channels: tuple[int, ...] = key(
-        (320, 640, 1280, 1280), "channels a level; multiples of 32 and of its heads", least=1
-    )
+    down_block_types: tuple[str, ...] = _DOWN
+    up_block_types: tuple[str, ...] = _UP
     addition_time_embed_dim: int = key(256, "channels of the sinusoid of each time id", least=1)
     projection_class_embeddings_input_dim: int = key(
         768, "channels of the sinusoids of all time ids", least=1
@@ -131,8 +119,6 @@ class UNetSpatioTemporalConditionModel(VideoUNet):
         embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, 4 * widths[0])
         self._build(
             Levels(down, down[-1], down[::-1]),
-            [DOWN_BLOCKS[name] for name in config.down_block_types],
-            [UP_BLOCKS[name] for name in config.up_block_types],
             UNetMidBlockSpatioTemporal,
             layers=layers,
             in_channels=config.in_channels,

@@ -5,37 +5,32 @@ A network adds its config, its inputs and what enters before `conv_in`. Letters:
 frames, H W pixels, N = B*F, L tokens of a context, D their channels, T channels of the time embedding.
 """
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..compilation import CompiledForward
+from ..checkpoints.config import ModelConfig, key
+from ..layers import blocks
 from ..layers.activations import silu
-from ..layers.adapted import scaled_adapters, walk
+from ..layers.adapted import scaled_adapters
 from ..layers.blocks import DownBlock, Join, Keep, Level, MidBlock, Run, Step, UpBlock
-from ..layers.chunking import Chunks
 from ..layers.conditions import Conditions, by_frames
-from ..layers.convolution import Conv2d, set_convolution
+from ..layers.convolution import Conv2d
 from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
-from ..layers.freeu import FreeU
 from ..layers.normalization import group_norm
 from ..layers.text_context import TextContext
-from ..layers.transformers import BasicTransformerBlock
 from .attention_control import AttentionControl
 from .feature_cache import FeatureCache
 from .outputs import ModelOutput
 from .pretrained import PretrainedModel
+from .unet_options import Context, UNetOptions
 
 # Far above any network, and few enough to be built before the weights are held against it.
 _MOST_LEVELS, _MOST_LAYERS = 8, 100
-
-Context = mx.array | TextContext
 
 
 @dataclass
@@ -43,6 +38,40 @@ class VideoUNetOutput(ModelOutput):
     """`sample`: the prediction, in the shape of the input sample but for its channels."""
 
     sample: mx.array
+
+
+@dataclass
+class VideoUNetConfig(ModelConfig):
+    """The keys that the configs of all video UNets begin with."""
+
+    sample_size: int | tuple[int, int] | None = key(
+        None, "height and width of the latents it was trained on; only pipelines look at it"
+    )
+    in_channels: int = key(4, "of the sample", least=1)
+    out_channels: int = key(4, "of the prediction", least=1)
+    down_block_types: tuple[str, ...] = ()
+    up_block_types: tuple[str, ...] = ()
+    block_out_channels: tuple[int, ...] = key(
+        (320, 640, 1280, 1280), "channels a level; multiples of the groups of the norms", least=1
+    )
+
+
+def block_types(down: Sequence[type[DownBlock]], up: Sequence[type[UpBlock]]) -> tuple[Any, Any]:
+    """The fields `down_block_types` and `up_block_types` of a network with these blocks, without and with
+    attention to the context; four levels by default."""
+    (plain_down, cross_down), (plain_up, cross_up) = ([b.__name__ for b in kinds] for kinds in (down, up))
+    return (
+        key(
+            (cross_down,) * 3 + (plain_down,),
+            f'"{plain_down}" or "{cross_down}" a level, finest first',
+            choices=(plain_down, cross_down),
+        ),
+        key(
+            (plain_up,) + (cross_up,) * 3,
+            f'"{plain_up}" or "{cross_up}" a level, coarsest first',
+            choices=(plain_up, cross_up),
+        ),
+    )
 
 
 def per_level(value: Any, levels: int) -> tuple[Any, ...]:
@@ -96,7 +125,7 @@ class Levels:
     up: tuple[Level, ...]
 
 
-class VideoUNet(AttentionControl, PretrainedModel):
+class VideoUNet(UNetOptions, AttentionControl, PretrainedModel):
     """The base of the video UNets. A subclass calls `_build`, and makes `Conditions` of its inputs in
     `_prepare`."""
 
@@ -105,8 +134,6 @@ class VideoUNet(AttentionControl, PretrainedModel):
     def _build(
         self,
         levels: Levels,
-        down: Sequence[type[DownBlock]],
-        up: Sequence[type[UpBlock]],
         mid: type[MidBlock],
         *,
         layers: Sequence[int],
@@ -122,7 +149,11 @@ class VideoUNet(AttentionControl, PretrainedModel):
 
         `layers` is the number of layers a level, finest first; up blocks have one more.
         """
-        first, last = levels.down[0], len(down) - 1
+        config, first, last = self.config, levels.down[0], len(levels.down) - 1
+        down, up = (
+            [getattr(blocks, name) for name in names]
+            for names in (config.down_block_types, config.up_block_types)
+        )
         widths = [level.channels for level in levels.down]
         self.conv_in = Conv2d(in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(
@@ -148,10 +179,7 @@ class VideoUNet(AttentionControl, PretrainedModel):
         ]
         self.mid_block = mid(levels.mid, mid_layers, mid_scale)
         self.conv_norm_out = group_norm(first.norm_num_groups, widths[0], first.norm_eps)
-        self.conv_out = Conv2d(widths[0], self.config.out_channels, 3, padding=1)
-        self.freeu: FreeU | None = None
-        self.chunks = Chunks()
-        self._compiled: _CompiledUNet | None = None
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     # The forward.
 
@@ -317,128 +345,6 @@ class VideoUNet(AttentionControl, PretrainedModel):
         sinusoid = mx.broadcast_to(sinusoid, (batch, sinusoid.shape[1]))
         return self.time_embedding(sinusoid.astype(dtype), timestep_cond)
 
-    def check_cache_depth(self, depth: int) -> None:
-        """ValueError for a `depth` of a `FeatureCache` that does not suit this network."""
-        most = sum(len(block.resnets) for block in self.up_blocks) - 1
-        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= most:
-            raise ValueError(
-                f"the depth of a feature cache is {depth!r}; it must be an integer from 1 to {most}, which "
-                f"leaves at least one of the {most + 1} layers on the way up to save"
-            )
-
-    # Options.
-
-    def compile(self) -> None:
-        """Run forwards as traces of `mx.compile`, which fuse all chains of element-wise operations.
-
-        Those of the layers are fused either way. The rest is in adapters beside the weights, in FreeU and
-        in processors of your own; without these it only takes longer to start. A trace is made
-        for each shape and dtype at its first call. Changes of weights, adapters, quantization, processors and
-        options are seen: they are part of what a trace is kept by. Processors of your own must neither
-        evaluate arrays nor keep them. Results are the plain forward's, up to rounding.
-        """
-        self._compiled = _CompiledUNet(self)
-
-    def uncompile(self) -> None:
-        """Run plain forwards again."""
-        self._compiled = None
-
-    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """FreeU (arXiv:2309.11497): `s1`, `s2` scale low frequencies of the skips of the two coarsest up
-        blocks, `b1`, `b2` half of their backbone channels. For video: 0.9, 0.2, 1.2, 1.4. A zero among
-        them disables it, as in diffusers."""
-        factors = (s1, s2, b1, b2)
-        if not all(np.isfinite(f) for f in factors):
-            raise ValueError(f"FreeU factors (s1, s2, b1, b2)={factors} must be finite numbers")
-        self.freeu = FreeU(*map(float, factors)) if all(factors) else None
-
-    def disable_freeu(self) -> None:
-        """Disable FreeU."""
-        self.freeu = None
-
-    def set_convolution(self, mode: str) -> None:
-        """Set "fast" or "precise" 3x3 convolutions on a Mac's GPU.
-
-        "precise" takes direct sums accumulated in float32 where MLX would take Winograd's, which rounds each
-        to 0.7 % in float16 and to 6 % in bfloat16. "auto", the default, is precise in bfloat16 and else fast.
-        No difference elsewhere. ValueError for other modes.
-        """
-        set_convolution(self.modules(), mode)
-
-    def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
-        """Run feed-forwards on chunks, to save memory; the result stays the same.
-
-        Args:
-            chunk_size: size of a chunk, 1 for None or 0; must divide the axis in every block, or the
-                forward raises a ValueError.
-            dim: 0 cuts the batch axis (B*F for spatial, B*H*W for temporal transformers), 1 the tokens
-                (H*W and F).
-        """
-        if dim not in (0, 1):
-            raise ValueError(f"Make sure to set `dim` to either 0 or 1, not {dim}")
-        size = 1 if chunk_size is None or chunk_size == 0 else chunk_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"chunk_size={chunk_size!r} must be None or an integer of at least 1")
-        self._set_chunking(size, dim)
-
-    def disable_forward_chunking(self) -> None:
-        """Run feed-forwards at once again."""
-        self._set_chunking(None, 0)
-
-    def _set_chunking(self, size: int | None, dim: int) -> None:
-        for _, module in walk(self):
-            if isinstance(module, BasicTransformerBlock):
-                module.set_chunk_feed_forward(size, dim)
-
-    def enable_frame_chunking(self, frames: int = 1) -> None:
-        """Take `frames` frames at a time through spatial layers (resnets, resampling, spatial transformers),
-        to save memory; the result stays the same.
-
-        ValueError for less than 1.
-        """
-        self.chunks = dataclasses.replace(self.chunks, frames=frames)
-
-    def disable_frame_chunking(self) -> None:
-        """Take all frames at once again."""
-        self.chunks = dataclasses.replace(self.chunks, frames=None)
-
-    def enable_pixel_chunking(self, pixels: int = 64) -> None:
-        """Take `pixels` pixels of all frames at a time through temporal layers, to save memory.
-
-        The result stays the same up to rounding: the statistics of group norms, which run over all pixels,
-        are taken first. ValueError for less than 1.
-        """
-        self.chunks = dataclasses.replace(self.chunks, pixels=pixels)
-
-    def disable_pixel_chunking(self) -> None:
-        """Take all pixels at once again."""
-        self.chunks = dataclasses.replace(self.chunks, pixels=None)
-
-
-class _CompiledUNet(CompiledForward):
-    """The compiled `_forward` of a network; keys and values of a `TextContext` are inputs of the trace."""
-
-    def __init__(self, unet: VideoUNet):
-        super().__init__(unet)
-        self._unet = unet
-        self._projected: WeakSet[TextContext] = WeakSet()
-
-    def __call__(self, sample: mx.array, context: Context | None, *others: Any) -> tuple[mx.array, ...]:
-        if not isinstance(context, TextContext):
-            return super().__call__(sample, context, *others)
-        with self._lock:
-            if context not in self._projected:
-                # Making a graph runs none of it, but has the context make all keys and values.
-                self._unet._forward(sample, context, *others[:-1])  # no features: all layers
-                mx.eval(context.take_apart()[2])
-                self._projected.add(context)
-        return super().__call__(sample, context.take_apart(), *others)
-
-    def forward(self, sample: mx.array, context: Any, *others: Any) -> tuple[mx.array, ...]:
-        if isinstance(context, tuple):
-            context = TextContext.put_together(*context)
-        return self._unet._forward(sample, context, *others)
-
 
 def as_timestep(timestep: int | float | mx.array) -> mx.array:
     """A timestep as an array; numbers in float32."""
@@ -499,8 +405,3 @@ def _channels_last_residual(residual: mx.array, like: mx.array, name: str) -> mx
     if not fits:
         raise ValueError(f"{name} has shape {tuple(residual.shape)}; it must broadcast to {wanted}")
     return residual.transpose(0, 2, 3, 1).astype(like.dtype)
-
-
-def known_blocks(*blocks: type[nn.Module]) -> Mapping[str, type[nn.Module]]:
-    """Blocks by their names in a config."""
-    return {block.__name__: block for block in blocks}

@@ -1,4 +1,4 @@
-"""Pipelines: what turns prompts and videos into videos."""
+"""Pipelines: videos from prompts and from videos."""
 
 from .base import VideoOutput
 from .denoising import DenoisingStep

@@ -1,4 +1,4 @@
-"""What text-to-video and video-to-video share: components, prompts, decoding, output forms."""
+"""Base of the pipelines: components, prompts, decoding, output forms."""
 
 import hashlib
 import json
@@ -20,23 +20,22 @@ from ..checkpoints import find_folder, read_component_config, read_json
 from ..checkpoints.adapters import (
     TEXTUAL_INVERSION_NAMES,
     AdapterFile,
-    components_of,
     learned_token,
     read_adapter,
 )
 from ..checkpoints.config import naming
-from ..checkpoints.source import pinned_revision
+from ..checkpoints.source import choose_variants, pinned_revision
 from ..errors import CheckpointError, NonFiniteError
-from ..models.adapters import chosen_weights
+from ..models.adapters import chosen_weights, networks_of
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
 from ..models.outputs import ModelOutput
-from ..models.pretrained import PretrainedModel
 from ..models.unet_3d_condition import UNet3DConditionModel
 from ..noise import NoiseSource, noise_source
 from ..schedulers import Scheduler, scheduler_of_pipeline
 from ..tokenizer import CLIPTokenizer
 from .denoising import DenoisingStep, fold_frames
+from .text import TextStates
 
 Pipeline = TypeVar("Pipeline", bound="VideoPipeline")
 
@@ -58,7 +57,7 @@ _COMPONENTS = {
 
 @dataclass(frozen=True)
 class Recommended:
-    """What a checkpoint says of its own use, in `model_index.json` under "_recommended".
+    """A checkpoint's recommendation for its use, in `model_index.json` under "_recommended".
 
     Attributes:
         num_frames, num_inference_steps, guidance_scale: defaults of a call; None for diffusers' own.
@@ -179,7 +178,8 @@ class VideoPipeline:
             vae_dtype: of the VAE, which is prone to overflow in half precision; None as above.
             scheduler: to take for the checkpoint's own; or the name of one to make from the checkpoint's
                 config, of a class or from `schedulers.SCHEDULERS`.
-            revision, variant, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
+            variant: such as "fp16"; networks without it are read from their plain files, with a warning.
+            revision, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
 
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
         """
@@ -202,9 +202,20 @@ class VideoPipeline:
         if dtype is None and mx.default_device() == mx.cpu:
             dtype = mx.float32
 
-        def load(kind: type[PretrainedModel], subfolder: str, dtype: mx.Dtype | None) -> Any:
-            return kind.from_pretrained(
-                path_or_id, subfolder=subfolder, variant=variant, dtype=dtype, **where
+        kinds = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+        stems = {name: kind.weights_stem for name, kind in kinds.items()}
+        variants = choose_variants(path_or_id, stems, variant, **where)
+        plain = [name for name, chosen in variants.items() if chosen != variant]
+        if plain:
+            warnings.warn(
+                f"{path_or_id} has no files of the variant {variant!r} for {' and '.join(plain)}; taking the "
+                "plain ones",
+                stacklevel=2,
+            )
+
+        def load(subfolder: str, dtype: mx.Dtype | None) -> Any:
+            return kinds[subfolder].from_pretrained(
+                path_or_id, subfolder=subfolder, variant=variants[subfolder], dtype=dtype, **where
             )
 
         if not isinstance(scheduler, Scheduler):
@@ -215,9 +226,9 @@ class VideoPipeline:
         return cls(
             scheduler=scheduler,
             tokenizer=CLIPTokenizer.from_pretrained(path_or_id, subfolder="tokenizer", **where),
-            text_encoder=load(CLIPTextModel, "text_encoder", dtype),
-            vae=load(AutoencoderKL, "vae", vae_dtype),
-            unet=load(UNet3DConditionModel, "unet", dtype),
+            text_encoder=load("text_encoder", dtype),
+            vae=load("vae", vae_dtype),
+            unet=load("unet", dtype),
             recommended=Recommended.from_dict(index.get("_recommended", {})),
         )
 
@@ -243,7 +254,7 @@ class VideoPipeline:
             index["_recommended"] = self.recommended.to_dict()
         write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
-    # What a call leaves open.
+    # Defaults of a call.
 
     def num_frames(self, value: int | None = None) -> int:
         """`value`, or where it is None what the checkpoint recommends, or 16."""
@@ -268,7 +279,7 @@ class VideoPipeline:
         prompt_embeds: mx.array | None = None,
         negative_prompt_embeds: mx.array | None = None,
         clip_skip: int | None = None,
-    ) -> tuple[mx.array, mx.array | None]:
+    ) -> TextStates:
         """Return the text states (prompt_embeds, negative_prompt_embeds), as diffusers' pipelines do.
 
         Each is (B, L, D); the second is None for a `guidance_scale` of at most 1. `steps` takes the pair, a
@@ -277,7 +288,7 @@ class VideoPipeline:
         """
         positive = self._states("prompt", prompt, prompt_embeds, clip_skip)
         if self.guidance_scale(guidance_scale) <= 1:
-            return positive, None
+            return TextStates(positive)
         batch = positive.shape[0]
         if negative_prompt is None and negative_prompt_embeds is None:
             negative_prompt = ""
@@ -289,7 +300,7 @@ class VideoPipeline:
                 f"negative prompts give states {tuple(negative.shape)}, prompts {tuple(positive.shape)}; "
                 "give one negative prompt, or one a prompt"
             )
-        return positive, negative
+        return TextStates(positive, negative)
 
     def _states(
         self,
@@ -340,7 +351,7 @@ class VideoPipeline:
 
     def load_textual_inversion(
         self,
-        source: str | Path | Mapping[str, mx.array],
+        source: str | Path | Mapping[str, mx.array] | AdapterFile,
         token: str | None = None,
         *,
         weight_name: str | None = None,
@@ -400,9 +411,9 @@ class VideoPipeline:
         other methods for adapters too.
         """
         file = read_adapter(source, weight_name=weight_name, **hub)
+        self._need("unet", "text_encoder")
         networks = {"unet": self.unet, "text_encoder": self.text_encoder}
-        wanted = sorted(components_of(file), reverse=True)
-        self._need(*wanted)
+        wanted = networks_of(file, networks)
         loaded: dict[str, int] = {}
         try:
             for name in wanted:
@@ -516,7 +527,7 @@ class VideoPipeline:
     def release(self, name: str) -> None:
         """Let go of "text_encoder", "unet" or "vae", and of the memory it takes, if nobody else holds it.
 
-        What needs it afterwards raises ValueError.
+        Later uses of it raise ValueError.
         """
         if name not in ("text_encoder", "unet", "vae"):
             raise ValueError(f"release({name!r}): the networks are 'text_encoder', 'unet' and 'vae'")
@@ -535,24 +546,7 @@ class VideoPipeline:
                     "without enable_release() if it is to be called more than once"
                 )
 
-    # What the calls of the pipelines share.
-
-    def _stacked(self, states: tuple[mx.array, mx.array | None], guidance_scale: float) -> mx.array:
-        """The pair of `encode_prompt` as `denoise` takes it: (2B, L, D), negative first, or (B, L, D)."""
-        if not isinstance(states, tuple) or len(states) != 2:
-            raise TypeError(
-                f"text states are a {type(states).__name__}; give the pair that encode_prompt returns"
-            )
-        positive, negative = states
-        if guidance_scale <= 1:
-            return positive
-        if negative is None or negative.shape != positive.shape:
-            shape = None if negative is None else tuple(negative.shape)
-            raise ValueError(
-                f"guidance_scale={guidance_scale:g} needs negative states of shape {tuple(positive.shape)}, "
-                f"not {shape}; call encode_prompt with the same guidance_scale"
-            )
-        return mx.concatenate([negative, positive])
+    # Shared by the calls of the pipelines.
 
     def _check_call(
         self,

@@ -17,7 +17,7 @@ from ..schedulers import Scheduler
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """What is known after a step.
+    """The state of a run after a step.
 
     Attributes:
         step: 0 to total - 1.

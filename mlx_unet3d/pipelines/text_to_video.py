@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from .base import BatchNoise, VideoOutput, VideoPipeline, check_count
 from .denoising import DenoisingStep, denoise
+from .text import stacked
 
 
 class TextToVideoPipeline(VideoPipeline):
@@ -134,7 +135,7 @@ class TextToVideoPipeline(VideoPipeline):
         self._check_savings(guidance_scale, guidance_interval, cache_interval, cache_depth)
         num_frames = self.num_frames(num_frames)
         check_count("num_frames", num_frames)
-        text_states = self._stacked(states, guidance_scale)
+        text_states = stacked(states, guidance_scale)
         batch = states[0].shape[0]
         shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
         noise = BatchNoise(seed, rng, batch)

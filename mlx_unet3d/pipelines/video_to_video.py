@@ -9,6 +9,7 @@ from PIL import Image
 
 from .base import BatchNoise, VideoOutput, VideoPipeline
 from .denoising import DenoisingStep, denoise, fold_frames, unfold_frames
+from .text import stacked
 
 
 class VideoToVideoPipeline(VideoPipeline):
@@ -106,7 +107,7 @@ class VideoToVideoPipeline(VideoPipeline):
         self._need("unet")
         self._check_call(num_inference_steps, guidance_scale, eta)
         self._check_savings(guidance_scale, guidance_interval, cache_interval, cache_depth)
-        text_states = self._stacked(states, guidance_scale)
+        text_states = stacked(states, guidance_scale)
         batch = states[0].shape[0]
         noise = BatchNoise(seed, rng, batch)
         scheduler = self.scheduler.laid_out(num_inference_steps)

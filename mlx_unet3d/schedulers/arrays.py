@@ -1,4 +1,4 @@
-"""What the steps of all schedulers do with arrays."""
+"""Array operations that the steps of all schedulers share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Timestep = int | float | np.number | mx.array
 
 
 class SchedulerOutput(NamedTuple):
-    """What one step gives.
+    """The result of one step.
 
     Attributes:
         prev_sample: the sample at the next, less noisy, timestep; shape and dtype of the sample.

@@ -48,11 +48,11 @@ class Scheduler(ConfigMixin):
     order: ClassVar[int] = 1
     """Entries of `timesteps` for one step of strength in video-to-video."""
     uses_eta: ClassVar[bool] = False
-    """Whether `step` takes `eta`."""
+    """True where `step` takes `eta`."""
     custom_schedules: ClassVar[tuple[str, ...]] = ()
     """Schedules of the caller's own that `set_timesteps` takes: "timesteps", "sigmas"."""
     repeats_timesteps: ClassVar[bool] = False
-    """Whether there may be more steps than training timesteps."""
+    """True where there may be more steps than training timesteps."""
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
     beta_schedules: ClassVar[tuple[str, ...]] = BETA_SCHEDULES
 
@@ -103,7 +103,7 @@ class Scheduler(ConfigMixin):
 
     @property
     def uses_noise(self) -> bool:
-        """Whether `step` draws noise, and so must be given a `noise` source (DDIM with eta > 0 does too)."""
+        """True where `step` draws noise, and needs a `noise` source; so does DDIM with eta > 0."""
         return False
 
     @property
@@ -360,7 +360,7 @@ class Scheduler(ConfigMixin):
     def _x0_and_epsilon(
         self, model_output: mx.array, sample: mx.array, alpha: float, sigma: float
     ) -> tuple[mx.array, mx.array]:
-        """What a model output says of the sample alpha * x0 + sigma * epsilon: (x0, epsilon)."""
+        """Return (x0, epsilon) of the sample alpha * x0 + sigma * epsilon by a model output."""
         if self.config.prediction_type == "sample":
             return model_output, (sample - alpha * model_output) / sigma
         if self.config.prediction_type == "v_prediction":  # v = alpha * epsilon - sigma * x0

@@ -1,0 +1,152 @@
+"""The options that all video UNets share: compilation, FreeU, convolutions, and the chunks in which they
+run."""
+
+import dataclasses
+from typing import Any
+from weakref import WeakSet
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..compilation import CompiledForward
+from ..layers.adapted import walk
+from ..layers.chunking import WHOLE, Chunks
+from ..layers.convolution import set_convolution
+from ..layers.freeu import FreeU
+from ..layers.text_context import TextContext
+from ..layers.transformers import BasicTransformerBlock
+
+Context = mx.array | TextContext
+"""Text or image states (B, L, D), or those with the keys and values that layers made of them."""
+
+
+class UNetOptions(nn.Module):
+    """A mixin for a network with `_forward(sample, context, ...)`; its layers are given `freeu` and
+    `chunks`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.freeu: FreeU | None = None
+        self.chunks: Chunks = WHOLE
+        self._compiled: CompiledUNet | None = None
+
+    def compile(self) -> None:
+        """Run forwards as traces of `mx.compile`, which fuse all chains of element-wise operations.
+
+        Those of the layers are fused either way. The rest is in adapters beside the weights, in FreeU and
+        in processors of your own; without these it only takes longer to start. A trace is made
+        for each shape and dtype at its first call. Changes of weights, adapters, quantization, processors and
+        options are seen: they are part of what a trace is kept by. Processors of your own must neither
+        evaluate arrays nor keep them. Results are the plain forward's, up to rounding.
+        """
+        self._compiled = CompiledUNet(self)
+
+    def uncompile(self) -> None:
+        """Run plain forwards again."""
+        self._compiled = None
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """FreeU (arXiv:2309.11497): `s1`, `s2` scale low frequencies of the skips of the two coarsest up
+        blocks, `b1`, `b2` half of their backbone channels. For video: 0.9, 0.2, 1.2, 1.4. A zero among
+        them disables it, as in diffusers."""
+        factors = (s1, s2, b1, b2)
+        if not all(np.isfinite(f) for f in factors):
+            raise ValueError(f"FreeU factors (s1, s2, b1, b2)={factors} must be finite numbers")
+        self.freeu = FreeU(*map(float, factors)) if all(factors) else None
+
+    def disable_freeu(self) -> None:
+        """Disable FreeU."""
+        self.freeu = None
+
+    def set_convolution(self, mode: str) -> None:
+        """Set "fast" or "precise" 3x3 convolutions on a Mac's GPU.
+
+        "precise" takes direct sums accumulated in float32 where MLX would take Winograd's, which rounds each
+        to 0.7 % in float16 and to 6 % in bfloat16. "auto", the default, is precise in bfloat16 and else fast.
+        No difference elsewhere. ValueError for other modes.
+        """
+        set_convolution(self.modules(), mode)
+
+    def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
+        """Run feed-forwards on chunks, to save memory; the result stays the same.
+
+        Args:
+            chunk_size: size of a chunk, 1 for None or 0; must divide the axis in every block, or the
+                forward raises a ValueError.
+            dim: 0 cuts the batch axis (B*F for spatial, B*H*W for temporal transformers), 1 the tokens
+                (H*W and F).
+        """
+        if dim not in (0, 1):
+            raise ValueError(f"Make sure to set `dim` to either 0 or 1, not {dim}")
+        size = 1 if chunk_size is None or chunk_size == 0 else chunk_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"chunk_size={chunk_size!r} must be None or an integer of at least 1")
+        self._set_chunking(size, dim)
+
+    def disable_forward_chunking(self) -> None:
+        """Run feed-forwards at once again."""
+        self._set_chunking(None, 0)
+
+    def _set_chunking(self, size: int | None, dim: int) -> None:
+        for _, module in walk(self):
+            if isinstance(module, BasicTransformerBlock):
+                module.set_chunk_feed_forward(size, dim)
+
+    def enable_frame_chunking(self, frames: int = 1) -> None:
+        """Take `frames` frames at a time through spatial layers (resnets, resampling, spatial transformers),
+        to save memory; the result stays the same.
+
+        ValueError for less than 1.
+        """
+        self.chunks = dataclasses.replace(self.chunks, frames=frames)
+
+    def disable_frame_chunking(self) -> None:
+        """Take all frames at once again."""
+        self.chunks = dataclasses.replace(self.chunks, frames=None)
+
+    def enable_pixel_chunking(self, pixels: int = 64) -> None:
+        """Take `pixels` pixels of all frames at a time through temporal layers, to save memory.
+
+        The result stays the same up to rounding: the statistics of group norms, which run over all pixels,
+        are taken first. ValueError for less than 1.
+        """
+        self.chunks = dataclasses.replace(self.chunks, pixels=pixels)
+
+    def disable_pixel_chunking(self) -> None:
+        """Take all pixels at once again."""
+        self.chunks = dataclasses.replace(self.chunks, pixels=None)
+
+    def check_cache_depth(self, depth: int) -> None:
+        """ValueError for a `depth` of a `FeatureCache` that does not suit this network."""
+        most = sum(len(block.resnets) for block in self.up_blocks) - 1
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= most:
+            raise ValueError(
+                f"the depth of a feature cache is {depth!r}; it must be an integer from 1 to {most}, which "
+                f"leaves at least one of the {most + 1} layers on the way up to save"
+            )
+
+
+class CompiledUNet(CompiledForward):
+    """The compiled `_forward` of a network; keys and values of a `TextContext` are inputs of the trace."""
+
+    def __init__(self, unet: UNetOptions):
+        super().__init__(unet)
+        self._unet = unet
+        self._projected: WeakSet[TextContext] = WeakSet()
+
+    def __call__(self, sample: mx.array, context: Context | None, *others: Any) -> tuple[mx.array, ...]:
+        if not isinstance(context, TextContext):
+            return super().__call__(sample, context, *others)
+        with self._lock:
+            if context not in self._projected:
+                # Making a graph runs none of it, but has the context make all keys and values.
+                self._unet._forward(sample, context, *others[:-1])  # no features: all layers
+                mx.eval(context.take_apart()[2])
+                self._projected.add(context)
+        return super().__call__(sample, context.take_apart(), *others)
+
+    def forward(self, sample: mx.array, context: Any, *others: Any) -> tuple[mx.array, ...]:
+        if isinstance(context, tuple):
+            context = TextContext.put_together(*context)
+        return self._unet._forward(sample, context, *others)
