@@ -5,9 +5,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import mlx_unet3d
 from mlx_unet3d import __version__
 from mlx_unet3d.checkpoints import DEMO, checksum
 
+from .kinds import kind_of
 from .plan import CheckpointPlan, ComponentPlan
 
 _FRONT = 2**16  # characters of a card in which its front matter is looked for
@@ -19,7 +21,7 @@ _LICENCE = re.compile(
 
 def model_card(plan: CheckpointPlan, layout: str) -> str:
     """A `README.md` with the hub's front matter; the licence is that of the source's card, if it has one."""
-    front = [f"library_name: {layout}", "pipeline_tag: text-to-video"]
+    front = [f"library_name: {layout}", f"pipeline_tag: {_task(plan)}"]
     front += _licence(plan.folder)
     if plan.source != DEMO and not Path(plan.source).expanduser().exists():
         front.append(f"base_model: {plan.source}")
@@ -31,11 +33,6 @@ def model_card(plan: CheckpointPlan, layout: str) -> str:
             f"| {component.title} | {parameters:,} | {_weights(component)} | {component.nbytes / 1e9:.2f} GB "
             f"| {files} | `{checksum(component.files)}` |"
         )
-    use = (
-        'pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained("this-folder")'
-        if plan.index is not None
-        else f'model = mlx_unet3d.{plan.components[0].cls.__name__}.from_pretrained("this-folder")'
-    )
     return "\n".join(
         [
             "---",
@@ -51,13 +48,29 @@ def model_card(plan: CheckpointPlan, layout: str) -> str:
             "```python",
             "import mlx_unet3d",
             "",
-            use,
+            _use(plan),
             "```",
             "",
             "The fingerprint is that of `mlx_unet3d.checkpoints.checksum`, of the files that were read.",
             "",
         ]
     )
+
+
+def _task(plan: CheckpointPlan) -> str:
+    """The hub's name of what it is for."""
+    takes_images = any(kind_of(component.cls).from_image for component in plan.components)
+    return "image-to-video" if takes_images else "text-to-video"
+
+
+def _use(plan: CheckpointPlan) -> str:
+    """The line that loads it: as a pipeline, where this package has it, else its first network."""
+    name = "" if plan.index is None else str(plan.index.get("_class_name")).replace("SDPipeline", "Pipeline")
+    if hasattr(mlx_unet3d, name):
+        return f'pipe = mlx_unet3d.{name}.from_pretrained("this-folder")'
+    first = plan.components[0]
+    folder = f'"this-folder", subfolder="{first.name}"' if first.name else '"this-folder"'
+    return f"model = mlx_unet3d.{first.cls.__name__}.from_pretrained({folder})"
 
 
 def _weights(component: ComponentPlan) -> str:

@@ -41,6 +41,7 @@ def convert(
     target: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    motion_adapter: str | Path | None = None,
     dtype: mx.Dtype | None = None,
     layout: str = "mlx",
     variant: str | None = None,
@@ -57,7 +58,8 @@ def convert(
     """Convert a checkpoint; memory use is a few tensors, not the model.
 
     Args:
-        source, tokenizer, dtype, layout, variant, quantization, recipe, hub: see `plan_checkpoint`.
+        source, tokenizer, motion_adapter, dtype, layout, variant, quantization, recipe, hub: see
+            `plan_checkpoint`.
         target: folder to make; it appears when all is written, and verified if asked for.
         max_shard_size: bytes, or text such as "5GB", above which weights are divided over files.
         force: replace the checkpoint, or empty folder, at `target`; else it must not be there.
@@ -87,6 +89,7 @@ def convert(
     plan = plan_checkpoint(
         source,
         tokenizer=tokenizer,
+        motion_adapter=motion_adapter,
         dtype=dtype,
         layout=layout,
         variant=variant,
@@ -183,7 +186,7 @@ def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int,
             name: _counted(result, bar)
             for tensor in component.tensors
             for name, result in tensor.results().items()
-        }
+        } | component.constants
         files = write_component(
             folder,
             component.config,
@@ -236,7 +239,8 @@ def compare(component: ComponentPlan, folder: Path, progress: bool) -> str:
     written = {}
     for path in weight_files(folder, component.cls.weights_stem):
         written |= {name: (path, info) for name, info in read_header(path).tensors.items()}
-    if set(written) != {name for tensor in component.tensors for name in tensor.results()}:
+    expected = {name for tensor in component.tensors for name in tensor.results()}
+    if set(written) != expected | component.constants.keys():
         raise CheckpointError(f"{folder} does not hold the tensors that were written; is the disk failing?")
     ratios: dict[str, float] = {}
     for tensor in tqdm(component.tensors, desc="verify", unit="tensor", disable=not progress):

@@ -1,19 +1,21 @@
 """Holding a converted network against its source by what it computes: one small forward of each."""
 
+import importlib
 import importlib.util
 import math
 import warnings
 from pathlib import Path
 from typing import Any
 
-import mlx_unet3d
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_unet3d.checkpoints import to_mlx
 from mlx_unet3d.checkpoints.source import variant_of
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.models.pretrained import PretrainedModel
 
+from .kinds import kind_of
 from .plan import ComponentPlan
 
 _LEAST_RATIO = {mx.float32: 90, mx.float16: 30, mx.bfloat16: 12}
@@ -28,6 +30,8 @@ def compare_forwards(component: ComponentPlan, folder: Path) -> str:
     One network is in memory at a time. Raises CheckpointError where they differ more than their dtype
     explains; for quantized weights, where nothing of the output is left.
     """
+    if kind_of(component.cls).inputs is None:
+        return "no forward to compare, as it has none by itself"
     config = {key: value for key, value in component.config.items() if key != "quantization"}
     model = component.cls.from_config(config).eval()
     loaded = []
@@ -37,6 +41,9 @@ def compare_forwards(component: ComponentPlan, folder: Path) -> str:
             array = to_mlx(tensor.layout, array)
         mx.eval(array)
         loaded.append((tensor.name, array))
+    made = {name for name, want in model.expected_tensors().items() if want.optional}
+    there = {name for name, _ in loaded}
+    loaded += [(k, a) for k, a in tree_flatten(model.parameters()) if k in made - there]
     model.load_weights(loaded)
     del loaded
     expected = _forward(model)
@@ -80,37 +87,23 @@ def _ratio(result: np.ndarray, truth: np.ndarray) -> float:
     return 10 * math.log10(signal / error) if signal > 0 and np.isfinite(error) else -math.inf
 
 
-def _inputs(model_config: dict[str, Any], cls: type[PretrainedModel]) -> list[np.ndarray]:
-    """Seeded inputs, as small as the network allows."""
-    rng = np.random.default_rng(0)
-    if cls is mlx_unet3d.CLIPTextModel:
-        words = rng.integers(1, model_config["vocab_size"] - 2, 5)
-        return [np.array([[*words, model_config["vocab_size"] - 1]])]
-    if cls is mlx_unet3d.AutoencoderKL:
-        return [rng.normal(size=(1, model_config["latent_channels"], 4, 4)).astype(np.float32)]
-    size = 2 ** (len(model_config["block_out_channels"]) - 1)
-    sample = rng.normal(size=(1, model_config["in_channels"], 2, size, size)).astype(np.float32)
-    text = rng.normal(size=(1, 5, model_config["cross_attention_dim"] or 1)).astype(np.float32)
-    return [sample, text]
-
-
 def _forward(model: PretrainedModel) -> np.ndarray:
-    arrays = _inputs(dict(model.config), type(model))
-    if isinstance(model, mlx_unet3d.CLIPTextModel):
-        result = model(mx.array(arrays[0]))
-    elif isinstance(model, mlx_unet3d.AutoencoderKL):
-        result = model.decode(mx.array(arrays[0]))
-    else:
-        sample, text = (mx.array(array).astype(model.dtype) for array in arrays)
-        needs_text = model.config.cross_attention_dim is not None
-        result = model(sample, 500, text if needs_text else None).sample
+    """That of a network of this package, in its dtype: numbers of the time and of texts stay as they are."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        array = mx.array(value)
+        return array.astype(model.dtype) if array.ndim > 2 and array.dtype == mx.float32 else array
+
+    result = kind_of(type(model)).inputs(dict(model.config)).run(model, convert)
     return np.array(result.astype(mx.float32))
 
 
 def _reference_forward(component: ComponentPlan) -> np.ndarray | None:
     """diffusers' (or transformers') forward of the source in float32; None where that cannot be had."""
-    folder = component.files[0].parent
-    readable = (folder / "config.json").is_file() and component.tensors[0].source_layout == "diffusers"
+    kind, folder = kind_of(component.cls), component.folder
+    readable = folder is not None and component.tensors[0].source_layout == "diffusers"
     if not readable or not all(map(importlib.util.find_spec, ("torch", "diffusers", "transformers"))):
         return None
     import torch  # only here: most users have none of it
@@ -118,27 +111,22 @@ def _reference_forward(component: ComponentPlan) -> np.ndarray | None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         import diffusers
-        import transformers
 
         diffusers.utils.logging.set_verbosity_error()  # it says of pickles what looks like a failure
-        is_text = component.cls is mlx_unet3d.CLIPTextModel
-        library, options = (transformers, {}) if is_text else (diffusers, {"low_cpu_mem_usage": False})
+        library = importlib.import_module(kind.library)
         model, report = getattr(library, component.cls.__name__).from_pretrained(
             folder,
             variant=variant_of(component.files[0].name),
             torch_dtype=torch.float32,
             local_files_only=True,
             output_loading_info=True,
-            **options,
+            **({"low_cpu_mem_usage": False} if library is diffusers else {}),
         )
         if report["missing_keys"]:  # names or wrappers that it does not know: it would compute with noise
             raise ValueError(f"it misses {len(report['missing_keys'])} tensors")
         model.eval()
-        arrays = [torch.from_numpy(array) for array in _inputs(component.config, component.cls)]
-        if component.cls is mlx_unet3d.CLIPTextModel:
-            result = model(arrays[0]).last_hidden_state
-        elif component.cls is mlx_unet3d.AutoencoderKL:
-            result = model.decode(arrays[0]).sample
-        else:
-            result = model(arrays[0], 500, arrays[1]).sample
-    return result.numpy()
+
+        def convert(value: Any) -> Any:
+            return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+        return kind.inputs(component.config).run(model, convert).numpy()

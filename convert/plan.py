@@ -112,6 +112,8 @@ class ComponentPlan:
         tensors: what becomes of each tensor.
         dropped: tensors of the source that the network does not have, by documented rules.
         assumed: what of the config is neither in a `config.json` nor in the shapes.
+        constants: arrays to write that the source has not, as they are made by a formula.
+        folder: where the reference class finds the source; None where it does not.
     """
 
     name: str
@@ -122,6 +124,8 @@ class ComponentPlan:
     tensors: list[TensorPlan]
     dropped: list[str]
     assumed: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, mx.array] = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def title(self) -> str:
@@ -134,12 +138,13 @@ class ComponentPlan:
         if not self.assumed:
             return ""
         values = ", ".join(f"{key}={value!r}" for key, value in self.assumed.items())
-        return f"config from the shapes; not in the file and taken as ModelScope has it: {values}"
+        return f"config from the shapes; not in the file and taken as published models have it: {values}"
 
     @property
     def nbytes(self) -> int:
         """Bytes of the results."""
-        return sum(result.nbytes for tensor in self.tensors for result in tensor.results().values())
+        own = sum(result.nbytes for tensor in self.tensors for result in tensor.results().values())
+        return own + sum(array.nbytes for array in self.constants.values())
 
     @property
     def quantization(self) -> dict[str, Quantization]:

@@ -150,3 +150,120 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
     arrays = {key: mx.array(np.ascontiguousarray(array)) for key, array in tensors.items()}
     headers.write_safetensors(path, arrays, {"format": "pt"})
     return path
+
+
+# AnimateDiff, Stable Diffusion, Stable Video Diffusion, I2VGen-XL.
+
+
+def motion_module(tensors: Mapping[str, np.ndarray], *, tables: bool = True) -> Tensors:
+    """A motion module of AnimateDiff's authors, with its tables of positions, which both attentions have."""
+    made = {}
+    for name, array in tensors.items():
+        key = re.sub(r"(motion_modules\.\d+)\.", r"\1.temporal_transformer.", name)
+        if key.endswith("pos_embed.pe"):
+            if tables:
+                for i in (0, 1):
+                    made[key.replace("pos_embed.pe", f"attention_blocks.{i}.pos_encoder.pe")] = array
+            continue
+        key = re.sub(r"\.attn([12])\.", lambda m: f".attention_blocks.{int(m[1]) - 1}.", key)
+        key = re.sub(r"\.norm([12])\.", lambda m: f".norms.{int(m[1]) - 1}.", key)
+        made[key.replace(".norm3.", ".ff_norm.")] = array
+    return made
+
+
+_RESNET = dict(norm1="in_layers.0", conv1="in_layers.2", time_emb_proj="emb_layers.1")
+_RESNET |= dict(norm2="out_layers.0", conv2="out_layers.3", conv_shortcut="skip_connection")
+
+
+def numbered_unet(tensors: Mapping[str, np.ndarray], layers: int, rename=lambda rest: rest) -> Tensors:
+    """A UNet of Stable Diffusion, or with `rename` of the rest of a name one of videos."""
+    ends = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    ends |= {f"time_embedding.linear_{i}": f"time_embed.{2 * i - 2}" for i in (1, 2)}
+    ends |= {f"add_embedding.linear_{i}": f"label_emb.0.{2 * i - 2}" for i in (1, 2)}
+    made = {}
+    for name, array in tensors.items():
+        path, _, kind = name.rpartition(".")
+        if path in ends:
+            made[f"{ends[path]}.{kind}"] = array
+            continue
+        block, level, module, j, rest = re.fullmatch(
+            r"(down|up|mid)_block(?:s\.(\d+))?\.(\w+)\.(\d+)\.(.+)", name
+        ).groups()
+        level, j = int(level or 0), int(j)
+        if block == "mid":
+            front = f"middle_block.{2 * j if module == 'resnets' else 1}"
+        elif module == "downsamplers":
+            made[f"input_blocks.{(level + 1) * (layers + 1)}.0.op.{kind}"] = array
+            continue
+        elif module == "upsamplers":
+            place = 2 if f"up_blocks.{level}.attentions.0.norm.weight" in tensors else 1
+            made[f"output_blocks.{level * (layers + 1) + layers}.{place}.conv.{kind}"] = array
+            continue
+        else:
+            number = level * (layers + 1) + j
+            front = f"input_blocks.{number + 1}" if block == "down" else f"output_blocks.{number}"
+            front += ".0" if module == "resnets" else ".1"
+        if module == "resnets":
+            rest = re.sub(
+                r"^(temporal_res_block\.|spatial_res_block\.|)(norm1|conv1|time_emb_proj|norm2|conv2|conv_shortcut)\.",
+                lambda m: f"{'time_stack.' if m[1].startswith('temporal') else ''}{_RESNET[m[2]]}.",
+                rest,
+            )
+        rest = rest.replace("temporal_transformer_blocks.", "time_stack.")
+        rest = re.sub(r"time_pos_embed\.linear_([12])", lambda m: f"time_pos_embed.{2 * int(m[1]) - 2}", rest)
+        made[f"{front}.{rest}"] = array
+    assert len(made) == len(tensors)
+    return made
+
+
+def temporal_vae(tensors: Mapping[str, np.ndarray], levels: int) -> Tensors:
+    """The autoencoder in a checkpoint of Stable Video Diffusion, with the halves that nobody needs."""
+    plain = {name.replace(".spatial_res_block.", "."): array for name, array in tensors.items()}
+    mixed = {}
+    for name in list(plain):
+        if ".temporal_res_block." in name or "time_mixer" in name or "time_conv_out" in name:
+            mixed[name] = plain.pop(name)
+    made = {}
+    for key, array in vae(plain, levels).items():
+        front = "first_stage_model" if key.startswith("decoder.") else "conditioner.embedders.3.encoder"
+        made[f"{front}.{key}"] = array
+        if front != "first_stage_model":
+            made[f"first_stage_model.{key}"] = 2 * array
+    names = {name: array for name, array in mixed.items() if "time_conv_out" not in name}
+    for name, array in names.items():
+        path, block = re.match(r"(decoder\.(?:mid_block|up_blocks\.\d+)\.resnets\.\d+)\.(.+)", name).groups()
+        (front,) = vae({f"{path}.norm1.weight": array}, levels)
+        front = front.removesuffix(".norm1.weight")
+        block = block.replace("time_mixer.mix_factor", "mix_factor")
+        block = re.sub(r"^temporal_res_block\.(\w+)\.", lambda m: f"time_stack.{_RESNET[m[1]]}.", block)
+        made[f"first_stage_model.{front}.{block}"] = array
+    for name in mixed.keys() - names.keys():
+        made[f"first_stage_model.{name.replace('time_conv_out', 'conv_out.time_mix_conv')}"] = mixed[name]
+    made["conditioner.embedders.3.encoder.decoder.conv_in.weight"] = np.ones((2, 2), np.float32)
+    return made
+
+
+def i2vgen(tensors: Mapping[str, np.ndarray], layers: int) -> Tensors:
+    """`i2vgen_xl_00854500.pth`."""
+    encoder = "local_temporal_encoder.layers.0"
+    names = {
+        "image_latents_proj_in.": "local_image_concat.",
+        "image_latents_context_embedding.": "local_image_embedding.",
+        "image_latents_temporal_encoder.norm1.": f"{encoder}.0.norm.",
+        "image_latents_temporal_encoder.attn1.to_out.0.": f"{encoder}.0.fn.to_out.0.",
+        "image_latents_temporal_encoder.ff.net.0.proj.": f"{encoder}.1.net.0.0.",
+        "image_latents_temporal_encoder.ff.net.2.": f"{encoder}.1.net.2.",
+        "context_embedding.": "context_embedding.",
+        "fps_embedding.": "fps_embedding.",
+    }
+    made, rest = {}, {}
+    for name, array in tensors.items():
+        front = next((front for front in names if name.startswith(front)), None)
+        if front is not None:
+            made[names[front] + name.removeprefix(front)] = array
+        elif not name.startswith("image_latents_temporal_encoder.attn1.to_"):
+            rest[name] = array
+    path = "image_latents_temporal_encoder.attn1"
+    fused = [tensors[f"{path}.to_{letter}.weight"] for letter in "qkv"]
+    made[f"{encoder}.0.fn.to_qkv.weight"] = np.concatenate(fused)
+    return made | unet(rest, layers)

@@ -650,7 +650,7 @@ def test_info_of_nothing(tmp_path, capsys):
     assert "missing is missing" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main(["info", str(tmp_path / "file")]) == 2
-    assert "convert --dry-run" in capsys.readouterr().err
+    assert "file is empty" in capsys.readouterr().err
 
 
 def test_info_of_the_demo_model(capsys):

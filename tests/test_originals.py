@@ -413,7 +413,7 @@ def test_dry_run(model, folder, tensors, capsys):
     assert {"visual.conv1.weight", "logit_scale", "text_projection"} <= dropped
     assert "transformer.resblocks.2.ln_1.weight" in dropped
     assert "transformer.resblocks.1.ln_1.weight" not in dropped
-    assert "vae: config from the shapes; not in the file and taken as ModelScope has it" in out
+    assert "vae: config from the shapes; not in the file and taken as published models have it" in out
     assert os.listdir() == ["modelscope"]
 
 

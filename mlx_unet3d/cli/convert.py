@@ -16,8 +16,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "convert",
         help="convert a checkpoint",
         description="Convert a diffusers pipeline or one network, in safetensors or torch pickles (read "
-        "without torch, and never run), to the MLX layout, to another dtype, or back to diffusers. The "
-        "original files of ModelScope, as a folder or one by one, are told by their tensors.",
+        "without torch, and never run), to the MLX layout, to another dtype, or back to diffusers. "
+        "Original files (ModelScope, AnimateDiff, Stable Diffusion, Stable Video Diffusion, I2VGen-XL) are "
+        "told by their tensors.",
     )
     parser.add_argument(
         "--hf-path", required=True, metavar="PATH_OR_ID", help="folder, hub id or weight file to convert"
@@ -59,6 +60,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="PATH_OR_ID",
         help="folder or hub id of the tokenizer, or of a pipeline that has it; original files have none",
     )
+    parser.add_argument(
+        "--motion-adapter",
+        metavar="PATH_OR_ID",
+        help="folder, hub id or file of AnimateDiff's motion modules, to put into a UNet of Stable Diffusion",
+    )
     parser.add_argument("--to", choices=("mlx", "diffusers"), default="mlx", help="layout (default: mlx)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--variant", help="weight files to read, such as fp16")
@@ -92,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         quantization = Quantization(args.q_bits, args.q_group_size, args.q_mode or "affine")
     common = dict(
         tokenizer=args.tokenizer,
+        motion_adapter=args.motion_adapter,
         quantization=quantization,
         recipe=args.q_recipe or "mixed",
         dtype=None if args.dtype is None else options.DTYPES[args.dtype],

@@ -11,15 +11,25 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "info",
         help="say what a checkpoint is",
-        description="Read the configs and the headers of the weight files of a pipeline or a component.",
+        description="Read the configs and the headers of the weight files of a pipeline or a component, or "
+        "tell by its tensors what a single file holds.",
     )
-    parser.add_argument("path", metavar="PATH", help="folder of a pipeline or of a component, or demo")
+    parser.add_argument(
+        "path", metavar="PATH", help="folder of a pipeline or of a component, a file, or demo"
+    )
     parser.add_argument("--variant", help="weight files to look at, such as fp16")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = find_folder(args.path) if args.path == DEMO else Path(args.path)
+    folder = find_folder(args.path) if args.path == DEMO else Path(args.path).expanduser()
+    if folder.is_file():
+        # Only a file needs the converter.
+        from mlx_unet3d_convert.recognition import recognize
+
+        for network in recognize(folder):
+            print(printable(network.line()))
+        return 0
     for line in describe(folder, variant=args.variant):
         print(printable(line))
     return 0

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoints.config import ModelConfig, key, naming
 from ..checkpoints.matching import Expected
+from ..checkpoints.shapes import Shapes
 from ..errors import CheckpointError
 from ..layers.blocks import Level, motion_module
 from ..layers.convolution import Conv2d
@@ -170,40 +171,35 @@ def adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:
         MotionAdapter.check_class_name(checkpoint.config, str(checkpoint.where / "config.json"))
         return {k: v for k, v in checkpoint.config.items() if k != "quantization"}
     shapes = {
-        motion_name(key): info.shape
+        motion_name(key) or key: info.shape
         for header in checkpoint.headers.values()
         for key, info in header.tensors.items()
     }
-    tables = [
-        info.shape
-        for header in checkpoint.headers.values()
-        for key, info in header.tensors.items()
-        if key.endswith(".pe")
-    ]
-    widths = []
-    while (shape := shapes.get(f"down_blocks.{len(widths)}.motion_modules.0.norm.weight")) is not None:
-        widths.append(shape[0])
-    if not widths:
+    return infer_adapter(Shapes(str(checkpoint.where), shapes, checkpoint.layout))
+
+
+def infer_adapter(shapes: Shapes) -> dict[str, Any]:
+    """What the shapes tell of the config of a motion adapter; a table of positions may have any name.
+
+    Raises CheckpointError for a file of something else.
+    """
+    levels = shapes.count("down_blocks.{}.motion_modules.0.norm.weight")
+    if not levels:
         raise CheckpointError(
-            f"{checkpoint.where} has no down_blocks.0.motion_modules.0.norm.weight, so it is no motion "
+            f"{shapes.where} has no down_blocks.0.motion_modules.0.norm.weight, so it is no motion "
             "adapter; give the file or folder of one"
         )
-
-    def count(pattern: str) -> int:
-        number = 0
-        while pattern.format(number) in shapes:
-            number += 1
-        return number
-
-    module = "down_blocks.0.motion_modules.{}.norm.weight"
+    tables = [shape for name, shape in shapes.shapes.items() if name.endswith(".pe") and len(shape) == 3]
     block = "down_blocks.0.motion_modules.0.transformer_blocks.{}.norm1.weight"
     return dict(
-        block_out_channels=tuple(widths),
-        motion_layers_per_block=count(module),
-        motion_transformer_layers_per_block=count(block),
+        block_out_channels=tuple(
+            shapes.outputs(f"down_blocks.{i}.motion_modules.0.norm.weight") for i in range(levels)
+        ),
+        motion_layers_per_block=shapes.count("down_blocks.0.motion_modules.{}.norm.weight"),
+        motion_transformer_layers_per_block=shapes.count(block),
         use_motion_mid_block="mid_block.motion_modules.0.norm.weight" in shapes,
-        motion_max_seq_length=tables[0][1] if tables and len(tables[0]) == 3 else 32,
-        conv_in_channels=None if "conv_in.weight" not in shapes else shapes["conv_in.weight"][1],
+        motion_max_seq_length=tables[0][1] if tables else 32,
+        conv_in_channels=shapes.inputs("conv_in.weight") if "conv_in.weight" in shapes else None,
     )
 
 
@@ -256,7 +252,7 @@ def from_unet2d(
         with naming(motion.where):
             adapter = MotionAdapterConfig.from_dict(adapter_config(motion))
     with naming(spatial.where):
-        model = cls(**_motion_config(cls, config, adapter))
+        model = cls(**motion_config(cls, config, adapter))
 
     expected = model.expected_tensors()
     of_motion = {n: e for n, e in expected.items() if _MOTION in n}
@@ -281,10 +277,13 @@ def _without_bias_of_conv_in(name: str, keys: Collection[str]) -> str | None:
     return None if name == "conv_in.bias" else motion_name(name)
 
 
-def _motion_config(
+def motion_config(
     cls: type[PretrainedModel], config: Mapping[str, Any], adapter: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The config of the network from those of its parts."""
+    """The config of the network from those of its parts.
+
+    Raises ValueError where the adapter has other levels or layers than the UNet.
+    """
     known = {field.name for field in fields(cls.config_class)}
     made = {name: value for name, value in config.items() if name in known and value is not None}
     for way in ("down", "up"):
@@ -322,6 +321,27 @@ def _motion_config(
     return {name: _as_tuple(value) for name, value in made.items()}
 
 
+def adapter_of(config: Any) -> dict[str, Any]:
+    """The config of the motion adapter within a `UNetMotionModel` of a config.
+
+    Raises ValueError for modules that no adapter can hold: other numbers of transformer blocks on the way up.
+    """
+    for name in ("reverse_temporal_transformer_layers_per_block", "reverse_motion_num_attention_heads"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name}={getattr(config, name)} has no place in a motion adapter")
+    return dict(
+        block_out_channels=config.block_out_channels,
+        motion_layers_per_block=config.layers_per_block,
+        motion_transformer_layers_per_block=config.temporal_transformer_layers_per_block,
+        motion_mid_block_layers_per_block=config.mid_block_layers,
+        motion_transformer_layers_per_mid_block=config.temporal_transformer_layers_per_mid_block or 1,
+        motion_num_attention_heads=config.motion_num_attention_heads,
+        motion_norm_num_groups=config.norm_num_groups,
+        motion_max_seq_length=config.motion_max_seq_length,
+        use_motion_mid_block=config.use_motion_mid_block,
+    )
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
@@ -333,44 +353,42 @@ def unet2d_config(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises CheckpointError for other files.
     """
     shapes = {k: info.shape for header in checkpoint.headers.values() for k, info in header.tensors.items()}
+    return infer_unet2d(Shapes(str(checkpoint.where), shapes, checkpoint.layout))
 
-    def count(pattern: str) -> int:
-        number = 0
-        while pattern.format(number) in shapes:
-            number += 1
-        return number
 
-    levels = count("down_blocks.{}.resnets.0.conv1.weight")
+def infer_unet2d(shapes: Shapes) -> dict[str, Any]:
+    """What the shapes tell of the config of a 2-D UNet, see `unet2d_config`."""
+    levels = shapes.count("down_blocks.{}.resnets.0.conv1.weight")
     if not levels or "conv_in.weight" not in shapes:
         raise CheckpointError(
-            f"{checkpoint.where} has no tensors of a UNet under diffusers' names; convert a file with other "
-            "names first: mlx-unet3d convert --hf-path FILE --mlx-path FOLDER"
+            f"{shapes.where} has no tensors of a UNet under diffusers' names; convert a file with other "
+            "names first: mlx-unet3d convert --hf-path FILE --motion-adapter FILE --mlx-path FOLDER"
         )
-    widths = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)]
+    widths = [shapes.outputs(f"down_blocks.{i}.resnets.0.conv1.weight") for i in range(levels)]
     attends = [f"down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(levels)]
     deepest = "mid_block.attentions.0.transformer_blocks.{}.norm1.weight"
-    text = shapes[deepest.format(0).replace("norm1", "attn2.to_k")][1]
+    text = shapes.inputs(deepest.format(0).replace("norm1", "attn2.to_k"))
     depths = [
-        max(count(f"down_blocks.{i}.attentions.0.transformer_blocks.{{}}.norm1.weight"), 1)
+        max(shapes.count(f"down_blocks.{i}.attentions.0.transformer_blocks.{{}}.norm1.weight"), 1)
         for i in range(levels)
     ]
     config: dict[str, Any] = dict(
-        in_channels=shapes["conv_in.weight"][1],
-        out_channels=shapes["conv_out.weight"][0],
+        in_channels=shapes.inputs("conv_in.weight"),
+        out_channels=shapes.outputs("conv_out.weight"),
         down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         block_out_channels=widths,
-        layers_per_block=count("down_blocks.0.resnets.{}.conv1.weight"),
+        layers_per_block=shapes.count("down_blocks.0.resnets.{}.conv1.weight"),
         cross_attention_dim=text,
         attention_head_dim=[width // 64 for width in widths] if text >= 1024 else 8,
-        use_linear_projection=len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2,
+        use_linear_projection=len(shapes.shapes["mid_block.attentions.0.proj_in.weight"]) == 2,
         transformer_layers_per_block=depths,
-        transformer_layers_per_mid_block=count(deepest),
+        transformer_layers_per_mid_block=shapes.count(deepest),
     )
     if "add_embedding.linear_1.weight" in shapes:
         config |= dict(
             addition_embed_type="text_time",
             addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=shapes["add_embedding.linear_1.weight"][1],
+            projection_class_embeddings_input_dim=shapes.inputs("add_embedding.linear_1.weight"),
         )
     return config

@@ -26,7 +26,7 @@ from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
 from ..layers.text_context import TextContext
 from .feature_cache import FeatureCache
 from .ip_adapter import IPAdapterMixin
-from .motion_adapter import MotionAdapter, from_unet2d, original_motion_name
+from .motion_adapter import MotionAdapter, adapter_of, from_unet2d, original_motion_name
 from .video_unet import (
     Context,
     Levels,
@@ -300,21 +300,7 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
         Raises ValueError for modules that no adapter can hold: other numbers of transformer blocks on the way
             up.
         """
-        config = self.config
-        for name in ("reverse_temporal_transformer_layers_per_block", "reverse_motion_num_attention_heads"):
-            if getattr(config, name) is not None:
-                raise ValueError(f"{name}={getattr(config, name)} has no place in a motion adapter")
-        adapter = MotionAdapter(
-            block_out_channels=config.block_out_channels,
-            motion_layers_per_block=config.layers_per_block,
-            motion_transformer_layers_per_block=config.temporal_transformer_layers_per_block,
-            motion_mid_block_layers_per_block=config.mid_block_layers,
-            motion_transformer_layers_per_mid_block=config.temporal_transformer_layers_per_mid_block or 1,
-            motion_num_attention_heads=config.motion_num_attention_heads,
-            motion_norm_num_groups=config.norm_num_groups,
-            motion_max_seq_length=config.motion_max_seq_length,
-            use_motion_mid_block=config.use_motion_mid_block,
-        )
+        adapter = MotionAdapter(**adapter_of(self.config))
         own = [(k, a) for k, a in tree_flatten(self.parameters()) if ".motion_modules." in k]
         adapter.load_weights(own, strict=True)
         return adapter.eval()

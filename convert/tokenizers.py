@@ -1,6 +1,7 @@
-"""What a pipeline needs and ModelScope's original files do not hold: index, scheduler and tokenizer."""
+"""The tokenizer, which original files do not hold."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,46 +9,14 @@ import mlx_unet3d
 from mlx_unet3d.checkpoints import find_folder
 from mlx_unet3d.checkpoints.config import naming
 from mlx_unet3d.errors import CheckpointError
-from mlx_unet3d.models.pretrained import DIFFUSERS_VERSION
 from mlx_unet3d.tokenizer_files import FILES, read_tokenizer
 
-PUBLISHED_FILES = (
-    "text2video_pytorch_model.pth",
-    "open_clip_pytorch_model.bin",
-    "VQGAN_autoencoder.pth",
-    "README.md",
-)
-"""What to download of a repository on the hub that has no config; folders are read whatever the names."""
-
-INDEX: dict[str, Any] = {
-    "_class_name": "TextToVideoSDPipeline",
-    "_diffusers_version": DIFFUSERS_VERSION,
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet3DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-"""The `model_index.json` of the model in diffusers' form."""
+from .plan import CheckpointPlan
 
 
 class _Component(Protocol):
     name: str
     config: dict[str, Any]
-
-
-def scheduler_config() -> dict[str, Any]:
-    """The `scheduler_config.json` of the model in diffusers' form: DDIM over 1,000 scaled-linear betas."""
-    return mlx_unet3d.DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="epsilon",
-    ).config.to_dict()
 
 
 def find_tokenizer(
@@ -90,3 +59,14 @@ def padded_as_trained(tokenizer: mlx_unet3d.CLIPTokenizer) -> tuple[mlx_unet3d.C
     )
     was = tokenizer.special_tokens["pad_token"]
     return padded, [f"tokenizer: pads with {first!r}, id 0, as the model was trained, instead of {was!r}"]
+
+
+def with_tokenizer(plan: CheckpointPlan, tokenizer: str | Path | None) -> CheckpointPlan:
+    """The plan with another tokenizer, where one was given."""
+    if tokenizer is None:
+        return plan
+    if plan.index is None or "tokenizer" not in plan.index:
+        raise ValueError(
+            f"tokenizer={str(tokenizer)!r} is for pipelines; {plan.source} has none to replace: leave it out"
+        )
+    return replace(plan, tokenizer=find_tokenizer(tokenizer, plan.components, plan.hub))

@@ -1,0 +1,199 @@
+"""A network as the converter sees it: all that differs from one to another is said in its `Kind`."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_unet3d.checkpoints.originals import Naming, Part
+from mlx_unet3d.checkpoints.prefixes import unwrapped
+from mlx_unet3d.checkpoints.quantization import choose
+from mlx_unet3d.checkpoints.shapes import Shapes
+from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.layers.quantized import Quantization
+from mlx_unet3d.models.pretrained import PretrainedModel
+
+from .pipeline import Pipeline
+
+Config = Mapping[str, Any]
+Inference = Callable[[Shapes], tuple[dict[str, Any], dict[str, Any]]]
+"""The config that the shapes tell, and the keys that no shape tells, with the values of published files.
+
+Raises CheckpointError where a tensor that tells something is missing.
+"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of file.
+
+    Attributes:
+        title: what to call it.
+        signs: tensors that all files of the kind have, and no other kind has all of.
+        naming: which parameters a key holds, made of all keys.
+        within: what the keys may have in front, besides the network's name in a pipeline, where the network
+            is a part of a larger one.
+        without: tensors that no file of the kind has.
+        alone: whether the keys may have nothing in front.
+        assumed: what of the config no shape tells, where it is not what the kind's `infer` says.
+    """
+
+    title: str
+    signs: tuple[str, ...]
+    naming: Callable[[Collection[str]], Naming]
+    within: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    alone: bool = True
+    assumed: Config = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of a small forward, NumPy arrays and numbers, the same for this package and the reference.
+
+    Attributes:
+        args, kwargs: the arguments.
+        method: that of the network; None for a call.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Config = field(default_factory=dict)
+    method: str | None = None
+
+    def run(self, model: Any, convert: Callable[[Any], Any]) -> Any:
+        """The array that `model` makes of the arguments, each of them converted."""
+        args = [convert(value) for value in self.args]
+        kwargs = {
+            name: {k: convert(v) for k, v in value.items()} if isinstance(value, dict) else convert(value)
+            for name, value in self.kwargs.items()
+        }
+        result = (model if self.method is None else getattr(model, self.method))(*args, **kwargs)
+        for name in ("sample", "last_hidden_state"):
+            result = getattr(result, name, result)
+        return result
+
+
+Rule = Callable[[PretrainedModel, Quantization, str, bool], dict[str, Quantization]]
+"""How the layers of a network are quantized, given what is asked for, a recipe, and whether it is alone."""
+
+
+def as_asked(
+    model: PretrainedModel, quantization: Quantization, recipe: str, alone: bool
+) -> dict[str, Quantization]:
+    """Quantize by the recipe; ValueError where no layer divides into groups."""
+    chosen = choose(model, quantization, recipe)
+    if not chosen:
+        raise ValueError(
+            f"no layer of {type(model).__name__} divides into groups of {quantization.group_size}; choose "
+            "smaller groups"
+        )
+    return chosen
+
+
+def linear_beside_others(
+    model: PretrainedModel, quantization: Quantization, recipe: str, alone: bool
+) -> dict[str, Quantization]:
+    """Quantize as asked where it is alone; of a pipeline, the linear layers to 8 bits."""
+    if alone:
+        return as_asked(model, quantization, recipe, alone)
+    return choose(model, Quantization(bits=8), "linear")
+
+
+def never(
+    model: PretrainedModel, quantization: Quantization, recipe: str, alone: bool
+) -> dict[str, Quantization]:
+    """Keep an autoencoder of a pipeline as it is; ValueError for one that is alone."""
+    if alone:
+        raise ValueError(
+            "a VAE is not quantized, as it is small and its errors are seen at once; leave out -q"
+        )
+    return {}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A network.
+
+    Attributes:
+        cls: its class.
+        component: its name in a pipeline.
+        families: the files that it comes in, besides folders with a `config.json`.
+        infer: its config from shapes, see `Inference`.
+        inputs: those of a small forward, by its config; None for what has no forward.
+        quantize: see `Rule`.
+        library: the package of the reference class, which has the same name.
+        pipeline: of a UNet, the pipeline of its original files.
+        from_image: whether it makes videos of images.
+        combine: of what is no network by itself but a part of one: the config of that, given its own, that of
+            the other part, and both files for messages. Raises CheckpointError where they do not go together.
+        called: its class in `config.json`, where that is not `cls`.
+        parts: the networks that lie within one of this kind, by their names in its pipeline: the class,
+            and the config by that of the network.
+        about_others: what a file of this network tells of the configs of the others in it.
+    """
+
+    cls: type[PretrainedModel]
+    component: str
+    families: tuple[Family, ...]
+    infer: Inference
+    inputs: Callable[[Config], Inputs] | None
+    quantize: Rule = as_asked
+    library: str = "diffusers"
+    pipeline: Pipeline | None = None
+    from_image: bool = False
+    combine: Callable[[Config, Config, str, str], dict[str, Any]] | None = None
+    called: str = ""
+    parts: Mapping[str, tuple[str, Callable[[Config], dict[str, Any]]]] = field(default_factory=dict)
+    about_others: Callable[[Config], Mapping[str, Config]] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its class, to be written and told of."""
+        return self.called or self.cls.__name__
+
+    def check_class_name(self, config: Config, where: str) -> None:
+        """CheckpointError where a `config.json` is that of another class."""
+        if not self.called:
+            self.cls.check_class_name(config, where)
+        elif config.get("_class_name") not in (None, self.called):
+            raise CheckpointError(f"{where} is for the class {config['_class_name']}, not {self.called}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its classes in `config.json` and `model_index.json`."""
+        return (self.called,) if self.called else self.cls.class_names or (self.cls.__name__,)
+
+    def prefixes(self, family: Family, keys: Collection[str]) -> Iterator[str]:
+        """What keys of a network of a family have in front: nothing in a file of it alone, else its name in a
+        pipeline, what it is within, and what wrappers add, in any nesting."""
+        sign = family.signs[0]
+        within = [unwrapped(f"{prefix}{sign}")[1] for prefix in family.within]
+        within += [sign] if family.alone else []
+        for key in keys:
+            if key == sign or key.endswith(f".{sign}"):
+                owner, name = unwrapped(key)
+                if owner in (None, self.component) and name in within:
+                    yield key.removesuffix(sign)
+
+    def usual_prefixes(self, family: Family) -> tuple[str, ...]:
+        """What the keys of a family have in front without wrappers."""
+        return (*(("",) if family.alone else ()), *family.within, f"{self.component}.")
+
+
+def own_names(cls: type[PretrainedModel]) -> Callable[[Collection[str]], Naming]:
+    """The naming of files that diffusers or transformers wrote."""
+
+    def make(keys: Collection[str]) -> Naming:
+        def naming(key: str) -> list[Part]:
+            name = cls.rename_key(key, keys)
+            return [] if name is None else [Part(name)]
+
+        return naming
+
+    return make
+
+
+def diffusers_files(cls: type[PretrainedModel], *signs: str, without: tuple[str, ...] = ()) -> Family:
+    """The family of files that diffusers or transformers wrote."""
+    article = "an" if cls.__name__[0] in "AEIOU" and not cls.__name__.startswith("UN") else "a"
+    title = f"{article} {cls.__name__} with diffusers' names"
+    return Family(title, signs, own_names(cls), without=without)

@@ -1,0 +1,170 @@
+"""Files that are mixed up, or are no networks of the converter: told by name, and nothing is written."""
+
+import os
+from pathlib import Path
+
+import mlx_unet3d
+import numpy as np
+import original_files as original
+import pytest
+import tiny
+from mlx_unet3d.cli import main
+
+MODULE = "down_blocks.0.motion_modules.0.temporal_transformer"
+SPATIAL = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+ONES = np.ones((3, 3), np.float32)
+UNET = dict(
+    block_out_channels=(32, 64),
+    down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+    up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+    layers_per_block=1,
+)
+XL = dict(
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=6 * 256 + 8,
+)
+
+
+def base(**config):
+    """A checkpoint of Stable Diffusion, as far as its UNet goes."""
+    unet = mlx_unet3d.UNetMotionModel(**UNET | dict(cross_attention_dim=24) | config)
+    flat = {k: v for k, v in original.as_diffusers(unet).items() if ".motion_modules." not in k}
+    named = original.numbered_unet(flat, unet.config.layers_per_block)
+    return write("base", {f"model.diffusion_model.{key}": value for key, value in named.items()})
+
+
+def adapter(**config):
+    made = mlx_unet3d.MotionAdapter(**dict(block_out_channels=(32, 64), motion_layers_per_block=1) | config)
+    return write("motion", original.motion_module(original.as_diffusers(made)))
+
+
+def write(name, tensors):
+    return original.write_pickle(Path(name), tensors)
+
+
+def keys(*names):
+    return write("x", dict.fromkeys(names, ONES))
+
+
+def folder():
+    made = mlx_unet3d.UNet3DConditionModel(**tiny.UNET)
+    made.save_pretrained("x", layout="diffusers")
+    return Path("x")
+
+
+def three_levels():
+    down = ("CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion", "DownBlockMotion")
+    up = ("UpBlockMotion", "CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion")
+    return base(block_out_channels=(32, 64, 64), down_block_types=down, up_block_types=up)
+
+
+BASE = "makes no video by itself; pass --motion-adapter"
+CASES = {
+    "HotShot-XL": (
+        lambda: keys("down_blocks.0.temporal_attentions.0.pos_encoder.positional_encoding"),
+        None,
+        "HotShot-XL's motion modules",
+    ),
+    "SparseCtrl": (
+        lambda: keys(f"{MODULE}.norm.weight", "controlnet_cond_embedding.conv_in.weight"),
+        None,
+        "a SparseCtrl encoder",
+    ),
+    "ControlNet": (lambda: keys("controlnet_cond_embedding.conv_in.weight"), None, "a ControlNet"),
+    "ControlNet of its authors": (
+        lambda: keys("control_model.input_hint_block.0.weight"), None, "a ControlNet",
+    ),
+    "motion LoRA": (
+        lambda: keys(f"{MODULE}.transformer_blocks.0.attention_blocks.0.processor.to_q_lora.down.weight"),
+        None,
+        "a LoRA of motion modules",
+    ),
+    "domain adapter": (lambda: keys(f"{SPATIAL}.processor.to_q_lora.up.weight"), None, "holds a LoRA"),
+    "LoRA of PEFT": (lambda: keys(f"base_model.model.{SPATIAL}.to_q.lora_A.weight"), None, "holds a LoRA"),
+    "LoRA of kohya": (
+        lambda: keys("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"), None, "holds a LoRA",
+    ),
+    "LyCORIS": (lambda: keys("lora_unet_down_blocks_0_proj_in.hada_w1_a"), None, "a LyCORIS adapter"),
+    "IP-Adapter": (lambda: keys("ip_adapter.1.to_k_ip.weight", "image_proj.proj.weight"), None, "IP-Adapter"),
+    "textual inversion": (lambda: keys("emb_params"), None, "a textual inversion"),
+    "LoRA for a module": (
+        lambda: base(),
+        lambda: keys(f"{MODULE}.transformer_blocks.0.attention_blocks.0.processor.to_q_lora.down.weight"),
+        "a LoRA of motion modules",
+    ),
+    "base for a module": (lambda: base(), lambda: base(), "no motion module"),
+    "module for a base": (
+        lambda: adapter(), lambda: adapter(), "has no UNet of Stable Diffusion, into which the motion",
+    ),
+    "video UNet for a base": (
+        lambda: folder(), lambda: adapter(), "is a UNet3DConditionModel, into which no motion",
+    ),
+    "UNet for a motion folder": (lambda: base(), lambda: folder(), "is for the class UNet3D"),
+    "base without a module": (lambda: base(), None, BASE),
+    "Stable Diffusion 2": (
+        lambda: base(cross_attention_dim=1024, num_attention_heads=1),
+        lambda: adapter(),
+        "is a Stable Diffusion 2, with text of 1024",
+    ),
+    "inpainting": (lambda: base(in_channels=9), lambda: adapter(), "is an inpainting model, with 9"),
+    "editing": (lambda: base(in_channels=8), lambda: adapter(), "is a model that edits images, with 8"),
+    "depth": (lambda: base(in_channels=5), lambda: adapter(), "is a depth model, with 5 input channels"),
+    "refiner": (
+        lambda: base(cross_attention_dim=1280, **XL), lambda: adapter(), "is the refiner of Stable Diffusion",
+    ),
+    "module of other levels": (
+        three_levels, lambda: adapter(), "(levels of 32, 64 channels)",
+    ),
+    "module of SDXL": (
+        lambda: base(),
+        lambda: adapter(block_out_channels=(32, 64, 64), use_motion_mid_block=False),
+        "has motion modules for Stable Diffusion XL (levels of 32, 64, 64 channels)",
+    ),
+    "module of other widths": (
+        lambda: base(), lambda: adapter(block_out_channels=(64, 64)), "levels of 64, 64 channels",
+    ),
+    "module of other layers": (
+        lambda: base(), lambda: adapter(motion_layers_per_block=2), "the motion adapter has",
+    ),
+    "PIA": (lambda: base(), lambda: adapter(conv_in_channels=9), "is of PIA, which widens"),
+    "no such module": (lambda: base(), lambda: Path("nowhere"), "'nowhere' is neither"),
+    "half a module": (
+        lambda: base(),
+        lambda: write(
+            "half",
+            {
+                k: v
+                for k, v in original.motion_module(
+                    original.as_diffusers(
+                        mlx_unet3d.MotionAdapter(block_out_channels=(32, 64), motion_layers_per_block=1)
+                    )
+                ).items()
+                if "up_blocks.1" not in k
+            },
+        ),
+        "up_blocks.1.motion_modules.0",
+    ),
+}  # fmt: skip
+
+
+def test_info_of_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["info", str(adapter())]) == 0
+    assert "MotionAdapter, " in (line := capsys.readouterr().out)
+    assert "a motion module of AnimateDiff" in line
+    assert main(["info", str(keys("ip_adapter.1.to_k_ip.weight"))]) == 2
+    assert "an IP-Adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_by_name(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    make, motion, message = CASES[name]
+    arguments = ["convert", "--hf-path", str(make()), "--mlx-path", "out"]
+    if motion is not None:
+        arguments += ["--motion-adapter", str(motion())]
+    before = sorted(os.listdir())
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(os.listdir()) == before
