@@ -246,7 +246,7 @@ def from_unet2d(
         with naming(motion.where):
             adapter = MotionAdapterConfig.from_dict(adapter_config(motion))
     with naming(spatial.where):
-        model = cls(**_motion_config(cls, config, adapter))
+        model = cls(**motion_config(cls, config, adapter))
 
     expected = model.expected_tensors()
     of_motion = {n: e for n, e in expected.items() if _MOTION in n}
@@ -271,7 +271,7 @@ def _without_bias_of_conv_in(name: str, keys: Collection[str]) -> str | None:
     return None if name == "conv_in.bias" else motion_name(name)
 
 
-def _motion_config(
+def motion_config(
     cls: type[PretrainedModel], config: Mapping[str, Any], adapter: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The config of the network from those of its parts."""
