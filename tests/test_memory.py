@@ -6,7 +6,7 @@ from functools import cache
 import mlx_unet3d
 import mlx.core as mx
 import pytest
-from mlx_unet3d import AutoencoderKL, UNet3DConditionModel, memory
+from mlx_unet3d import AutoencoderKL, AutoencoderKLTemporalDecoder, TextContext, UNet3DConditionModel, memory
 from mlx.utils import tree_flatten
 from mlx_unet3d.chips import GIB, working_set
 from mlx_unet3d.layers.chunking import Chunks
@@ -16,6 +16,7 @@ from mlx_unet3d.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_unet3d.models.clip_text import CLIPTextConfig, CLIPTextModel
 from mlx_unet3d.models.unet_3d_condition import UNet3DConditionConfig
 from peaks import UNET, VAE, peak_of, run_step
+from seeded import CONFIGS
 from tiny import TEXT, write_pipeline
 
 
@@ -127,6 +128,78 @@ def test_features_of_a_cache_are_counted(exact_peaks, sequential, depth):
     with_cache = check_peak(planner_of(cache_depth=depth), "denoise", run, video, settings)
     features = 4 * 4 * 16 * 16 * 16  # of 4 frames, 16x16 pixels, 16 channels
     assert with_cache.peak >= planner_of().denoise(video, settings).peak + (features if sequential else 0)
+
+
+# Frames, height and width of latents, guidance, settings.
+SHAPES = [
+    (4, 16, 16, True, S()),
+    (3, 12, 24, False, S()),
+    (8, 16, 12, True, S(frames=3)),
+    (4, 16, 16, True, S(pixels=100)),
+    (4, 16, 16, True, S(True, 1, 64)),
+]
+
+
+def family_of(kind):
+    """The planned networks with a small UNet of this class, and that UNet."""
+    unet = getattr(mlx_unet3d, kind)(**CONFIGS[kind]).eval()
+    mx.eval(unet.parameters())
+    return replace(NETWORKS, unet=memory.Network.of(unet)), unet
+
+
+@on_cpu
+@pytest.mark.parametrize(("frames", "height", "width", "guidance", "settings"), SHAPES)
+@pytest.mark.parametrize("kind", ["UNetMotionModel", "UNetSpatioTemporalConditionModel", "I2VGenXLUNet"])
+def test_predicted_peaks_of_a_forward(exact_peaks, kind, frames, height, width, guidance, settings):
+    networks, unet = family_of(kind)
+    unet.chunks = Chunks(settings.frames, settings.pixels)
+    planner = planner_of(networks)
+    video = memory.Video(frames, 2 * height, 2 * width, guidance=guidance)
+    passes = 2 if settings.sequential_guidance else 1
+    inputs = planner.inputs(video, 2 if guidance and passes == 1 else 1)
+    mx.eval(inputs)
+    context = inputs.pop("encoder_hidden_states")
+    latents = 4 * 4 * frames * height * width
+    contexts = []
+
+    def run():
+        made = []
+        for _ in range(passes):
+            contexts.append(TextContext(context))  # whose keys and values stay
+            made.append(unet(**inputs, encoder_hidden_states=contexts[-1]).sample)
+            mx.eval(made)
+        return made
+
+    beside = 2 * latents  # of the sampler; the run holds the passes that wait
+    check_peak(planner, "denoise", run, video, settings, beside=beside)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("stage", "frames", "size"),
+    [
+        ("decode", 3, 32),
+        ("decode", 6, 24),
+        ("decode", 1, 48),
+        ("encode", 1, 48),
+        ("encode", 1, 32),
+    ],
+)
+def test_predicted_peaks_of_the_temporal_vae(exact_peaks, stage, frames, size):
+    vae = AutoencoderKLTemporalDecoder(**CONFIGS["AutoencoderKLTemporalDecoder"]).eval()
+    networks = replace(NETWORKS, vae=memory.Network.of(vae), num_frames=None)
+    factor = vae.spatial_factor
+    images, latents = (
+        mx.zeros((1, 3, size, size)),
+        mx.zeros((frames, vae.config.latent_channels, size // factor, size // factor)),
+    )
+    mx.eval(vae.parameters(), images, latents)
+    run, beside = (
+        (lambda: vae.decode(latents, frames), 0)
+        if stage == "decode"
+        else (lambda: vae.encode(images).mean, images.nbytes)
+    )
+    check_peak(planner_of(networks), stage, run, memory.Video(frames, size, size), beside=beside)
 
 
 def test_what_is_loaded_beside_the_weights_is_counted(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from mlx_unet3d import media, memory
 from mlx_unet3d.chips import working_set
 from mlx_unet3d.cli import generate, main
+from seeded import CONFIGS
 from tiny import write_pipeline
 
 
@@ -103,6 +104,66 @@ def test_plan_says_what_fits_instead(configs, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "does not fit" in out
     assert "the nearest that fits" in out or "nor does any smaller video" in out
+
+
+VISION = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+VISION |= dict(projection_dim=12, image_size=16, patch_size=8)
+FLAT = dict(_class_name="UNet2DConditionModel", cross_attention_dim=12, attention_head_dim=2)
+FLAT |= dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=8)
+FLAT |= dict(
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+ADAPTER = dict(_class_name="MotionAdapter", block_out_channels=(16, 32), motion_layers_per_block=1)
+ADAPTER |= dict(motion_num_attention_heads=2, motion_norm_num_groups=8, motion_max_seq_length=16)
+
+
+def family_folder(configs, kind):
+    """The configs of a pipeline with another UNet."""
+    parts = {"unet": CONFIGS.get(kind, {}) | {"_class_name": kind}}
+    if kind == "MotionAdapter":
+        parts = {"unet": FLAT, "motion_adapter": ADAPTER}
+    if kind.startswith("UNetSpatio"):
+        name = "AutoencoderKLTemporalDecoder"
+        parts["vae"] = CONFIGS[name] | {"_class_name": name}
+    if kind in ("UNetSpatioTemporalConditionModel", "I2VGenXLUNet"):
+        parts["image_encoder"] = VISION | {"_class_name": "CLIPVisionModelWithProjection"}
+    index = json.loads((configs / "model_index.json").read_text())
+    for name, config in parts.items():
+        (configs / name).mkdir(exist_ok=True)
+        (configs / name / "config.json").write_text(json.dumps(config))
+        index[name] = ["diffusers", config["_class_name"]]
+    (configs / "model_index.json").write_text(json.dumps(index))
+    return configs
+
+
+@pytest.mark.parametrize(
+    ("kind", "video", "stages"),
+    [
+        ("UNetMotionModel", "16 frames of 64x64", ["prompt", "denoise", "decode"]),
+        ("MotionAdapter", "16 frames of 64x64", ["prompt", "denoise", "decode"]),
+        (
+            "UNetSpatioTemporalConditionModel",
+            "25 frames of 1024x576",
+            ["image", "encode", "denoise", "decode"],
+        ),
+        ("I2VGenXLUNet", "16 frames of 1280x704", ["prompt", "image", "encode", "denoise", "decode"]),
+    ],
+)
+def test_plan_of_the_family(configs, kind, video, stages):
+    networks = memory.read_networks(family_folder(configs, kind))
+    height, width = networks.default_size
+    assert str(memory.Video(networks.default_frames, height, width)) == video
+    small = dict(num_frames=2, height=32, width=32, backend="cpu", dtype=mx.float32)
+    found = memory.plan(networks, **small)
+    assert [stage.name for stage in found.stages] == stages
+    single = memory.plan(networks, **small, guidance=False)
+    assert single.stages[-2].peak < found.stages[-2].peak
+    if kind.startswith("UNetSpatio"):
+        by_frame = memory.plan(networks, **small, decode_chunk_size=1)
+        assert by_frame.stages[-1].peak < found.stages[-1].peak
+        with pytest.raises(ValueError, match="decode_chunk_size=0"):
+            memory.plan(networks, **small, decode_chunk_size=0)
 
 
 def test_plan_refuses(configs, capsys):

@@ -34,6 +34,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="layers that always run where generate has a --cache-interval, whose features take memory",
     )
+    group.add_argument(
+        "--decode-chunk-size",
+        type=options.count,
+        metavar="N",
+        help="frames that the decoder of Stable Video Diffusion takes together (default: all, where MLX can)",
+    )
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--chip", type=chip, metavar="NAME", help=f"{', '.join(CHIPS)} (default: this machine)"
@@ -76,13 +82,13 @@ def run(args: argparse.Namespace) -> int:
     metal = args.chip is not None or args.memory is not None or mx.default_device() == mx.gpu
     dtype = args.dtype if args.dtype is not None else "float16" if metal else "float32"
     height, width = size_of(networks, args)
-    frames = args.num_frames if args.num_frames is not None else networks.num_frames
+    frames = args.num_frames if args.num_frames is not None else networks.default_frames
     options.check_size(frames, height, width)
     plans = []
     for machine in machines:
         found = memory.plan(
             networks,
-            num_frames=16 if frames is None else frames,
+            num_frames=frames,
             height=height,
             width=width,
             guidance=args.guidance > 1,
@@ -91,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=options.DTYPES[dtype],
             vae_dtype=options.DTYPES[args.vae_dtype or "float32"],
             vae_tiling=bool(args.vae_tiling),
+            decode_chunk_size=args.decode_chunk_size,
             budget=machine.budget,
             backend="metal" if metal else "cpu",
             chip=args.chip,
@@ -118,14 +125,11 @@ def machines_of(args: argparse.Namespace) -> list[Machine]:
 
 def size_of(networks: memory.Networks, args: argparse.Namespace) -> tuple[int, int]:
     """Height and width in pixels."""
-    trained = networks.unet.config.sample_size
-    if trained is None and (args.height is None or args.width is None):
+    default = networks.default_size
+    if default is None and (args.height is None or args.width is None):
         raise ValueError("the config of the unet has no sample_size: give --height and --width")
-    default = trained if isinstance(trained, tuple) else (trained, trained)
-    return tuple(
-        given if given is not None else latent * networks.spatial_factor
-        for given, latent in zip((args.height, args.width), default, strict=True)
-    )
+    height, width = default or (None, None)
+    return args.height or height, args.width or width
 
 
 def report(

@@ -14,9 +14,13 @@ from ..checkpoints.quantization import from_config, quantizations, quantize_laye
 from ..checkpoints.source import pinned_revision
 from ..layers.quantized import Quantization, can_quantize
 from ..models.autoencoder_kl import AutoencoderKL
-from ..models.clip_text import CLIPTextModel
+from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
+from ..models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
+from ..models.clip_vision import CLIPVisionModelWithProjection
+from ..models.motion_adapter import MotionAdapterConfig, motion_config
 from ..models.pretrained import PretrainedModel
-from ..models.unet_3d_condition import UNet3DConditionModel
+from ..models.unet_motion import UNetMotionModel
+from .families import FAMILIES, Family
 from .tracing import Graph, trace
 
 
@@ -81,29 +85,58 @@ def _parameters(model: PretrainedModel, dtype: mx.Dtype) -> list[tuple[str, mx.a
 
 @dataclass(frozen=True)
 class Networks:
-    """The three networks of a pipeline, and the size and number of frames of its own where known."""
+    """The networks of a pipeline, those of its family, and the number of frames of its own where known."""
 
     unet: Network
     vae: Network
-    text_encoder: Network
+    text_encoder: Network | None = None
     num_frames: int | None = None
+    text_encoder_2: Network | None = None
+    image_encoder: Network | None = None
 
     @classmethod
     def of(cls, pipe: Any) -> "Networks":
         """Those of a loaded pipeline, none of which was released."""
-        parts = (Network.of(getattr(pipe, name)) for name in ("unet", "vae", "text_encoder"))
-        return cls(*parts, num_frames=pipe.recommended.num_frames)
+        parts = {name: getattr(pipe, name, None) for name in _KINDS}
+        networks = {name: Network.of(part) for name, part in parts.items() if part is not None}
+        return cls(**networks, num_frames=pipe.recommended.num_frames)
 
     @property
     def spatial_factor(self) -> int:
         """Pixels of an image for one of the latents, each way."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def family(self) -> Family:
+        """The family of the UNet."""
+        return FAMILIES[self.unet.kind]
 
-_KINDS: dict[str, type[PretrainedModel]] = {
-    "unet": UNet3DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
+    @property
+    def text_encoders(self) -> tuple[Network, ...]:
+        """The networks that encode the prompt."""
+        return tuple(n for n in (self.text_encoder, self.text_encoder_2) if n is not None)
+
+    @property
+    def default_frames(self) -> int:
+        """Frames of a video where nothing else is said."""
+        return self.num_frames or self.family.default_frames(self.unet.config)
+
+    @property
+    def default_size(self) -> tuple[int, int] | None:
+        """Height and width of a video in pixels where nothing else is said; None where unknown."""
+        size = self.unet.config.sample_size
+        if self.family.size is not None or size is None:
+            return self.family.size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return height * self.spatial_factor, width * self.spatial_factor
+
+
+_KINDS: dict[str, tuple[type[PretrainedModel], ...]] = {
+    "unet": tuple(FAMILIES),
+    "vae": (AutoencoderKL, AutoencoderKLTemporalDecoder),
+    "text_encoder": (CLIPTextModel,),
+    "text_encoder_2": (CLIPTextModelWithProjection,),
+    "image_encoder": (CLIPVisionModelWithProjection,),
 }
 
 
@@ -117,8 +150,8 @@ def read_networks(
 ) -> Networks:
     """The networks of a pipeline folder, a hub id, or "demo"; of the hub, configs alone are downloaded.
 
-    Of a quantized network, all layers that can be are taken for quantized, as the recipes "mixed" and
-    "uniform" have it.
+    A 2-D UNet beside a `motion_adapter` is planned as the network of both. Of a quantized network, all layers
+    that can be are taken for quantized, as the recipes "mixed" and "uniform" have it.
 
     Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
     """
@@ -128,21 +161,46 @@ def read_networks(
     folder = find_folder(path_or_id, files=("model_index.json",), **where)
     where["revision"] = pinned_revision(path_or_id, folder, revision)
     index = read_component_config(path_or_id, "model_index.json", **where)
-    networks = {}
-    for name, kind in _KINDS.items():
-        config = read_component_config(path_or_id, "config.json", subfolder=name, **where)
-        source = str(folder / name / "config.json")
-        kind.check_class_name(config, source)
-        entry = config.pop("quantization", None)
-        with naming(source):
-            network = Network(kind, kind.config_class.from_dict(config))
-        if entry is not None:
-            common, own = from_config(entry, source)
-            layers = {p: m for p, m in network.skeleton().named_modules() if can_quantize(m)}
-            chosen = {path: own.get(path, common) for path in layers}
-            chosen = {p: q for p, q in chosen.items() if q.fits(tuple(layers[p].weight.shape))}
-            network = Network(kind, network.config, chosen)
-        networks[name] = network
+
+    def config_of(name: str) -> dict[str, Any]:
+        return read_component_config(path_or_id, "config.json", subfolder=name, **where)
+
+    config = config_of("unet")
+    if config.get("_class_name") == "UNet2DConditionModel" and _lists(index, "motion_adapter"):
+        with naming(folder / "motion_adapter" / "config.json"):
+            adapter = MotionAdapterConfig.from_dict(
+                {k: v for k, v in config_of("motion_adapter").items() if k != "quantization"}
+            )
+            config = motion_config(UNetMotionModel, config, adapter) | {"_class_name": "UNetMotionModel"}
+    networks = {"unet": _network("unet", config, folder)}
+    family = FAMILIES[networks["unet"].kind]
+    optional = (name for name in family.optional if _lists(index, name))
+    for name in ("vae", *family.encoders, *optional):
+        networks[name] = _network(name, config_of(name), folder)
     recommended = index.get("_recommended")
     frames = recommended.get("num_frames") if isinstance(recommended, dict) else None
     return Networks(**networks, num_frames=frames)
+
+
+def _lists(index: dict[str, Any], name: str) -> bool:
+    """Whether a `model_index.json` has a component of that name."""
+    entry = index.get(name)
+    return isinstance(entry, list) and None not in entry
+
+
+def _network(name: str, config: dict[str, Any], folder: Path) -> Network:
+    """A component from its config."""
+    kinds, source = _KINDS[name], str(folder / name / "config.json")
+    found = config.get("_class_name")
+    kind = next((k for k in kinds if found in (k.class_names or (k.__name__,))), kinds[0])
+    kind.check_class_name(config, source)
+    entry = config.pop("quantization", None)
+    with naming(source):
+        network = Network(kind, kind.config_class.from_dict(config))
+    if entry is None:
+        return network
+    common, own = from_config(entry, source)
+    layers = {p: m for p, m in network.skeleton().named_modules() if can_quantize(m)}
+    chosen = {path: own.get(path, common) for path in layers}
+    chosen = {p: q for p, q in chosen.items() if q.fits(tuple(layers[p].weight.shape))}
+    return Network(kind, network.config, chosen)

@@ -6,24 +6,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..chips import Chip
 from ..layers.attention import Attention
 from ..layers.chunking import Chunks
 from ..layers.text_context import TextContext
 from ..models.autoencoder_kl import AutoencoderKL
+from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..models.feature_cache import FeatureCache
 from .costs import BACKENDS, Backend
+from .forwards import Inputs, Latents, unet_inputs
 from .liveness import Memory, simulate
-from .networks import Networks
+from .networks import Network, Networks
 from .roofline import Work, seconds, work
 from .tracing import Graph
 
 # Of a budget, what is left to itself: predictions are within a tenth of what is measured.
 _MARGIN = 0.9
-_TOKENS = 77
 _MOST_CHUNKS = 256
 """Of a layer; each is traced, and with more of them a step takes hours and its plan minutes."""
+_TEMPORAL = AutoencoderKLTemporalDecoder
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Stage:
     """One stage of a run.
 
     Attributes:
-        name: "prompt", "encode", "denoise" or "decode".
+        name: "prompt", "image", "encode", "denoise" or "decode".
         weights: bytes of the networks that are in memory.
         peak: bytes at its worst moment, weights included.
         largest: bytes of its largest single buffer.
@@ -156,6 +159,7 @@ def plan(
     dtype: mx.Dtype = mx.float16,
     vae_dtype: mx.Dtype = mx.float32,
     vae_tiling: bool = False,
+    decode_chunk_size: int | None = None,
     budget: int | None = None,
     backend: str | None = None,
     chip: Chip | None = None,
@@ -176,6 +180,8 @@ def plan(
         cache_depth: of a `FeatureCache`, whose features stay from step to step; None for none.
         dtype, vae_dtype: of UNet and text encoder, and of the VAE.
         vae_tiling: whether the VAE takes large frames in tiles.
+        decode_chunk_size: frames that a temporal decoder takes as a clip; None for all, or as many as MLX can
+            index.
         budget: bytes that MLX may use; None for any.
         backend: "metal" or "cpu"; None for that of this machine.
         chip: for the time of a step.
@@ -187,6 +193,8 @@ def plan(
     """
     video = Video(num_frames, height, width, batch, guidance, encoded)
     _check(video, networks)
+    if decode_chunk_size is not None:
+        _check_count("decode_chunk_size", decode_chunk_size)
     if cache_depth is not None:
         networks.unet.skeleton().check_cache_depth(cache_depth)
     if backend is None:
@@ -194,6 +202,7 @@ def plan(
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
     planner = Planner(networks, dtype, vae_dtype, budget, BACKENDS[backend], cache_depth, vae_tiling)
+    planner.decode_chunk_size = decode_chunk_size
     found = planner.plan(video, settings)
     if chip is not None:
         found = replace(found, step_seconds=planner.step_seconds(video, chip))
@@ -210,14 +219,17 @@ def step_work(networks: Networks, video: Video, dtype: mx.Dtype) -> Work:
 
 def _check(video: Video, networks: Networks) -> None:
     for name in ("frames", "height", "width", "batch"):
-        value = getattr(video, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        _check_count(name, getattr(video, name))
     factor = networks.spatial_factor
     for name in ("height", "width"):
         value = getattr(video, name)
         if value % factor:
             raise ValueError(f"{name}={value} must be a multiple of {factor}, the factor of the VAE")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 class Planner:
@@ -238,10 +250,12 @@ class Planner:
         self.vae_tiling = vae_tiling
         self.unet_bytes = networks.unet.nbytes(dtype)
         self.vae_bytes = networks.vae.nbytes(vae_dtype)
-        self.text_bytes = networks.text_encoder.nbytes(dtype)
+        encoders = (*networks.text_encoders, networks.image_encoder)
+        self.encoder_bytes = sum(network.nbytes(dtype) for network in encoders if network is not None)
+        self.decode_chunk_size: int | None = None
 
     def plan(self, video: Video, settings: Settings | None) -> Plan:
-        others = [self.prompt(video), *([self.encode(video)] if video.encoded else []), self.decode(video)]
+        others = [*(stage() for stage in self.before(video)), self.decode(video)]
         ladder = list(self.ladder(video)) if settings is None else [settings]
         if self.budget is not None and max(stage.peak for stage in others) > _MARGIN * self.budget:
             ladder = ladder[-1:]  # it does not fit anyhow
@@ -297,27 +311,59 @@ class Planner:
 
     def fits(self, video: Video) -> bool:
         stages: list[Callable[[], Stage]] = [
-            lambda: self.prompt(video),
+            *self.before(video),
             lambda: self.decode(video),
             lambda: self.denoise(video, list(self.ladder(video))[-1]),
         ]
-        if video.encoded:
-            stages.insert(0, lambda: self.encode(video))
         return all(stage().peak <= _MARGIN * self.budget for stage in stages)
 
     # Stages.
 
+    def before(self, video: Video) -> list[Callable[[], Stage]]:
+        """The stages before denoising."""
+        stages: list[Callable[[], Stage]] = []
+        if self.networks.text_encoders:
+            stages.append(lambda: self.prompt(video))
+        if self.networks.image_encoder is not None:
+            stages.append(lambda: self.image(video))
+        if video.encoded or self.networks.family.from_image:
+            stages.append(lambda: self.encode(video))
+        return stages
+
     def prompt(self, video: Video) -> Stage:
-        network = self.networks.text_encoder
-        ids = mx.zeros((video.batch, network.config.max_position_embeddings), mx.int32)
-        layers = network.config.num_hidden_layers
-        graph = network.trace(
-            lambda model, ids: model.text_model(ids, layers), [ids], self.dtype, self.backend.gpu
+        """That of the text encoder that takes most."""
+
+        def memory(network: Network) -> Memory:
+            ids = mx.zeros((video.batch, network.config.max_position_embeddings), mx.int32)
+            graph = network.trace(
+                lambda model, ids: model.text_model(ids).last_hidden_state,
+                [ids],
+                self.dtype,
+                self.backend.gpu,
+            )
+            return simulate(graph, self.backend)
+
+        weights = self.encoder_bytes + self.unet_bytes + self.vae_bytes
+        most = max(map(memory, self.networks.text_encoders), key=lambda found: found.peak)
+        return _stage("prompt", weights, most)
+
+    def image(self, video: Video) -> Stage:
+        """The embedding of the image."""
+        network = self.networks.image_encoder
+        config = network.config
+        pixels = mx.zeros(
+            (video.batch, config.num_channels, config.image_size, config.image_size), self.dtype
         )
-        weights = self.text_bytes + self.unet_bytes + self.vae_bytes
-        return _stage("prompt", weights, simulate(graph, self.backend))
+        graph = network.trace(
+            lambda model, pixels: model(pixels).image_embeds, [pixels], self.dtype, self.backend.gpu
+        )
+        weights = self.encoder_bytes + self.unet_bytes + self.vae_bytes
+        return _stage("image", weights, simulate(graph, self.backend), pixels.nbytes)
 
     def encode(self, video: Video) -> Stage:
+        """Of the video that it starts from, or of its image."""
+        if not video.encoded:
+            video = replace(video, frames=1)
         chunk, channels = self.frames_at_once(video), self.networks.vae.config.in_channels
         images = mx.zeros((chunk, channels, *self.tile(video)), self.vae_dtype)
         graph = self.networks.vae.trace(
@@ -343,42 +389,57 @@ class Planner:
         return _stage("denoise", self.unet_bytes + self.vae_bytes, memory, kept + (1 + passes) * latents)
 
     def decode(self, video: Video) -> Stage:
-        chunk = self.frames_at_once(video)
+        chunk, temporal = self.frames_at_once(video), issubclass(self.networks.vae.kind, _TEMPORAL)
+        if temporal:
+            clip = min(self.decode_chunk_size or video.frames, video.frames)
+            chunk = min(clip, self.vae().check_frame(video.height, video.width))
         height, width = (n // self.networks.spatial_factor for n in self.tile(video))
         latents = mx.zeros((chunk, self.latent_shape(video)[1], height, width), self.vae_dtype)
         graph = self.networks.vae.trace(
-            lambda model, z: model.decode(z, chunk_size=chunk), [latents], self.vae_dtype, self.backend.gpu
+            lambda model, z: model.decode(z, chunk) if temporal else model.decode(z, chunk_size=chunk),
+            [latents],
+            self.vae_dtype,
+            self.backend.gpu,
         )
         tiles = self.tiles(video, 1, self.networks.vae.config.out_channels)
+        if temporal:  # the frames of other chunks
+            others = video.batch * video.frames - chunk
+            channels = self.networks.vae.config.out_channels
+            tiles = others * channels * video.height * video.width * self.vae_dtype.size
         return _stage("decode", self.vae_bytes, simulate(graph, self.backend), tiles)
 
     # What they are made of.
 
     def latent_shape(self, video: Video) -> tuple[int, int, int, int, int]:
         factor = self.networks.spatial_factor
-        channels = self.networks.unet.config.in_channels
+        channels = self.networks.vae.config.latent_channels
         return video.batch, channels, video.frames, video.height // factor, video.width // factor
 
     def forward(self, video: Video, settings: Settings) -> Graph:
         rows = video.batch * (2 if video.guidance and not settings.sequential_guidance else 1)
-        shape = (rows, *self.latent_shape(video)[1:])
-        sample, timestep = mx.zeros(shape, self.dtype), mx.zeros((), mx.float32)
-        dim = self.networks.unet.config.cross_attention_dim
-        states = mx.zeros((rows, _TOKENS, dim), self.dtype)
+        names, arrays = zip(*tree_flatten(self.inputs(video, rows)), strict=True)
 
-        def run(unet: Any, sample: mx.array, timestep: mx.array, states: mx.array) -> list[mx.array]:
+        def run(unet: Any, *arrays: mx.array) -> list[mx.array]:
+            given = tree_unflatten(list(zip(names, arrays, strict=True)))
+            given["encoder_hidden_states"] = TextContext(given["encoder_hidden_states"])
             cache = None if self.cache_depth is None else FeatureCache(2, self.cache_depth)
             unet.chunks = Chunks(settings.frames, settings.pixels)
-            output = unet(sample, timestep, TextContext(states), feature_cache=cache).sample
+            output = unet(**given, feature_cache=cache).sample
             return [output] if cache is None else [output, cache.next()]
 
-        return self.networks.unet.trace(run, [sample, timestep, states], self.dtype, self.backend.gpu)
+        return self.networks.unet.trace(run, arrays, self.dtype, self.backend.gpu)
+
+    def inputs(self, video: Video, rows: int) -> Inputs:
+        """The arguments of a forward of so many rows."""
+        unet, (_, _, frames, height, width) = self.networks.unet, self.latent_shape(video)
+        return unet_inputs(unet.kind, unet.config, Latents(rows, frames, height, width), self.dtype)
 
     def keys_values(self, video: Video) -> int:
-        """Bytes of the keys and values of the text, which stay from step to step."""
+        """Bytes of the keys and values of the context, which stay from step to step."""
+        tokens = self.inputs(video, 1)["encoder_hidden_states"].shape[1]
         attentions = (m for m in self.networks.unet.skeleton().modules() if isinstance(m, Attention))
         width = sum(2 * a.heads * a.dim_head for a in attentions if a.is_cross_attention)
-        return video.batch * (1 + video.guidance) * _TOKENS * width * self.dtype.size
+        return video.batch * (1 + video.guidance) * tokens * width * self.dtype.size
 
     def vae(self) -> AutoencoderKL:
         """The VAE without weights, as it is set."""

@@ -80,7 +80,9 @@ def view_of(node: Node, output: int, graph: Graph, views: dict[str, View]) -> Vi
     """The view that an output of `node` is; None where it has a buffer of its own."""
     if not node.inputs:
         return None
-    source, shape = views[node.inputs[0]], graph.shapes[node.outputs[output]]
+    # An array that waits for others is the one of its own place.
+    source = views[node.inputs[output if node.name == "Depends" else 0]]
+    shape = graph.shapes[node.outputs[output]]
     name, arguments = node.name, node.arguments
     strides: tuple[int, ...] | None
     if name in _SAME:
