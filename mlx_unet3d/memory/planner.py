@@ -336,7 +336,7 @@ class Planner:
         def memory(network: Network) -> Memory:
             ids = mx.zeros((video.batch, network.config.max_position_embeddings), mx.int32)
             graph = network.trace(
-                lambda model, ids: model.text_model(ids).last_hidden_state,
+                lambda model, ids: model.text_model(ids),
                 [ids],
                 self.dtype,
                 self.backend.gpu,
