@@ -17,7 +17,7 @@ from ..memory import parse_memory
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Far above what any network was trained for, and low enough for plans to be made in no time.
-_MOST_FRAMES, _LONGEST_SIDE, _MOST_PIXELS = 4096, 16384, 2**28
+_MOST_FRAMES, _LONGEST_SIDE, _MOST_PIXELS = 4096, 2**15, 2**28
 _MOST_TEXT = 100_000
 _MOST = 1_000_000
 

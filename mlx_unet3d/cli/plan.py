@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype if args.dtype is not None else "float16" if metal else "float32"
     height, width = size_of(networks, args)
     frames = args.num_frames if args.num_frames is not None else networks.default_frames
-    options.check_size(frames, height, width)
+    if frames is not None and frames > 1:  # of one frame, the plan itself says what to do
+        options.check_size(frames, height, width)
     plans = []
     for machine in machines:
         found = memory.plan(

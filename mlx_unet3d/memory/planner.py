@@ -24,8 +24,6 @@ from .tracing import Graph
 
 # Of a budget, what is left to itself: predictions are within a tenth of what is measured.
 _MARGIN = 0.9
-_MOST_CHUNKS = 256
-"""Of a layer; each is traced, and with more of them a step takes hours and its plan minutes."""
 _TEMPORAL = AutoencoderKLTemporalDecoder
 
 
@@ -277,9 +275,7 @@ class Planner:
                 settings = replace(settings, frames=None)
             if settings.pixels is not None and settings.pixels >= pixels:
                 settings = replace(settings, pixels=None)
-            chunks = math.ceil(video.frames / (settings.frames or video.frames))
-            chunks += math.ceil(pixels / (settings.pixels or pixels))
-            if settings not in seen and (chunks <= _MOST_CHUNKS or not seen):
+            if settings not in seen:
                 seen.add(settings)
                 yield settings
 
