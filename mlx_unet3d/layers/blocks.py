@@ -185,11 +185,15 @@ class Block(nn.Module):
     def __init__(self, channels: Sequence[tuple[int, int]], level: Level, attending: int, scale: float = 1.0):
         """`channels` has the inputs and outputs of each resnet; the first `attending` have transformers."""
         super().__init__()
-        for name, make in self.transformers.items():
-            self[name] = [make(level, i) for i in range(attending)]
-        self.resnets = [self.make_resnet(level, c_in, c_out, scale) for c_in, c_out in channels]
+        made = {"resnets": [self.make_resnet(level, c_in, c_out, scale) for c_in, c_out in channels]}
         for name, make in self.convolutions.items():
-            self[name] = [make(level, i) for i in range(len(channels))]
+            made[name] = [make(level, i) for i in range(len(channels))]
+        for name, make in self.transformers.items():
+            made[name] = [make(level, i) for i in range(attending)]
+        # In the order of diffusers' registration, which lists of adapters without names follow.
+        first = ["attentions"] if "attentions" in made and not self.convolutions else []
+        for name in dict.fromkeys((*first, *made)):
+            self[name] = made[name]
 
     @classmethod
     def attends(cls) -> bool:

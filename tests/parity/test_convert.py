@@ -148,7 +148,8 @@ def test_converted_is_loading_the_original(folder, tmp_path, name):
     arguments = ["--variant", "fp16"] if name == "variant" else []
     assert convert(tmp_path / "source", tmp_path / "out", *arguments) == 0
     dtype = mx.float16 if name in ("half", "variant") else mx.float32
-    ours = TextToVideoPipeline.from_pretrained(tmp_path / "out", vae_dtype=None)
+    ours = TextToVideoPipeline.from_pretrained(tmp_path / "out", dtype=dtype, vae_dtype=None)
+    assert UNet3DConditionModel.from_pretrained(tmp_path / "out" / "unet").dtype == dtype
     assert ours.unet.dtype == ours.vae.dtype == ours.text_encoder.dtype == dtype
     theirs = TextToVideoPipeline.from_pretrained(folder, dtype=dtype, vae_dtype=dtype)
     settings = dict(num_frames=2, height=16, width=16, num_inference_steps=2)
