@@ -86,6 +86,8 @@ class _Tracer(Marks):
             return self.whole(_BORDER, value)
         if type(value) in (tuple, list):
             return type(value)(map(self.border, value))
+        if type(value) is dict:
+            return {name: self.border(item) for name, item in value.items()}
         return value
 
     @contextlib.contextmanager
@@ -97,7 +99,7 @@ class _Tracer(Marks):
     def call(self, function: Callable, place: str, region: int | None, args: tuple, keywords: dict) -> Any:
         def marked(value: Any) -> Any:
             # Lists stay the same objects: a block may take its skips out of them.
-            return self.border(value) if isinstance(value, mx.array) else value
+            return self.border(value) if isinstance(value, mx.array | dict) else value
 
         with self.inside(place, region):
             out = function(*map(marked, args), **{k: marked(v) for k, v in keywords.items()})
