@@ -25,7 +25,7 @@ def test_flops_are_diffusers_less_what_it_repeats(tmp_path, frames):
         inputs.theirs(theirs)
     arguments = (to_mlx(inputs.sample), mx.array(float(inputs.timestep)), to_mlx(inputs.text))
     mx.eval(arguments)
-    graph = trace(lambda *arrays: ours(*arrays).sample, *arguments, model=ours)
+    graph = trace(lambda unet, *arrays: unet(*arrays).sample, *arguments, model=ours)
     step, once = map(predict, hoisted(graph, graph.inputs[2]))
     projections = [r.time_emb_proj.weight.size for _, r in ours.named_modules() if "time_emb_proj" in r]
     time_embedding = 2 * 2 * sum(projections)
