@@ -9,7 +9,7 @@ import mlx_unet3d  # noqa: E402
 import diffusers  # noqa: E402
 import mlx.core as mx  # noqa: E402
 from reference import relative_error, to_mlx  # noqa: E402
-from video_networks import VAE, draw, randomize  # noqa: E402
+from video_networks import draw, temporal_vae_pair  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,
@@ -36,18 +36,10 @@ CASES = {
 }
 
 
-def vae_pair(folder, **config):
-    torch.manual_seed(0)
-    theirs = diffusers.AutoencoderKLTemporalDecoder(**{**VAE, **config}).eval()
-    randomize(theirs)
-    theirs.save_pretrained(folder)
-    return theirs, mlx_unet3d.AutoencoderKLTemporalDecoder.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_encode_and_decode(name, tmp_path):
     config, (n, height, width), frames = CASES[name]
-    theirs, ours = vae_pair(tmp_path, **config)
+    theirs, ours = temporal_vae_pair(tmp_path, **config)
     factor = ours.spatial_factor
     randn = draw()
     z = randn(n, theirs.config.latent_channels, height, width)
@@ -66,7 +58,7 @@ def test_encode_and_decode(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return vae_pair(tmp_path_factory.mktemp("vae"))
+    return temporal_vae_pair(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7])

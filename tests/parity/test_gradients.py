@@ -8,12 +8,13 @@ pytest.importorskip("diffusers")
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx_unet3d import AutoencoderKL, CLIPTextModel, cpu  # noqa: E402
+from mlx_unet3d import AutoencoderKL, CLIPTextModel, CLIPVisionModelWithProjection, cpu  # noqa: E402
 from diffusers import AutoencoderKL as ReferenceVAE  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_unet3d.checkpoints.layouts import parameter_layouts, to_diffusers  # noqa: E402
 from mlx_unet3d.layers import convolution  # noqa: E402
 from reference import Inputs, randomize_constants, to_mlx, unet_pair  # noqa: E402
+from video_networks import KINDS, randomize, temporal_vae_pair  # noqa: E402
 
 pytestmark = [
     pytest.mark.parity,
@@ -37,7 +38,8 @@ def compare(theirs, ours, their_output, our_output, inputs):
     """All gradients of the sum of an output times fixed numbers: of the inputs, and of every weight.
 
     Each is held to its own largest value; one that is no more than rounding, such as that of a bias before a
-    norm, to the thousandth part of the largest of all.
+    norm, to the thousandth part of the largest of all. Mix factors are single numbers, sums over a whole
+    state that may cancel: they are held to the largest of them, as one vector.
     """
     inputs = [x.requires_grad_() for x in inputs]
     y = their_output(*inputs)
@@ -59,9 +61,11 @@ def compare(theirs, ours, their_output, our_output, inputs):
         found[name] = to_diffusers(layouts.get(name, "identity"), g)
     names = {name: name if name in found else f"text_model.{name}" for name in expected}
     least = 1e-3 * max(float(g.abs().max()) for g in expected.values())
+    mixing = max((float(g.abs()) for name, g in expected.items() if name.endswith("mix_factor")), default=0.0)
     for name, g in expected.items():
+        largest = mixing if name.endswith("mix_factor") else float(g.abs().max())
         difference = np.abs(np.array(found.pop(names[name])) - g.numpy()).max()
-        assert difference <= TOLERANCE * max(float(g.abs().max()), least), name
+        assert difference <= TOLERANCE * max(largest, least), name
     assert all(float(mx.abs(g).max()) == 0 for g in found.values()), "torch has none of these"
 
 
@@ -84,6 +88,21 @@ def test_unet(name, tmp_path):
         lambda sample, text: theirs(sample, t, text).sample,
         lambda sample, text: ours(sample, t, text).sample,
         [inputs.sample, inputs.text],
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_video_unet(kind, options, tmp_path):
+    theirs, ours = KINDS[kind].pair(tmp_path)
+    (sample, t, *rest), _ = KINDS[kind].inputs(theirs.config, batch=2)
+    OPTIONS[options](ours)
+    compare(
+        theirs,
+        ours,
+        lambda sample, *rest: theirs(sample, t, *rest).sample,
+        lambda sample, *rest: ours(sample, t, *rest).sample,
+        [sample, *rest],
     )
 
 
@@ -124,6 +143,42 @@ def test_vae(chunk_size, tmp_path):
         lambda z: theirs.decode(z).sample,
         lambda z: ours.decode(z, chunk_size=chunk_size),
         [torch.randn(2, 4, 8, 12, generator=generator)],
+    )
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_temporal_vae(frames, tmp_path):
+    theirs, ours = temporal_vae_pair(tmp_path)
+    compare(
+        theirs,
+        ours,
+        lambda z: theirs.decode(z, num_frames=frames).sample,
+        lambda z: ours.decode(z, frames),
+        [torch.randn(4, 4, 6, 5, generator=torch.Generator().manual_seed(1))],
+    )
+
+
+def test_vision_encoder(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
+        projection_dim=16,
+    )
+    theirs = transformers.CLIPVisionModelWithProjection(config).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = CLIPVisionModelWithProjection.from_pretrained(tmp_path)
+    compare(
+        theirs,
+        ours,
+        lambda x: theirs(x).image_embeds,
+        lambda x: ours(x).image_embeds,
+        [torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))],
     )
 
 

@@ -80,6 +80,15 @@ class Kind:
         return theirs, getattr(mlx_unet3d, self.name).from_pretrained(folder)
 
 
+def temporal_vae_pair(folder: Path, **config: Any) -> tuple[torch.nn.Module, Any]:
+    """diffusers' AutoencoderKLTemporalDecoder with seeded weights, and ours, through a saved folder."""
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKLTemporalDecoder(**{**VAE, **config}).eval()
+    randomize(theirs)
+    theirs.save_pretrained(folder)
+    return theirs, mlx_unet3d.AutoencoderKLTemporalDecoder.from_pretrained(folder)
+
+
 def randomize(model: torch.nn.Module) -> None:
     """Draw all parameters anew: fresh networks have zeros, ones and halves."""
     generator = torch.Generator().manual_seed(1)
