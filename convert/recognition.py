@@ -10,13 +10,13 @@ from pathlib import Path
 from mlx_unet3d.checkpoints import Header, read_header, read_pickle
 from mlx_unet3d.checkpoints.describe import size
 from mlx_unet3d.checkpoints.matching import file_format
+from mlx_unet3d.checkpoints.numbered_blocks import WITHIN
 from mlx_unet3d.checkpoints.pickles import is_pickle
 from mlx_unet3d.checkpoints.prefixes import without_wrappers
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 
 from .kinds import KINDS, Family, Kind
-from .kinds.numbered_blocks import WITHIN
 from .kinds.others import other
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")

@@ -1,6 +1,6 @@
 """The networks that can be converted, a file each, and all that the converter knows of them."""
 
-from mlx_unet3d.checkpoints.originals import Part
+from mlx_unet3d.checkpoints.parts import Part
 
 from .autoencoder_kl import AUTOENCODER_KL
 from .autoencoder_kl_temporal import AUTOENCODER_KL_TEMPORAL

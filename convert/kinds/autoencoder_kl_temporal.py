@@ -10,12 +10,12 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
-from mlx_unet3d.checkpoints.originals import Naming, Part
+from mlx_unet3d.checkpoints.numbered_blocks import resnet
+from mlx_unet3d.checkpoints.parts import Naming, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from . import autoencoder_kl
 from .kind import Config, Family, Inputs, Kind, diffusers_files, never
-from .numbered_blocks import resnet
 
 _ENCODER, _DECODER = "conditioner.embedders.3.encoder.", "first_stage_model."
 _RESNET = re.compile(r"(decoder\..+\.resnets\.\d+)\.(.+)")

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
-from mlx_unet3d.checkpoints.originals import Naming, Part
+from mlx_unet3d.checkpoints.parts import Naming, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 

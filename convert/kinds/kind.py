@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_unet3d.checkpoints.originals import Naming, Part
+from mlx_unet3d.checkpoints.parts import Naming, Part
 from mlx_unet3d.checkpoints.prefixes import unwrapped
 from mlx_unet3d.checkpoints.quantization import choose
 from mlx_unet3d.checkpoints.shapes import Shapes

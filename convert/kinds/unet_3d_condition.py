@@ -4,11 +4,11 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
+from mlx_unet3d.checkpoints.numbered_blocks import WITHIN
 from mlx_unet3d.checkpoints.originals import unet_naming
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from .kind import Config, Family, Inputs, Kind, diffusers_files
-from .numbered_blocks import WITHIN
 from .pipeline import Pipeline
 
 TRANSFORMER_IN_HEADS = 8  # of any UNet3DConditionModel

@@ -8,12 +8,13 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
-from mlx_unet3d.checkpoints.originals import Naming, Part, unet_naming
+from mlx_unet3d.checkpoints.numbered_blocks import WITHIN
+from mlx_unet3d.checkpoints.originals import unet_naming
+from mlx_unet3d.checkpoints.parts import Naming, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from . import unet_3d_condition
 from .kind import Config, Family, Inputs, Kind, diffusers_files
-from .numbered_blocks import WITHIN
 from .pipeline import Pipeline
 
 _ENCODER = "local_temporal_encoder.layers.0"

@@ -5,14 +5,14 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
-from mlx_unet3d.checkpoints.originals import Naming, Part
+from mlx_unet3d.checkpoints.numbered_blocks import WITHIN, resnet, unet_naming
+from mlx_unet3d.checkpoints.parts import Naming, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.models.motion_adapter import adapter_of, infer_unet2d, motion_config
 
 from . import motion_adapter
 from .kind import Config, Family, Inputs, Kind, diffusers_files
-from .numbered_blocks import WITHIN, resnet, unet_naming
 from .pipeline import Pipeline
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
-from mlx_unet3d.checkpoints.originals import Naming, Part
+from mlx_unet3d.checkpoints.numbered_blocks import WITHIN, resnet, unet_naming
+from mlx_unet3d.checkpoints.parts import Naming, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from .kind import Config, Family, Inputs, Kind, diffusers_files
-from .numbered_blocks import WITHIN, resnet, unet_naming
 from .pipeline import Pipeline
 
 _HEAD_DIM = 64  # of all published ones

@@ -1,4 +1,5 @@
-"""UNets of latent diffusion, whose blocks are numbered through, as those of Stable Video Diffusion are.
+"""UNets of latent diffusion, whose blocks are numbered through, as those of Stable Video Diffusion and
+ModelScope are.
 
 The layers of a resolution come one after the other, then the halving or doubling between two of them.
 Source: `UNetModel` of latent diffusion, Rombach et al., arXiv:2112.10752.
@@ -7,12 +8,12 @@ Source: `UNetModel` of latent diffusion, Rombach et al., arXiv:2112.10752.
 import re
 from collections.abc import Callable, Collection
 
-from mlx_unet3d.checkpoints.originals import Naming, Part
+from .parts import Naming, Part
 
 WITHIN = "model.diffusion_model."
 """What the keys of a UNet have in front in a whole checkpoint of latent diffusion."""
 
-_ENDS = {
+ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1",
@@ -21,7 +22,7 @@ _ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-_RESNET = {
+RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -36,18 +37,27 @@ Layer = Callable[[str, int, str, str], Part | None]
 ("0" for the resnet, "1" and so on for what follows) and the rest of its name; None where unknown."""
 
 
-def unet_naming(keys: Collection[str], layer: Layer) -> Naming:
-    """The naming of a UNet whose layers are as `layer` says."""
+def unet_naming(
+    keys: Collection[str], layer: Layer, layers: int | None = None, middle: int | None = None
+) -> Naming:
+    """The naming of a UNet whose layers are as `layer` says.
+
+    The keys tell the `layers` of a block, and the number of the last module of the middle block, `middle`,
+    unless they are given.
+    """
     blocks = [match for match in map(_BLOCK.fullmatch, keys) if match]
     inputs = [match for match in blocks if match[1] == "input_blocks"]
     halvings = [int(match[2]) for match in inputs if match[4].startswith("op.")]
-    layers = max(min(halvings) - 1, 0) if halvings else max((int(match[2]) for match in inputs), default=0)
-    middle = max((int(match[2]) for match in blocks if match[1] == "middle_block"), default=0)
+    if layers is None:
+        most = max((int(match[2]) for match in inputs), default=0)
+        layers = max(min(halvings) - 1, 0) if halvings else most
+    if middle is None:
+        middle = max((int(match[2]) for match in blocks if match[1] == "middle_block"), default=0)
 
     def naming(key: str) -> list[Part]:
         module, _, kind = key.rpartition(".")
-        if module in _ENDS:
-            return [Part(f"{_ENDS[module]}.{kind}")]
+        if module in ENDS:
+            return [Part(f"{ENDS[module]}.{kind}")]
         match = _BLOCK.fullmatch(key)
         made = None if match is None else _part(*match.groups(), layers, middle, layer)
         return [made or Part(key)]
@@ -58,7 +68,7 @@ def unet_naming(keys: Collection[str], layer: Layer) -> Naming:
 def resnet(path: str, rest: str) -> Part | None:
     """A tensor of a resnet."""
     module, _, kind = rest.rpartition(".")
-    return Part(f"{path}.{_RESNET[module]}.{kind}") if module in _RESNET else None
+    return Part(f"{path}.{RESNET[module]}.{kind}") if module in RESNET else None
 
 
 def _part(
