@@ -201,6 +201,29 @@ def test_refused_inputs(unet):
         unet(arguments(unet)[0].astype(mx.float16), *arguments(unet)[1:])
 
 
+def test_refused_masks_and_conditions_of_motion():
+    config = CONFIGS["UNetMotionModel"]
+    deep = mlx_unet3d.UNetMotionModel(**config)
+    sample, t, text = arguments(deep)[:3]
+    frames, pixels = sample.shape[0] * sample.shape[2], sample.shape[3] * sample.shape[4]
+    with pytest.raises(ValueError, match=r"2 levels; a mask must be .* one level only"):
+        deep(sample, t, text, attention_mask=mx.ones((frames, pixels)))
+    one = {name: config[name][:1] for name in ("block_out_channels", "down_block_types")}
+    flat = mlx_unet3d.UNetMotionModel(**config | one | dict(up_block_types=("CrossAttnUpBlockMotion",)))
+    with pytest.raises(ValueError, match="one entry a pixel"):
+        flat(sample, t, text, attention_mask=mx.ones((1, pixels)))
+    sdxl = mlx_unet3d.UNetMotionModel(
+        **config,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 8,
+    )
+    batch = sample.shape[0]
+    for pooled, ids in ((mx.ones((batch, 9)), mx.ones((batch, 6))), (mx.ones((8,)), mx.ones((batch, 6)))):
+        with pytest.raises(ValueError, match=r"E \+ 4 n = 32, projection_class_embeddings_input_dim"):
+            sdxl(sample, t, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids})
+
+
 @pytest.mark.parametrize("kind", UNETS)
 def test_refused_configs(kind):
     cls = getattr(mlx_unet3d, kind)

@@ -121,7 +121,7 @@ def inputs(config: Config) -> Inputs:
     # Norms a frame: those of a single pixel of a channel would be nothing but rounding.
     size, dim = 2 ** len(config["block_out_channels"]), config["cross_attention_dim"]
     sample = rng.normal(size=(1, config["in_channels"], 2, size, size)).astype(np.float32)
-    text = rng.normal(size=(2, 5, dim if isinstance(dim, int) else dim[0])).astype(np.float32)
+    text = rng.normal(size=(2, 5, dim if isinstance(dim, int) else dim[-1])).astype(np.float32)
     more: dict[str, Any] = {}
     if config.get("addition_embed_type") is not None:
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]

@@ -81,7 +81,7 @@ def inputs(config: Config) -> Inputs:
     # Norms a frame: those of a single pixel of a channel would be nothing but rounding.
     size, dim = 2 ** len(config["block_out_channels"]), config["cross_attention_dim"]
     sample = rng.normal(size=(1, 2, config["in_channels"], size, size)).astype(np.float32)
-    image = rng.normal(size=(1, 1, dim if isinstance(dim, int) else dim[0])).astype(np.float32)
+    image = rng.normal(size=(1, 1, dim if isinstance(dim, int) else dim[-1])).astype(np.float32)
     count = config["projection_class_embeddings_input_dim"] // config["addition_time_embed_dim"]
     ids = np.resize(np.array([6, 127, 0.02], np.float32), (1, count))
     return Inputs((sample, 0.7, image, ids))

@@ -90,7 +90,7 @@ class BasicTransformerBlock(nn.Module):
     def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
         """(N, S, K) -> (N, S, K); the rows of `cond.context` divide those of x."""
         keywords = cond.cross_attention_kwargs or {}
-        x = x + self.attn1(self._placed(self.norm1(x)), attention_mask=self._pixel_mask(x, cond), **keywords)
+        x = x + self.attn1(self._placed(self.norm1(x)), attention_mask=self._pixel_mask(cond), **keywords)
         if "attn2" in self:
             x = self._add_second_attention(x, cond)
         return x + self._in_chunks(self.ff, self.norm3(x))
@@ -98,10 +98,9 @@ class BasicTransformerBlock(nn.Module):
     def _placed(self, x: mx.array) -> mx.array:
         return self.pos_embed(x) if "pos_embed" in self else x
 
-    def _pixel_mask(self, x: mx.array, cond: Conditions) -> mx.array | None:
-        mask = cond.pixel_mask
+    def _pixel_mask(self, cond: Conditions) -> mx.array | None:
         spatial = "attn2" in self and self.attn2.is_cross_attention
-        return mask if spatial and mask is not None and mask.shape[0] == x.shape[0] else None
+        return cond.pixel_mask if spatial else None
 
     def _add_second_attention(self, x: mx.array, cond: Conditions) -> mx.array:
         attn, keywords = self.attn2, cond.cross_attention_kwargs or {}

@@ -21,7 +21,7 @@ from ..layers.blocks import Level, motion_module
 from ..layers.convolution import Conv2d
 from .loading import Checkpoint, Source, find_checkpoint
 from .pretrained import PretrainedModel
-from .video_unet import per_level
+from .video_unet_config import per_level
 
 STEM = "diffusion_pytorch_model"
 _MOTION = ".motion_modules."

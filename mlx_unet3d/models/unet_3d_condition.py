@@ -23,17 +23,8 @@ from ..layers.conditions import Conditions
 from ..layers.text_context import TextContext
 from ..layers.transformers import TransformerTemporalModel
 from .feature_cache import FeatureCache
-from .video_unet import (
-    Context,
-    Levels,
-    VideoUNet,
-    VideoUNetConfig,
-    VideoUNetOutput,
-    as_timestep,
-    block_types,
-    check_levels,
-    mask_bias,
-)
+from .video_unet import Context, Levels, VideoUNet, VideoUNetOutput, as_timestep, mask_bias
+from .video_unet_config import VideoUNetConfig, block_types, check_levels
 
 # `transformer_in` always has this many heads, of attention_head_dim channels each.
 TRANSFORMER_IN_HEADS = 8
@@ -97,18 +88,6 @@ class UNet3DConditionConfig(VideoUNetConfig):
                 "attention_head_dim (channels of a head) in this network; leave it None"
             )
         check_levels(self)
-        if not self.mid_block_scale_factor:
-            raise ValueError("mid_block_scale_factor=0 would divide by 0")
-        narrowest = min(self.block_out_channels)
-        if self.attention_head_dim > narrowest:
-            raise ValueError(
-                f"attention_head_dim={self.attention_head_dim} exceeds the {narrowest} channels of a block, "
-                "which would leave it no head; use a divisor of the entries of block_out_channels"
-            )
-        if self.downsample_padding not in (0, 1):
-            raise ValueError(
-                f"downsample_padding={self.downsample_padding!r} does not fit the skips; use 0 or 1"
-            )
 
 
 def levels_of_3d(config: Any) -> Levels:
@@ -223,7 +202,7 @@ class UNet3DConditionModel(VideoUNet):
             batch=batch,
             num_frames=frames,
             temb=self._embed_time(inputs["timestep"], batch, dtype, inputs["timestep_cond"]),
-            context=self._check_context(context, (batch,), self.config.cross_attention_dim, dtype),
+            context=self._check_context(context, (batch,), dtype),
             context_mask=self._context_bias(inputs["attention_mask"], context, dtype),
             cross_attention_kwargs=inputs["cross_attention_kwargs"],
             freeu=self.freeu,

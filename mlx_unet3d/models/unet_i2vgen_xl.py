@@ -23,7 +23,8 @@ from ..layers.text_context import TextContext
 from ..layers.transformers import TransformerTemporalModel
 from .feature_cache import FeatureCache
 from .unet_3d_condition import DOWN_BLOCKS, TRANSFORMER_IN_HEADS, UP_BLOCKS, levels_of_3d
-from .video_unet import Context, VideoUNet, VideoUNetConfig, VideoUNetOutput, as_timestep, check_levels
+from .video_unet import Context, VideoUNet, VideoUNetOutput, as_timestep
+from .video_unet_config import VideoUNetConfig, check_levels
 
 LATENT_CHANNELS = 4  # of the image's latents, whatever in_channels is
 _POOLED = 32  # height and width of the image's latents in the context, before they are halved twice
@@ -45,12 +46,6 @@ class I2VGenXLUNetConfig(VideoUNetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_levels(self)
-        narrowest = min(self.block_out_channels)
-        if self.attention_head_dim > narrowest:
-            raise ValueError(
-                f"attention_head_dim={self.attention_head_dim} exceeds the {narrowest} channels of a block, "
-                "which would leave it no head; use a divisor of the entries of block_out_channels"
-            )
 
 
 class I2VGenXLTransformerTemporalEncoder(nn.Module):
@@ -212,13 +207,13 @@ class I2VGenXLUNet(VideoUNet):
     ) -> tuple[mx.array, Conditions]:
         self._check_sample(sample)
         batch, _, frames, height, width = sample.shape
-        dtype, dim = sample.dtype, self.config.cross_attention_dim
+        dtype = sample.dtype
         latents, wanted = inputs["image_latents"], (batch, LATENT_CHANNELS, frames, height, width)
         if tuple(latents.shape) != wanted or latents.dtype != dtype:
             raise ValueError(
                 f"image_latents are {latents.dtype} {tuple(latents.shape)}; they must be {dtype} {wanted}"
             )
-        context = self._check_context(context, (batch,), dim, dtype)
+        context = self._check_context(context, (batch,), dtype)
         if not isinstance(context, TextContext):
             context = self._context(context, latents, inputs["image_embeddings"])
         fps = inputs["fps"].reshape(-1)

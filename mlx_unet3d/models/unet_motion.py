@@ -27,18 +27,8 @@ from ..layers.text_context import TextContext
 from .feature_cache import FeatureCache
 from .ip_adapter import IPAdapterMixin
 from .motion_adapter import MotionAdapter, adapter_of, from_unet2d, original_motion_name
-from .video_unet import (
-    Context,
-    Levels,
-    VideoUNet,
-    VideoUNetConfig,
-    VideoUNetOutput,
-    as_timestep,
-    block_types,
-    check_levels,
-    mask_bias,
-    per_level,
-)
+from .video_unet import Context, Levels, VideoUNet, VideoUNetOutput, as_timestep, mask_bias
+from .video_unet_config import VideoUNetConfig, block_types, check_levels, per_level
 
 _DOWN, _UP = block_types((DownBlockMotion, CrossAttnDownBlockMotion), (UpBlockMotion, CrossAttnUpBlockMotion))
 
@@ -123,12 +113,6 @@ class UNetMotionConfig(VideoUNetConfig):
                     f"{name}={nested} has a number a layer; give reverse_{name} as well, with one number "
                     "more a level"
                 )
-        if self.downsample_padding not in (0, 1):
-            raise ValueError(
-                f"downsample_padding={self.downsample_padding!r} does not fit the skips; use 0 or 1"
-            )
-        if not self.mid_block_scale_factor:
-            raise ValueError("mid_block_scale_factor=0 would divide by 0")
         if self.addition_embed_type not in (None, "text_time"):
             raise ValueError(
                 f"addition_embed_type={self.addition_embed_type!r} is not known; use 'text_time' or None"
@@ -242,24 +226,33 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
                 f"num_frames={frames} exceeds the motion module's {most} positions; use num_frames <= "
                 f"{most}, or windows of at most {most} frames"
             )
-        dims = self.config.cross_attention_dim
         temb = self._embed_time(inputs["timestep"], batch, dtype, inputs["timestep_cond"])
         if "add_embedding" in self:
             temb = temb + self._embed_text_time(inputs["added"] or {}, batch, dtype)
-        mask = inputs["attention_mask"]
-        context = self._check_context(
-            context, (batch, batch * frames), dims if isinstance(dims, int) else dims[0], dtype
-        )
+        context = self._check_context(context, (batch, batch * frames), dtype)
         return sample, Conditions(
             batch=batch,
             num_frames=frames,
             temb=temb,
             context=self._beside_images(context, inputs["added"], batch),
-            pixel_mask=None if mask is None else mask_bias(mask, dtype),
+            pixel_mask=self._pixel_bias(inputs["attention_mask"], sample),
             cross_attention_kwargs=inputs["cross_attention_kwargs"],
             freeu=self.freeu,
             chunks=self.chunks,
         )
+
+    def _pixel_bias(self, mask: mx.array | None, sample: mx.array) -> mx.array | None:
+        """(N, H*W) of 1 and 0 -> (N, 1, H*W) to add to scores."""
+        if mask is None:
+            return None
+        batch, _, frames, height, width = sample.shape
+        wanted, levels = (batch * frames, height * width), len(self.config.block_out_channels)
+        if tuple(mask.shape) != wanted or levels > 1:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, this network {levels} levels; a mask must be "
+                f"{wanted}, one entry a pixel, and fits networks of one level only: leave it out for others"
+            )
+        return mask_bias(mask, sample.dtype)
 
     def _embed_text_time(self, added: dict[str, mx.array], batch: int, dtype: mx.Dtype) -> mx.array:
         """Pooled text (B, E) and time ids (B, n) of SDXL -> (B, T)."""
@@ -269,14 +262,17 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
                     f"added_cond_kwargs has no {name!r}, which a network with "
                     "addition_embed_type='text_time' needs"
                 )
-        ids = timestep_sinusoid(added["time_ids"].reshape(-1), self.config.addition_time_embed_dim)
-        both = mx.concatenate([added["text_embeds"].astype(mx.float32), ids.reshape(batch, -1)], axis=-1)
-        wanted = (batch, self.config.projection_class_embeddings_input_dim)
-        if both.shape != wanted:
+        text, ids = added["text_embeds"], added["time_ids"]
+        dim, total = self.config.addition_time_embed_dim, self.config.projection_class_embeddings_input_dim
+        fits = text.ndim == 2 and text.shape[0] == batch and text.size + ids.size * dim == batch * total
+        if not fits:
             raise ValueError(
-                f"text_embeds {tuple(added['text_embeds'].shape)} and time_ids "
-                f"{tuple(added['time_ids'].shape)} make {tuple(both.shape)}; they must make {wanted}"
+                f"text_embeds has shape {tuple(text.shape)} and time_ids {tuple(ids.shape)}; they must be "
+                f"({batch}, E) and ({batch}, n) with E + {dim} n = {total}, "
+                "projection_class_embeddings_input_dim"
             )
+        sinusoid = timestep_sinusoid(ids.reshape(-1), dim).reshape(batch, -1)
+        both = mx.concatenate([text.astype(mx.float32), sinusoid], axis=-1)
         return self.add_embedding(both.astype(dtype))
 
     # AnimateDiff's parts.

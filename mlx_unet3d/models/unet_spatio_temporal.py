@@ -22,17 +22,8 @@ from ..layers.conditions import Conditions
 from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
 from ..layers.text_context import TextContext
 from .feature_cache import FeatureCache
-from .video_unet import (
-    Context,
-    Levels,
-    VideoUNet,
-    VideoUNetConfig,
-    VideoUNetOutput,
-    as_timestep,
-    block_types,
-    check_levels,
-    per_level,
-)
+from .video_unet import Context, Levels, VideoUNet, VideoUNetOutput, as_timestep
+from .video_unet_config import VideoUNetConfig, block_types, check_levels, per_level
 
 _DOWN, _UP = block_types(
     (DownBlockSpatioTemporal, CrossAttnDownBlockSpatioTemporal),
@@ -178,7 +169,6 @@ class UNetSpatioTemporalConditionModel(VideoUNet):
     ) -> tuple[mx.array, Conditions]:
         self._check_sample(sample, axis=2)
         batch, frames, dtype = *sample.shape[:2], sample.dtype
-        dims = self.config.cross_attention_dim
         image_only = inputs["image_only"]
         if image_only is not None and tuple(image_only.shape) != (batch, frames):
             raise ValueError(
@@ -189,7 +179,7 @@ class UNetSpatioTemporalConditionModel(VideoUNet):
             num_frames=frames,
             temb=self._embed_time(inputs["timestep"], batch, dtype)
             + self._embed_ids(inputs["added_time_ids"], batch, dtype),
-            context=self._check_context(context, (batch,), dims if isinstance(dims, int) else dims[0], dtype),
+            context=self._check_context(context, (batch,), dtype),
             image_only=image_only,
             cross_attention_kwargs=inputs["cross_attention_kwargs"],
             freeu=self.freeu,

@@ -13,11 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..checkpoints.config import ModelConfig, key
 from ..layers import blocks
 from ..layers.activations import silu
 from ..layers.adapted import scaled_adapters
-from ..layers.blocks import DownBlock, Join, Keep, Level, MidBlock, Run, Step, UpBlock
+from ..layers.blocks import Join, Keep, Level, MidBlock, Run, Step
 from ..layers.conditions import Conditions, by_frames
 from ..layers.convolution import Conv2d
 from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
@@ -28,9 +27,7 @@ from .feature_cache import FeatureCache
 from .outputs import ModelOutput
 from .pretrained import PretrainedModel
 from .unet_options import Context, UNetOptions
-
-# Far above any network, and few enough to be built before the weights are held against it.
-_MOST_LEVELS, _MOST_LAYERS = 8, 100
+from .video_unet_config import per_level
 
 
 @dataclass
@@ -38,82 +35,6 @@ class VideoUNetOutput(ModelOutput):
     """`sample`: the prediction, in the shape of the input sample but for its channels."""
 
     sample: mx.array
-
-
-@dataclass
-class VideoUNetConfig(ModelConfig):
-    """The keys that the configs of all video UNets begin with."""
-
-    sample_size: int | tuple[int, int] | None = key(
-        None, "height and width of the latents it was trained on; only pipelines look at it"
-    )
-    in_channels: int = key(4, "of the sample", least=1)
-    out_channels: int = key(4, "of the prediction", least=1)
-    down_block_types: tuple[str, ...] = ()
-    up_block_types: tuple[str, ...] = ()
-    block_out_channels: tuple[int, ...] = key(
-        (320, 640, 1280, 1280), "channels a level; multiples of the groups of the norms", least=1
-    )
-
-
-def block_types(down: Sequence[type[DownBlock]], up: Sequence[type[UpBlock]]) -> tuple[Any, Any]:
-    """The fields `down_block_types` and `up_block_types` of a network with these blocks, without and with
-    attention to the context; four levels by default."""
-    (plain_down, cross_down), (plain_up, cross_up) = ([b.__name__ for b in kinds] for kinds in (down, up))
-    return (
-        key(
-            (cross_down,) * 3 + (plain_down,),
-            f'"{plain_down}" or "{cross_down}" a level, finest first',
-            choices=(plain_down, cross_down),
-        ),
-        key(
-            (plain_up,) + (cross_up,) * 3,
-            f'"{plain_up}" or "{cross_up}" a level, coarsest first',
-            choices=(plain_up, cross_up),
-        ),
-    )
-
-
-def per_level(value: Any, levels: int) -> tuple[Any, ...]:
-    """A config value that is one for all levels, or one each, as one each."""
-    return value if isinstance(value, tuple) else (value,) * levels
-
-
-def check_levels(config: Any, *lists: str) -> None:
-    """ValueError where the blocks and widths of a config, or its further `lists`, differ in number, or where
-    there are more levels or layers than any network has."""
-    levels = len(config.down_block_types)
-    if levels > _MOST_LEVELS:
-        raise ValueError(f"down_block_types has {levels} levels; {_MOST_LEVELS} are the most")
-    if levels == 0:
-        raise ValueError("down_block_types=() must have a level at least")
-    if len(config.up_block_types) != levels:
-        raise ValueError(
-            "Must provide the same number of `down_block_types` as `up_block_types`: got "
-            f"{config.down_block_types} and {config.up_block_types}"
-        )
-    for name in ("block_out_channels", *lists):
-        value = getattr(config, name)
-        if isinstance(value, tuple) and len(value) != levels:
-            raise ValueError(
-                f"Must provide the same number of `{name}` as `down_block_types`: got "
-                f"{value} and {config.down_block_types}"
-            )
-    for name, value in config.items():
-        if "layers_per" in name and max(_numbers(value), default=0) > _MOST_LAYERS:
-            raise ValueError(f"{name}={value} is above {_MOST_LAYERS}")
-    attending = [n for n in (*config.down_block_types, *config.up_block_types) if "CrossAttn" in n]
-    if attending and config.cross_attention_dim is None:
-        raise ValueError(f"cross_attention_dim must be specified for {attending[0]}")
-
-
-def _numbers(value: Any) -> Iterator[int]:
-    """The integers of a config value, however nested."""
-    if isinstance(value, tuple):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, int):
-        yield value
 
 
 @dataclass(frozen=True)
@@ -297,11 +218,9 @@ class VideoUNet(UNetOptions, AttentionControl, PretrainedModel):
                 "sample.astype(unet.dtype)"
             )
 
-    def _check_context(
-        self, context: Context | None, rows: Sequence[int], dim: int | None, dtype: mx.Dtype
-    ) -> Context | None:
-        """The context; ValueError unless it has one of the numbers of `rows`, is `dim` wide, and of
-        `dtype`."""
+    def _check_context(self, context: Context | None, rows: Sequence[int], dtype: mx.Dtype) -> Context | None:
+        """The context; ValueError unless its number of rows is one of `rows`, and width and dtype fit."""
+        dim = per_level(self.config.cross_attention_dim, 1)[-1]  # the mid block's, which always attends
         if dim is None:
             return None  # nothing attends to text
         batch = rows[0]

@@ -132,6 +132,20 @@ CASES = {
     "i2v_channels": ("i2vgenxl", dict(in_channels=8, out_channels=8), {}),
     "i2v_narrow": ("i2vgenxl", dict(in_channels=3, out_channels=2), {}),
     "i2v_tokens": ("i2vgenxl", {}, dict(tokens=1)),
+    "motion_width_of_a_plain_level": (
+        "motion",
+        dict(
+            cross_attention_dim=(8, 24),
+            down_block_types=(_M, _CM),
+            up_block_types=(_CUM, _UM),
+        ),
+        {},
+    ),
+    "svd_width_of_a_plain_level": (
+        "svd",
+        dict(cross_attention_dim=(8, 24), down_block_types=(_S, _CS), up_block_types=(_CUS, _US)),
+        {},
+    ),
     "i2v_text_width": ("i2vgenxl", dict(cross_attention_dim=40), {}),
     "i2v_all_cross": (
         "i2vgenxl",

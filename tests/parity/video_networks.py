@@ -109,7 +109,7 @@ def draw(seed: int = 2) -> Callable[..., torch.Tensor]:
 
 def _motion(config, batch=1, frames=3, height=8, width=8, timestep=500.0, tokens=5) -> Inputs:
     randn, dim = draw(), config["cross_attention_dim"]
-    dim = dim if isinstance(dim, int) else dim[0]
+    dim = dim if isinstance(dim, int) else dim[-1]
     sample = randn(batch, config["in_channels"], frames, height, width)
     more = {}
     if config["addition_embed_type"] is not None:
@@ -122,7 +122,7 @@ def _motion(config, batch=1, frames=3, height=8, width=8, timestep=500.0, tokens
 
 def _svd(config, batch=1, frames=3, height=8, width=8, timestep=0.7, tokens=1) -> Inputs:
     randn, dim = draw(), config["cross_attention_dim"]
-    dim = dim if isinstance(dim, int) else dim[0]
+    dim = dim if isinstance(dim, int) else dim[-1]
     ids = torch.tensor([[6.0, 127.0, 0.02]]).repeat(batch, 1)
     sample = randn(batch, frames, config["in_channels"], height, width)
     return [sample, timestep, randn(batch, tokens, dim), ids], {}
