@@ -19,6 +19,7 @@ from .atomic import write_text
 from .checkpoints import find_folder
 from .checkpoints.config import naming
 from .errors import CheckpointError
+from .scalars import as_count
 from .tokenizer_files import CURE, END_OF_WORD, FILES, content_of, read_tokenizer
 
 # Words, contractions, single digits and runs of anything else.
@@ -299,9 +300,7 @@ def _as_special(token: str | AddedToken) -> AddedToken:
 
 
 def _checked_length(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 2 (start and end token)")
-    return value
+    return as_count(name, value, 2, " (start and end token)")
 
 
 def _check_text(text: Any) -> None:

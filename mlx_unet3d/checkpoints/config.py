@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
-
 from ..errors import CheckpointError, printable
 from ..inputs import open_input, parse_json
+from ..scalars import as_python
 
 Config = TypeVar("Config", bound="ModelConfig")
 
@@ -239,6 +238,4 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def _tuples(value: Any) -> Any:
     """The value with tuples for lists, and Python's numbers for NumPy's."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else as_python(value)

@@ -1,7 +1,6 @@
 """Layers with adapters beside them: low-rank changes (LoRA, arXiv:2106.09685), and changes in full."""
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..scalars import as_finite
 from .convolution import TemporalConv, conv2d, temporal_conv
 from .quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedTemporalConv
 
@@ -40,11 +40,7 @@ def scaled_adapters(scale: Any) -> Iterator[None]:
     if scale is None:
         yield
         return
-    if isinstance(scale, mx.array) and scale.size == 1:
-        scale = scale.item()
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"cross_attention_kwargs: scale is {scale!r}; it must be a finite number")
-    token = _scale.set(float(scale))
+    token = _scale.set(as_finite("cross_attention_kwargs: scale", scale))
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import cpu, operations
+from ..scalars import as_count
 from .chunking import in_sequence, ranges
 from .text_context import TextContext
 
@@ -86,9 +87,7 @@ class SlicedAttention:
     """The explicit attention on `slice_size` of the B * heads matrices at a time, the rest included."""
 
     def __init__(self, slice_size: int):
-        if not isinstance(slice_size, int) or isinstance(slice_size, bool) or slice_size < 1:
-            raise ValueError(f"slice_size={slice_size!r} must be an integer of at least 1")
-        self.slice_size = slice_size
+        self.slice_size = as_count("slice_size", slice_size)
 
     def __call__(
         self,

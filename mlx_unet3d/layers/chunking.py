@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..scalars import as_count
+
 
 @dataclass(frozen=True)
 class Chunks:
@@ -31,8 +33,8 @@ class Chunks:
     def __post_init__(self) -> None:
         for name in ("frames", "pixels"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1, or None")
+            if value is not None:
+                object.__setattr__(self, name, as_count(name, value, also=", or None"))
 
 
 WHOLE = Chunks()

@@ -4,13 +4,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import PIL
 from PIL import Image, features
 
 from ..atomic import check_place, whole_file, whole_folder
+from ..scalars import as_python
 from . import gif, images, mp4
 from .frames import DEFAULT_FPS, MAX_FPS, Frames, Reading, Size, as_frames, check_fps, check_frames
 from .metadata import MetadataValue, decode_metadata, encode_metadata
@@ -69,8 +68,8 @@ def write_video(
     """
     frames = as_frames(frames)
     check_frames(frames)
-    fps = _plain(fps)
-    loop, metadata = _plain(loop), metadata and {key: _plain(value) for key, value in metadata.items()}
+    fps = as_python(fps)
+    loop, metadata = as_python(loop), metadata and {key: as_python(value) for key, value in metadata.items()}
     check_writable(path, fps=fps, metadata=metadata, loop=loop, overwrite=overwrite)
     kind, target = _kind(path), Path(path)
     comment = None if metadata is None else encode_metadata(metadata)
@@ -199,11 +198,6 @@ def encoders() -> dict[str, str | None]:
     ffmpegs = [ffmpeg for ffmpeg in mp4.installed() if ffmpeg.has_x264]
     video = f"ffmpeg {ffmpegs[0].version} ({ffmpegs[0].executable})" if ffmpegs else None
     return {".gif": pillow, ".webp": webp, ".png": pillow, ".mp4": video}
-
-
-def _plain(value: Any) -> Any:
-    """A number of NumPy as one of Python's; others as they are."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _kind(path: PathLike, suffixes: Mapping[str, str] = SUFFIXES) -> str:

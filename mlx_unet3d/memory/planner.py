@@ -15,6 +15,7 @@ from ..layers.text_context import TextContext
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..models.feature_cache import FeatureCache
+from ..scalars import as_count
 from .costs import BACKENDS, Backend
 from .forwards import Inputs, Latents, unet_inputs
 from .liveness import Memory, simulate
@@ -192,7 +193,7 @@ def plan(
     video = Video(num_frames, height, width, batch, guidance, encoded)
     _check(video, networks)
     if decode_chunk_size is not None:
-        _check_count("decode_chunk_size", decode_chunk_size)
+        as_count("decode_chunk_size", decode_chunk_size)
     if cache_depth is not None:
         networks.unet.skeleton().check_cache_depth(cache_depth)
     if backend is None:
@@ -217,17 +218,12 @@ def step_work(networks: Networks, video: Video, dtype: mx.Dtype) -> Work:
 
 def _check(video: Video, networks: Networks) -> None:
     for name in ("frames", "height", "width", "batch"):
-        _check_count(name, getattr(video, name))
+        as_count(name, getattr(video, name))
     factor = networks.spatial_factor
     for name in ("height", "width"):
         value = getattr(video, name)
         if value % factor:
             raise ValueError(f"{name}={value} must be a multiple of {factor}, the factor of the VAE")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 class Planner:

@@ -1,7 +1,6 @@
 """Adapters of a network: loading, combining, fusing and saving LoRA; Custom Diffusion."""
 
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -40,6 +39,7 @@ from ..layers.adapted import (
 from ..layers.attention import Attention
 from ..layers.attention_adapters import CustomDiffusionAttnProcessor2_0
 from ..layers.quantized import QuantizedLayer
+from ..scalars import as_finite, as_python
 from .adapter_lists import layers_of_list
 
 
@@ -82,7 +82,7 @@ class LoRAMixin:
                 f"there is an adapter {adapter_name!r}; delete it, or choose another adapter_name"
             )
         self._refuse_fused("load another adapter")
-        weight = _number(adapter_name, weight)
+        weight = as_finite(f"the weight of {adapter_name}", weight)
         file = read_adapter(source, weight_name=weight_name, **hub)
         layers = self._adaptable(CHANGEABLE)
         with naming(file.name):
@@ -148,7 +148,7 @@ class LoRAMixin:
         self._refuse_fused("fuse again")
         try:
             for layer in layers.values():
-                layer.fuse(_number("lora_scale", lora_scale))
+                layer.fuse(as_finite("lora_scale", lora_scale))
         except ValueError:
             self.unfuse_lora()
             raise
@@ -290,16 +290,13 @@ def chosen_weights(
 ) -> dict[str, float]:
     """The weight of each name; one weight serves all. ValueError for another number of them."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    amounts = [weights] * len(names) if isinstance(weights, (int, float)) else list(weights)
+    weights = as_python(weights)
+    amounts = [weights] * len(names) if isinstance(weights, int | float) else list(weights)
     if len(amounts) != len(names):
         raise ValueError(f"there are {len(names)} adapter names and {len(amounts)} weights")
-    return {name: _number(name, amount) for name, amount in zip(names, amounts, strict=True)}
-
-
-def _number(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"the weight of {what} is {value!r}; it must be a finite number")
-    return float(value)
+    return {
+        name: as_finite(f"the weight of {name}", amount) for name, amount in zip(names, amounts, strict=True)
+    }
 
 
 def _change(

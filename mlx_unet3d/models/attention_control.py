@@ -36,6 +36,7 @@ from ..layers.image_attention import (
     IPAdapterAttnProcessor2_0,
     IPAdapterXFormersAttnProcessor,
 )
+from ..scalars import as_python
 from .adapters import LoRAMixin, custom_diffusion_processors, write_adapter
 
 
@@ -59,6 +60,7 @@ class AttentionControl(LoRAMixin):
         fused attention. ValueError for sizes below 1 or above the number of heads, or a wrong length.
         """
         layers = list(self._attentions().values())
+        slice_size = as_python(slice_size)
         if slice_size is None:
             self.set_attn_processor(AttnProcessor2_0())
             return
@@ -69,7 +71,7 @@ class AttentionControl(LoRAMixin):
         elif isinstance(slice_size, int) and not isinstance(slice_size, bool):
             sizes = [slice_size] * len(layers)
         elif isinstance(slice_size, list | tuple):
-            sizes = list(slice_size)
+            sizes = [as_python(size) for size in slice_size]
         else:
             raise TypeError(
                 f"slice_size={slice_size!r} must be 'auto', 'max', an integer, a list of integers or None"

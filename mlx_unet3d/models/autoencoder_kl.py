@@ -16,6 +16,7 @@ from ..layers.convolution import set_convolution
 from ..layers.resnet import PointwiseConv2d
 from ..layers.vae_blocks import Decoder, Encoder, in_chunks, tiled
 from ..noise import NoiseSource
+from ..scalars import as_count
 from .pretrained import PretrainedModel
 
 # MLX indexes arrays on the GPU by 32-bit integers in places.
@@ -337,8 +338,7 @@ class AutoencoderKL(PretrainedModel):
         most = self.check_frame(height, width)
         if chunk_size is None:
             return 1 if self.use_slicing else min(most, self.frames_per_chunk(height, width))
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1, or None")
+        chunk_size = as_count("chunk_size", chunk_size, also=", or None")
         if chunk_size > most:
             elements = chunk_size * self._elements_per_frame(height, width)
             raise ValueError(

@@ -16,6 +16,7 @@ from ..layers.chunking import Chunks
 from ..layers.conditions import Conditions
 from ..layers.resnet import PointwiseConv2d
 from ..layers.vae_blocks import Encoder, TemporalDecoder, in_chunks
+from ..scalars import as_count
 from .autoencoder_kl import AutoencoderKL, check_autoencoder
 
 
@@ -82,16 +83,11 @@ class AutoencoderKLTemporalDecoder(AutoencoderKL):
         """
         self._check_input("z", z, self.config.latent_channels)
         n = z.shape[0]
-        if (
-            isinstance(num_frames, bool)
-            or not isinstance(num_frames, int)
-            or num_frames < 1
-            or n % num_frames
-        ):
-            raise ValueError(f"num_frames={num_frames!r} must divide the {n} frames of z")
+        num_frames = as_count("num_frames", num_frames)
+        if n % num_frames:
+            raise ValueError(f"num_frames={num_frames} must divide the {n} frames of z")
         if chunk_size is not None:
-            if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-                raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1, or None")
+            chunk_size = as_count("chunk_size", chunk_size, also=", or None")
             parts = []
             for start in range(0, n, chunk_size):
                 part = z[start : start + chunk_size]

@@ -17,6 +17,7 @@ import numpy as np
 from ..checkpoints.config import ModelConfig, key
 from ..layers.clip import ACTIVATIONS, CLIPEncoder
 from ..layers.normalization import LayerNorm
+from ..scalars import as_python
 from .adapters import LoRAMixin
 from .outputs import ModelOutput
 from .pretrained import PretrainedModel
@@ -243,7 +244,7 @@ class CLIPTextModel(_CLIPTextEncoder):
         integers.
         """
         num_layers = self.config.num_hidden_layers
-        skipped = 0 if clip_skip is None else clip_skip
+        skipped = 0 if clip_skip is None else as_python(clip_skip)
         if isinstance(skipped, bool) or not isinstance(skipped, int):
             raise TypeError(f"clip_skip={clip_skip!r} must be an integer or None")
         if not 0 <= skipped < num_layers:

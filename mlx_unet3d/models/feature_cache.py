@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 
+from ..scalars import as_count
+
 
 class FeatureCache:
     """What the deep layers of a UNet made of a step, in place of running them in the steps after it.
@@ -17,10 +19,7 @@ class FeatureCache:
     """
 
     def __init__(self, interval: int = 3, depth: int = 1):
-        for name, value in (("interval", interval), ("depth", depth)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-        self.interval, self.depth = interval, depth
+        self.interval, self.depth = as_count("interval", interval), as_count("depth", depth)
         self.reset()
 
     def reset(self) -> None:

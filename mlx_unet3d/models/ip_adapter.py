@@ -3,7 +3,6 @@
 Names of methods and their meanings are those of diffusers' `IPAdapterMixin`.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..layers.attention_processors import AttnProcessor
 from ..layers.image_attention import IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0
 from ..layers.image_projection import MultiIPAdapterImageProjection
 from ..layers.text_context import TextContext
+from ..scalars import as_finite
 from .ip_adapter_files import IPAdapterSource, find_files, parse_file
 
 _WHERE = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)\.")
@@ -214,7 +214,7 @@ def _base(attn: Attention) -> Any:
 def _scales_by_path(scale: Any, paths: Sequence[str]) -> dict[str, float]:
     """The scale of one adapter for each layer."""
     if not isinstance(scale, Mapping):
-        return dict.fromkeys(paths, _number(scale))
+        return dict.fromkeys(paths, as_finite("the scale of an IP-Adapter", scale))
     places = {path: _WHERE.match(path) for path in paths}
     counts: dict[tuple[str, str | None], int] = {}
     for match in places.values():
@@ -243,11 +243,5 @@ def _scales_by_path(scale: Any, paths: Sequence[str]) -> dict[str, float]:
                 raise ValueError(
                     f"{name} has {counts[place]} transformers, and {len(numbers)} scales were given"
                 )
-            scales[place] = [_number(number) for number in numbers]
+            scales[place] = [as_finite("the scale of an IP-Adapter", number) for number in numbers]
     return {path: scales[m[1] or "mid", m[2]][int(m[4])] for path, m in places.items()}
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"the scale of an IP-Adapter is {value!r}; it must be a finite number")
-    return float(value)

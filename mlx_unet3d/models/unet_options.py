@@ -16,6 +16,7 @@ from ..layers.convolution import set_convolution
 from ..layers.freeu import FreeU
 from ..layers.text_context import TextContext
 from ..layers.transformers import BasicTransformerBlock
+from ..scalars import as_count
 
 Context = mx.array | TextContext
 """Text or image states (B, L, D), or those with the keys and values that layers made of them."""
@@ -79,10 +80,7 @@ class UNetOptions(nn.Module):
         """
         if dim not in (0, 1):
             raise ValueError(f"Make sure to set `dim` to either 0 or 1, not {dim}")
-        size = 1 if chunk_size is None or chunk_size == 0 else chunk_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"chunk_size={chunk_size!r} must be None or an integer of at least 1")
-        self._set_chunking(size, dim)
+        self._set_chunking(as_count("chunk_size", chunk_size or 1, also=", or None"), dim)
 
     def disable_forward_chunking(self) -> None:
         """Run feed-forwards at once again."""
@@ -120,7 +118,7 @@ class UNetOptions(nn.Module):
     def check_cache_depth(self, depth: int) -> None:
         """ValueError for a `depth` of a `FeatureCache` that does not suit this network."""
         most = sum(len(block.resnets) for block in self.up_blocks) - 1
-        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= most:
+        if as_count("depth", depth) > most:
             raise ValueError(
                 f"the depth of a feature cache is {depth!r}; it must be an integer from 1 to {most}, which "
                 f"leaves at least one of the {most + 1} layers on the way up to save"

@@ -132,10 +132,7 @@ class VideoUNet(UNetOptions, AttentionControl, PretrainedModel):
             deep = feature_cache.next()
         keywords = inputs.get("cross_attention_kwargs")
         if keywords is not None:  # a trace takes no scalars of NumPy
-            keywords = {
-                k: v.item() if isinstance(v, np.generic | mx.array) and v.size == 1 else v
-                for k, v in keywords.items()
-            }
+            keywords = {k: v.item() if getattr(v, "size", 0) == 1 else v for k, v in keywords.items()}
             inputs = inputs | {"cross_attention_kwargs": keywords}
         forward = self._forward if self._compiled is None else self._compiled
         x, *made = forward(sample, context, inputs, depth, deep)

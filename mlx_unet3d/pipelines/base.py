@@ -32,6 +32,7 @@ from ..models.clip_text import CLIPTextModel
 from ..models.outputs import ModelOutput
 from ..models.unet_3d_condition import UNet3DConditionModel
 from ..noise import NoiseSource, noise_source
+from ..scalars import as_count
 from ..schedulers import Scheduler, scheduler_of_pipeline
 from ..tokenizer import CLIPTokenizer
 from .denoising import DenoisingStep, fold_frames
@@ -330,7 +331,6 @@ class VideoPipeline:
             raise TypeError(f"{name}={text!r} must be a string or a list of strings")
         self._warn_of_unknown_words(texts)
         ids = mx.array(self.tokenizer([self._expand(text) for text in texts]))
-        clip_skip = int(clip_skip) if isinstance(clip_skip, np.integer) else clip_skip
         states = self.text_encoder(ids, clip_skip=clip_skip)
         mx.eval(states)
         return states
@@ -556,8 +556,8 @@ class VideoPipeline:
         output_type: str = "np",
         callback_steps: int = 1,
     ) -> None:
-        check_count("num_inference_steps", num_inference_steps)
-        check_count("callback_steps", callback_steps)
+        as_count("num_inference_steps", num_inference_steps)
+        as_count("callback_steps", callback_steps)
         if not np.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale={guidance_scale} must be a finite number")
         if not 0 <= eta <= 1:
@@ -577,7 +577,7 @@ class VideoPipeline:
         cache_interval: int,
         cache_depth: int,
     ) -> None:
-        check_count("cache_interval", cache_interval)
+        as_count("cache_interval", cache_interval)
         self.unet.check_cache_depth(cache_depth)
         try:
             first, last = guidance_interval
@@ -652,9 +652,3 @@ def decode_latents(vae: AutoencoderKL, latents: mx.array, *, progress: bool = Fa
 
 def _first_given(*values: Any) -> Any:
     return next(value for value in values if value is not None)
-
-
-def check_count(name: str, value: Any) -> None:
-    """ValueError unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1")

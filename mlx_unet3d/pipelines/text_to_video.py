@@ -5,7 +5,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .base import BatchNoise, VideoOutput, VideoPipeline, check_count
+from ..scalars import as_count
+from .base import BatchNoise, VideoOutput, VideoPipeline
 from .denoising import DenoisingStep, denoise
 from .text import stacked
 
@@ -134,7 +135,7 @@ class TextToVideoPipeline(VideoPipeline):
         self._check_call(num_inference_steps, guidance_scale, eta)
         self._check_savings(guidance_scale, guidance_interval, cache_interval, cache_depth)
         num_frames = self.num_frames(num_frames)
-        check_count("num_frames", num_frames)
+        as_count("num_frames", num_frames)
         text_states = stacked(states, guidance_scale)
         batch = states[0].shape[0]
         shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
@@ -176,7 +177,7 @@ class TextToVideoPipeline(VideoPipeline):
             if value is None:
                 latent.append(trained)
                 continue
-            check_count(name, value)
+            as_count(name, value)
             if value % factor:
                 down, up = value // factor * factor, -(-value // factor) * factor
                 nearest = f"{down} or {up}" if down else f"{up}"

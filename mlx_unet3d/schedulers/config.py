@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..atomic import write_text
+from ..scalars import as_python
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -108,6 +109,7 @@ def configured(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
+        bound.arguments = {name: as_python(value) for name, value in bound.arguments.items()}
         given = frozenset(bound.arguments) - {"self"}
         bound.apply_defaults()
         values = {name: value for name, value in bound.arguments.items() if name != "self"}
