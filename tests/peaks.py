@@ -6,6 +6,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_unet3d import DDIMScheduler, UNet3DConditionModel
 from mlx_unet3d.pipelines.denoising import denoise
+from mlx_unet3d.pipelines.guidance import Guidance
+from mlx_unet3d.pipelines.sampling import Sampling
 from tiny import SCHEDULER
 
 UNET = dict(
@@ -56,17 +58,16 @@ def run_step(
     mx.eval(latents, states)
     scheduler = DDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(steps)
+    sampling = Sampling(num_inference_steps=steps, guidance_scale=guidance, **savings)
+    negative, positive = ({"encoder_hidden_states": states[i : i + 1]} for i in (0, rows - 1))
+
+    def network(*args, **inputs):
+        return unet(*args, **inputs).sample
 
     def run():
-        records = denoise(
-            unet,
-            scheduler,
-            latents,
-            states,
-            guidance_scale=guidance,
-            sequential_guidance=sequential,
-            **savings,
+        predict = Guidance(
+            network, sampling, positive, negative, steps=steps, dtype=unet.dtype, sequential=sequential
         )
-        return [record.latents for record in records][-1]
+        return [record.latents for record in denoise(predict, scheduler, latents, folded=True)][-1]
 
     return run

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from mlx_unet3d import FeatureCache, TextContext, TextToVideoPipeline, UNet3DConditionModel
 from mlx_unet3d.layers.resnet import ResnetBlock2D
-from mlx_unet3d.pipelines.denoising import full_steps
+from mlx_unet3d.pipelines.guidance import full_steps
 
 THREE_LEVELS = tiny.UNET | dict(
     block_out_channels=(8, 8, 16),

@@ -336,7 +336,7 @@ def test_recommended_settings(folder, tmp_path):
     assert VideoToVideoPipeline.from_pretrained(folder).guidance_scale() == 15
     pipe.save_pretrained(tmp_path / "saved")
     assert TextToVideoPipeline.from_pretrained(tmp_path / "saved").recommended == pipe.recommended
-    for wrong in ([], {"fps": 8}):
+    for wrong in ([], {"speed": 8}):
         (copy / "model_index.json").write_text(json.dumps(index | {"_recommended": wrong}))
         with pytest.raises(CheckpointError, match="_recommended"):
             TextToVideoPipeline.from_pretrained(copy)

@@ -7,7 +7,7 @@ from typing import Any
 from .. import media
 from ..latents import SavedLatents, open_latents
 from ..models.autoencoder_kl import AutoencoderKL
-from ..pipelines.base import decode_latents
+from ..pipelines.decoding import decode_latents
 from . import options
 from .settings import DEFAULTS, is_same_model, of_file, public, trusted
 

@@ -1,6 +1,6 @@
-"""Pipelines: videos from prompts and from videos."""
+"""Pipelines: videos from prompts, from images and from videos."""
 
-from .base import VideoOutput
+from .decoding import VideoOutput
 from .denoising import DenoisingStep
 from .text_to_video import TextToVideoPipeline
 from .video_to_video import VideoToVideoPipeline

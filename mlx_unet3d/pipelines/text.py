@@ -1,11 +1,16 @@
-"""States of encoded prompts, as they go from `encode_prompt` to the denoising loop."""
+"""Prompts to text states, as they go from `encode_prompt` to the denoising loop."""
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+
+from .components import Components
 
 
 class TextStates(NamedTuple):
@@ -24,9 +29,13 @@ class TextStates(NamedTuple):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array([np.array(states) for states in self if states is not None], dtype=dtype)
 
+    def repeated(self, copies: int) -> TextStates:
+        """Return the states with each row so many times, one after the other."""
+        return TextStates(*(None if states is None else mx.repeat(states, copies, axis=0) for states in self))
 
-def stacked(states: tuple[mx.array, mx.array | None], guidance_scale: float) -> mx.array:
-    """The pair of `encode_prompt` as `denoise` takes it: (2B, L, D), negative first, or (B, L, D).
+
+def checked_states(states: tuple[mx.array, mx.array | None], guidance_scale: float) -> TextStates:
+    """Return the pair of `encode_prompt`, without negative states where nothing is guided.
 
     Raises TypeError for anything but a pair, ValueError where guidance lacks negative states.
     """
@@ -36,11 +45,120 @@ def stacked(states: tuple[mx.array, mx.array | None], guidance_scale: float) -> 
         )
     positive, negative = states
     if guidance_scale <= 1:
-        return positive
+        return TextStates(positive)
     if negative is None or negative.shape != positive.shape:
         shape = None if negative is None else tuple(negative.shape)
         raise ValueError(
             f"guidance_scale={guidance_scale:g} needs negative states of shape {tuple(positive.shape)}, "
             f"not {shape}; call encode_prompt with the same guidance_scale"
         )
-    return mx.concatenate([negative, positive])
+    return TextStates(positive, negative)
+
+
+class TextPrompts(Components):
+    """A pipeline with a CLIP tokenizer and text encoder."""
+
+    negatives_skip = False
+    """True if `clip_skip` counts for negative prompts too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        width = self.unet.config.cross_attention_dim
+        self._text_width: int = width[-1] if isinstance(width, tuple) else width
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        guidance_scale: float | None = None,
+        prompt_embeds: mx.array | None = None,
+        negative_prompt_embeds: mx.array | None = None,
+        clip_skip: int | None = None,
+    ) -> TextStates:
+        """Return the text states (prompt_embeds, negative_prompt_embeds), as diffusers' pipelines do.
+
+        Each is (B, L, D); the second is None for a `guidance_scale` of at most 1. `steps` takes the pair, a
+        call its parts by their names. `clip_skip` counts layers to leave out at the end of the text encoder,
+        for the positive prompt (in I2VGen-XL for both). A model of few words warns of others.
+        """
+        positive = self._states("prompt", prompt, prompt_embeds, clip_skip)
+        if self.guidance_scale(guidance_scale) <= 1:
+            return TextStates(positive)
+        batch = positive.shape[0]
+        if negative_prompt is None and negative_prompt_embeds is None:
+            negative_prompt = ""
+        if isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt] * batch
+        skip = clip_skip if self.negatives_skip else None
+        negative = self._states("negative_prompt", negative_prompt, negative_prompt_embeds, skip)
+        if negative.shape != positive.shape:
+            raise ValueError(
+                f"negative prompts give states {tuple(negative.shape)}, prompts {tuple(positive.shape)}; "
+                "give one negative prompt, or one a prompt"
+            )
+        return TextStates(positive, negative)
+
+    def _states(
+        self,
+        name: str,
+        text: str | Sequence[str] | None,
+        states: mx.array | None,
+        clip_skip: int | None,
+    ) -> mx.array:
+        if (text is None) == (states is None):
+            raise ValueError(f"give either {name} or {name}_embeds, and not both")
+        if states is not None:
+            return self._checked_embeds(name, states)
+        texts = checked_texts(name, text)
+        self._need("text_encoder")
+        self._warn_of_unknown_words(texts)
+        ids = mx.array(self.tokenizer([self._expand(text) for text in texts]))
+        states = self.text_encoder(ids, clip_skip=clip_skip)
+        mx.eval(states)
+        return states
+
+    def _checked_embeds(self, name: str, states: Any) -> mx.array:
+        states = mx.array(states) if isinstance(states, np.ndarray) else states
+        width = self._text_width
+        if not isinstance(states, mx.array):
+            raise TypeError(
+                f"{name}_embeds is a {type(states).__name__}; give an mx.array: of the pair that "
+                "encode_prompt returns, the first is prompt_embeds, the second negative_prompt_embeds"
+            )
+        if states.ndim != 3 or states.shape[2] != width:
+            raise ValueError(
+                f"{name}_embeds has shape {tuple(states.shape)}; it must be (batch, tokens, {width})"
+            )
+        return states
+
+    def _expand(self, text: str) -> str:
+        """Write out learned tokens of several vectors."""
+        added = self.tokenizer.added_tokens
+        for token in added:
+            rest = []
+            while f"{token}_{len(rest) + 1}" in added:
+                rest.append(f"{token}_{len(rest) + 1}")
+            if rest:
+                text = text.replace(token, " ".join([token, *rest]))
+        return text
+
+    def _warn_of_unknown_words(self, texts: Sequence[str]) -> None:
+        known = self.recommended.vocabulary
+        for token in self.tokenizer.added_tokens:
+            texts = [text.replace(token, " ") for text in texts]
+        words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
+        unknown = [word for word in words if word not in known]
+        if known and unknown:
+            warnings.warn(
+                f"this model does not know {', '.join(map(repr, unknown))}; it knows {', '.join(known)}",
+                stacklevel=4,
+            )
+
+
+def checked_texts(name: str, text: Any) -> list[str]:
+    """Return a list of texts; TypeError for anything but a string or a list of some."""
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
+        raise TypeError(f"{name}={text!r} must be a string or a list of strings")
+    return list(texts)

@@ -1,21 +1,93 @@
 """Text to video with a 3D UNet: diffusers' TextToVideoSDPipeline."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
+from ..models.autoencoder_kl import AutoencoderKL
+from ..models.clip_text import CLIPTextModel
+from ..models.unet_3d_condition import UNet3DConditionModel
 from ..scalars import as_count
-from .base import BatchNoise, VideoOutput, VideoPipeline
-from .denoising import DenoisingStep, denoise
-from .text import stacked
+from ..schedulers import Scheduler
+from ..tokenizer import CLIPTokenizer
+from .adapters import AdapterMethods
+from .calls import VideoPipeline
+from .components import Part
+from .decoding import VideoOutput
+from .denoising import Steps, denoise, start_latents
+from .guidance import Guidance
+from .sampling import Delivery, Sampling, takes
+from .text import TextPrompts, TextStates, checked_states
 
 
-class TextToVideoPipeline(VideoPipeline):
+class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
+    """Base of the pipelines with a text encoder, a `UNet3DConditionModel`, a VAE and a scheduler.
+
+    Args:
+        unet, vae, text_encoder, tokenizer, scheduler: the components; `from_pretrained` reads all. A run lays
+            out its own copy of the scheduler, and leaves this one as it is: `pipe.scheduler.timesteps` are
+            those of training, and a run's own are in its records.
+        recommended: what the checkpoint says of its use.
+
+    Raises ValueError where the components do not fit together.
+    """
+
+    parts: ClassVar[dict[str, Part]] = {
+        "unet": Part((UNet3DConditionModel,)),
+        "vae": Part((AutoencoderKL,), is_wide=True),
+        "text_encoder": Part((CLIPTextModel,)),
+        "tokenizer": Part((CLIPTokenizer,)),
+        "scheduler": Part((Scheduler,)),
+    }
+    class_names = ("TextToVideoSDPipeline", "TextToVideoMSPipeline", "VideoToVideoSDPipeline")
+
+    def _check_parts(self) -> None:
+        unet, latent_channels = self.unet.config, self.vae.config.latent_channels
+        if not unet.in_channels == unet.out_channels == latent_channels:
+            raise ValueError(
+                f"the unet takes {unet.in_channels} and returns {unet.out_channels} channels, "
+                f"the vae has {latent_channels}; these parts do not belong together"
+            )
+        width = self.text_encoder.config.hidden_size
+        if unet.cross_attention_dim != width:
+            raise ValueError(
+                f"the unet attends to text of {unet.cross_attention_dim} channels "
+                f"(cross_attention_dim), the text encoder has {width}; these parts do not belong together"
+            )
+
+    def _guidance(self, states: TextStates, sampling: Sampling, steps: int) -> Guidance:
+        """The network with text states as inputs, for a run of so many steps."""
+
+        def network(sample: mx.array, timestep: float, **inputs: Any) -> mx.array:
+            return self.unet(sample, timestep, **inputs).sample
+
+        positive, negative = (
+            None
+            if text is None
+            else {
+                "encoder_hidden_states": text.astype(self.unet.dtype),
+                "cross_attention_kwargs": sampling.cross_attention_kwargs,
+            }
+            for text in states
+        )
+        return Guidance(
+            network,
+            sampling,
+            positive,
+            negative,
+            steps=steps,
+            dtype=self.unet.dtype,
+            sequential=self.sequential_guidance,
+        )
+
+
+class TextToVideoPipeline(UNet3DPipeline):
     """Videos from prompts, by classifier-free guided diffusion (ModelScope text-to-video, ZeroScope)."""
 
     default_guidance_scale = 9.0
 
+    @takes(Sampling, Delivery)
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -25,22 +97,12 @@ class TextToVideoPipeline(VideoPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        eta: float = 0.0,
-        seed: int | Sequence[int] = 0,
-        latents: mx.array | None = None,
+        *,
         prompt_embeds: mx.array | None = None,
         negative_prompt_embeds: mx.array | None = None,
-        output_type: str = "np",
-        return_dict: bool = True,
-        callback: Callable[[int, float, mx.array], None] | None = None,
-        callback_steps: int = 1,
-        cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
-        rng: str = "torch",
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        cache_interval: int = 1,
-        cache_depth: int = 1,
-        progress: bool = False,
+        latents: mx.array | None = None,
+        **options: Any,
     ) -> VideoOutput | tuple[Any]:
         """Make videos.
 
@@ -53,27 +115,16 @@ class TextToVideoPipeline(VideoPipeline):
             guidance_scale: strength of the prompt; at most 1: one pass a step, without negative prompt.
                 Default: as above, or 9.
             negative_prompt: what to avoid; one, or one a prompt; or `negative_prompt_embeds`.
-            eta: noise of DDIM and TCD, 0 to 1; only with their schedulers.
-            seed: of the noise; with a list, each video is what its seed alone would make.
-            latents: (B, C, F, h, w) to start from instead of noise, before `init_noise_sigma`.
-            output_type: "np", "pil", "mlx" or "latent", see `VideoOutput`.
-            return_dict: False for a tuple.
-            callback: called as callback(step, timestep, latents), every `callback_steps` steps.
-            cross_attention_kwargs: keywords for the attention processors, such as the LoRA `scale`.
             clip_skip: layers of the text encoder to leave out at its end.
-            rng: "torch" draws the numbers of torch's CPU generator, so that a seed gives the same video
-                as in diffusers; "mlx" those of MLX.
-            guidance_interval: guidance only in this part of the steps, from 0, the first, to 1; one pass in
-                the others. Less work and another result (arXiv:2404.07724).
-            cache_interval: all layers only every so many steps, in between the last `cache_depth` layers on
-                what they made; 1 for all always. Less work and another result, see `FeatureCache`.
-            progress: show progress bars.
+            latents: (B, C, F, h, w) to start from instead of noise, before `init_noise_sigma`.
+            options: fields of `Sampling`, such as `seed`, and of `Delivery`, such as `output_type`.
 
         Raises ValueError or TypeError for arguments out of range, NonFiniteError when numbers overflow.
         """
-        num_inference_steps = self.num_inference_steps(num_inference_steps)
-        guidance_scale = self.guidance_scale(guidance_scale)
-        self._check_call(num_inference_steps, guidance_scale, eta, output_type, callback_steps)
+        # 1. Settings, all checked before the work begins
+        options |= dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        settings, delivery = self._options(options)
+        # 2. Prompt -> states (B, L, D)
         states = self.encode_prompt(
             prompt,
             negative_prompt,
@@ -82,25 +133,13 @@ class TextToVideoPipeline(VideoPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             clip_skip=clip_skip,
         )
+        states = states.repeated(delivery.num_videos_per_prompt)
         self._done_with("text_encoder")
-        steps = self.steps(
-            states,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            eta=eta,
-            seed=seed,
-            latents=latents,
-            cross_attention_kwargs=cross_attention_kwargs,
-            rng=rng,
-            guidance_interval=guidance_interval,
-            cache_interval=cache_interval,
-            cache_depth=cache_depth,
-        )
-        return self._finish(steps, output_type, return_dict, callback, callback_steps, progress)
+        # 3. Noise -> latents, step by step -> frames
+        size = dict(height=height, width=width, num_frames=num_frames)
+        return self._deliver(self.steps(states, **size, latents=latents, **settings), delivery)
 
+    @takes(Sampling)
     def steps(
         self,
         states: tuple[mx.array, mx.array | None],
@@ -108,19 +147,11 @@ class TextToVideoPipeline(VideoPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        eta: float = 0.0,
-        seed: int | Sequence[int] = 0,
         latents: mx.array | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        rng: str = "torch",
         predictions: Sequence[mx.array] = (),
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        cache_interval: int = 1,
-        cache_depth: int = 1,
-    ) -> Iterator[DenoisingStep]:
-        """The denoising loop alone, on what `encode_prompt` returned for the same `guidance_scale`.
+        **settings: Any,
+    ) -> Steps:
+        """Return the denoising loop alone, on what `encode_prompt` returned for the same `guidance_scale`.
 
         Arguments as for the call. Checks them at once; each step runs when its record is asked for, so
         a loop over it can show progress, preview `denoised`, or stop. Several runs may be under way at a
@@ -129,58 +160,22 @@ class TextToVideoPipeline(VideoPipeline):
         pass the `prediction` of each of its records and the same arguments: the network then runs for the
         remaining steps only, and the result is that of an uninterrupted run.
         """
-        num_inference_steps = self.num_inference_steps(num_inference_steps)
-        guidance_scale = self.guidance_scale(guidance_scale)
         self._need("unet")
-        self._check_call(num_inference_steps, guidance_scale, eta)
-        self._check_savings(guidance_scale, guidance_interval, cache_interval, cache_depth)
-        num_frames = self.num_frames(num_frames)
-        as_count("num_frames", num_frames)
-        text_states = stacked(states, guidance_scale)
-        batch = states[0].shape[0]
+        sampling = self.sampling(**settings)
+        num_frames = as_count("num_frames", self.num_frames(num_frames))
+        states = checked_states(states, sampling.guidance_scale)
+        batch = states.prompt_embeds.shape[0]
         shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
-        noise = BatchNoise(seed, rng, batch)
-        if latents is None:
-            latents = noise(shape)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(
-                f"latents has shape {tuple(latents.shape)}; with these settings it must be {shape}"
-            )
-        scheduler = self.scheduler.laid_out(num_inference_steps)
-        latents = mx.array(latents) * scheduler.init_noise_sigma
-        mx.eval(latents, text_states)  # so that another thread can run the steps
+        scheduler, noise = sampling.lay_out(self.scheduler), sampling.noise(batch)
+        latents = start_latents(shape, latents, noise, scheduler)
+        predict = self._guidance(states, sampling, len(scheduler.timesteps))
+        mx.eval(latents)  # so that another thread can run the steps
         return denoise(
-            self.unet,
+            predict,
             scheduler,
             latents,
-            text_states,
-            guidance_scale=guidance_scale,
-            eta=eta,
             noise=noise,
-            cross_attention_kwargs=cross_attention_kwargs,
+            eta=sampling.eta,
             predictions=predictions,
-            guidance_interval=guidance_interval,
-            cache_interval=cache_interval,
-            cache_depth=cache_depth,
-            sequential_guidance=self.sequential_guidance,
+            folded=True,
         )
-
-    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Size of the latents for a size in pixels, or for the default; ValueError where there is none."""
-        self._need("unet")
-        size, factor = self.unet.config.sample_size, self.vae_scale_factor
-        if size is None and (height is None or width is None):
-            raise ValueError("height and width: the unet's config has no sample_size, so give both")
-        default = size if isinstance(size, tuple) else (size, size)
-        latent = []
-        for name, value, trained in zip(("height", "width"), (height, width), default, strict=True):
-            if value is None:
-                latent.append(trained)
-                continue
-            as_count(name, value)
-            if value % factor:
-                down, up = value // factor * factor, -(-value // factor) * factor
-                nearest = f"{down} or {up}" if down else f"{up}"
-                raise ValueError(f"{name}={value} must be a multiple of {factor}; use {nearest}")
-            latent.append(value // factor)
-        return tuple(latent)

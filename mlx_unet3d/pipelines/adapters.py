@@ -1,0 +1,118 @@
+"""Adapters of a pipeline with text: LoRAs and textual inversions, for all networks that they are for."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, AdapterFile, learned_token, read_adapter
+from ..errors import CheckpointError
+from ..models.adapters import LoRAMixin, chosen_weights, networks_of
+from .components import Components
+
+
+class AdapterMethods(Components):
+    """A pipeline whose UNet and text encoders take adapters."""
+
+    def _adaptable(self) -> dict[str, LoRAMixin]:
+        """The networks that take LoRA, by name; ValueError where one was released."""
+        names = [name for name in ("unet", "text_encoder", "text_encoder_2") if name in self.parts]
+        self._need(*names)
+        return {name: getattr(self, name) for name in names}
+
+    def load_textual_inversion(
+        self,
+        source: str | Path | Mapping[str, mx.array] | AdapterFile,
+        token: str | None = None,
+        *,
+        weight_name: str | None = None,
+        **hub: Any,
+    ) -> list[str]:
+        """Teach tokenizer and text encoder a learned token; returns its tokens, one a vector.
+
+        A prompt with the token, such as "a <cat-toy> on a table", then means what was learned; one of several
+        vectors is written out by itself.
+
+        Args:
+            source: a file of diffusers or the web UI, a folder or hub id that holds one, or arrays by key.
+            token: what to call it; None for its own name.
+            weight_name: the file's name in the folder, "learned_embeds.safetensors" or ".bin" by default.
+            hub: `revision`, `subfolder`, `local_files_only`, `token`, `cache_dir`.
+
+        Raises:
+            ValueError: the token is known, or has to be named.
+            CheckpointError: the file is no textual inversion, or one for another text encoder.
+        """
+        self._need("text_encoder")
+        file = read_adapter(source, weight_name=weight_name, names=TEXTUAL_INVERSION_NAMES, **hub)
+        name, embeddings = learned_token(file, token)
+        width = self.text_encoder.config.hidden_size
+        if embeddings.shape[1] != width:
+            raise CheckpointError(
+                f"{file.name}: {name!r} has {embeddings.shape[1]} channels, this text encoder {width}; it is "
+                "for another model"
+            )
+        names = [name, *(f"{name}_{i}" for i in range(1, len(embeddings)))]
+        self.text_encoder.set_token_embeddings(self.tokenizer.add_tokens(names), embeddings)
+        return names
+
+    def load_lora_weights(
+        self,
+        source: str | Path | Mapping[str, mx.array] | AdapterFile,
+        adapter_name: str = "default",
+        *,
+        weight: float = 1.0,
+        weight_name: str | None = None,
+        **hub: Any,
+    ) -> dict[str, int]:
+        """Load a LoRA for the UNet, text encoders, or both; returns the number of layers of each.
+
+        See `UNet3DConditionModel.load_lora_adapter` for the arguments and errors; single networks have the
+        other methods for adapters too.
+        """
+        file = read_adapter(source, weight_name=weight_name, **hub)
+        networks = self._adaptable()
+        loaded: dict[str, int] = {}
+        try:
+            for name in networks_of(file, networks):
+                loaded[name] = networks[name].load_lora_adapter(file, adapter_name, weight=weight)
+        except (ValueError, CheckpointError):
+            for name in loaded:
+                networks[name].delete_adapters(adapter_name)
+            raise
+        return loaded
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], weights: float | Sequence[float] = 1.0
+    ) -> None:
+        """Use these adapters with these weights, and no other; see `UNet3DConditionModel.set_adapters`."""
+        networks = self._adaptable().values()
+        chosen = chosen_weights(adapter_names, weights)
+        known = {name: None for network in networks for name in network.list_adapters()}
+        missing = [name for name in chosen if name not in known]
+        if missing:
+            raise ValueError(f"there is no adapter {missing[0]!r}; there are: {', '.join(known) or 'none'}")
+        for network in networks:
+            own = network.list_adapters()
+            if own:
+                its = {name: weight for name, weight in chosen.items() if name in own}
+                network.set_adapters(list(its), list(its.values()))
+
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Make adapters part of the weights; see `UNet3DConditionModel.fuse_lora`."""
+        adapted = [network for network in self._adaptable().values() if network.list_adapters()]
+        if not adapted:
+            raise ValueError("there is no adapter to fuse; load one with load_lora_weights")
+        for network in adapted:
+            network.fuse_lora(lora_scale)
+
+    def unfuse_lora(self) -> None:
+        """Undo `fuse_lora`."""
+        for network in self._adaptable().values():
+            network.unfuse_lora()
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters; fused ones stay in the weights for good."""
+        for network in self._adaptable().values():
+            network.unload_lora()

@@ -1,0 +1,140 @@
+"""Shared by the calls of all pipelines: their settings, sizes, records and outputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from ..scalars import as_count
+from .components import Components
+from .decoding import VideoOutput, as_output, decode_latents
+from .denoising import Steps
+from .sampling import Delivery, Sampling, divide
+
+
+class VideoPipeline(Components):
+    """Base of the pipelines: components, and what their calls have in common."""
+
+    frames_axis = 2
+    """Axis of the frames in latents."""
+
+    def sampling(self, **settings: Any) -> Sampling:
+        """Return the settings of a run: those given, for others what the checkpoint or pipeline says.
+
+        Args:
+            settings: fields of `Sampling`.
+
+        Raises TypeError for unknown names, ValueError for values out of range.
+        """
+        (given,) = divide(settings, Sampling)
+        found = Sampling(**given)
+        return replace(
+            found,
+            num_inference_steps=self.num_inference_steps(found.num_inference_steps),
+            guidance_scale=self.guidance_scale(found.guidance_scale),
+        ).check(self.scheduler, self.unet)
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return height and width of the latents for a size in pixels, None for the default.
+
+        Raises ValueError where a side is no multiple of a latent's pixels, or there is no default.
+        """
+        self._need("unet")
+        factor, latent = self.vae_scale_factor, []
+        if self.default_size()[0] is None and (height is None or width is None):
+            raise ValueError("height and width: the unet's config has no sample_size, so give both")
+        sides = zip(("height", "width"), (height, width), self.default_size(), strict=True)
+        for name, value, default in sides:
+            value = default if value is None else value
+            as_count(name, value)
+            if value % factor:
+                down, up = value // factor * factor, -(-value // factor) * factor
+                nearest = f"{down} or {up}" if down else f"{up}"
+                raise ValueError(f"{name}={value} must be a multiple of {factor}; use {nearest}")
+            latent.append(value // factor)
+        return tuple(latent)
+
+    def decode(
+        self, latents: mx.array, *, decode_chunk_size: int | None = None, progress: bool = False
+    ) -> np.ndarray:
+        """Decode latents of a run to frames (B, F, H, W, 3); see `decode_latents`."""
+        self._need("vae")
+        if self.frames_axis == 1:
+            latents = latents.transpose(0, 2, 1, 3, 4)
+        return decode_latents(self.vae, latents, decode_chunk_size=decode_chunk_size, progress=progress)
+
+    def _options(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], Delivery]:
+        """Divide the keywords of a call into those of `Sampling` and a `Delivery`; all are checked."""
+        given, delivery = divide(options, Sampling, Delivery)
+        self.sampling(**given)
+        return given, Delivery(**delivery)
+
+    def _deliver(
+        self, steps: Steps, delivery: Delivery, decode_chunk_size: int | None = None
+    ) -> VideoOutput | tuple[Any]:
+        """Run the steps, decode, and return frames in the form asked for."""
+        latents, record = None, next(steps, None)
+        with tqdm(desc="denoise", unit="step", disable=not delivery.progress) as bar:
+            while record is not None:
+                bar.total = record.total
+                bar.update()
+                latents = record.latents
+                if delivery.callback is not None and record.step % delivery.callback_steps == 0:
+                    delivery.callback(record.step, record.timestep, latents)
+                replaced = None
+                if delivery.callback_on_step_end is not None:
+                    tensors = dict.fromkeys(delivery.callback_on_step_end_tensor_inputs, latents)
+                    made = delivery.callback_on_step_end(self, record.step, record.timestep, tensors)
+                    replaced = (made or {}).get("latents")
+                    latents = latents if replaced is None else replaced
+                try:
+                    record = steps.send(replaced)
+                except StopIteration:
+                    record = None
+        self._done_with("unet")
+        if delivery.output_type == "latent":
+            frames = latents
+        else:
+            frames = self.decode(latents, decode_chunk_size=decode_chunk_size, progress=delivery.progress)
+            frames = as_output(frames, delivery.output_type)
+        return VideoOutput(frames) if delivery.return_dict else (frames,)
+
+    # Calls of diffusers' users that have nothing to do here.
+
+    def to(self, *args: Any, **kwargs: Any) -> VideoPipeline:
+        """Return the pipeline as it is, with a warning: memory is shared by CPU and GPU here.
+
+        Raises TypeError for a dtype, which is chosen when a pipeline is loaded.
+        """
+        dtypes = [value for value in (*args, *kwargs.values()) if not isinstance(value, str)]
+        if dtypes:
+            raise TypeError(
+                f"to({dtypes[0]!r}): choose the dtype when loading, from_pretrained(..., dtype=mx.float16)"
+            )
+        return self._nothing_to_do("to", "MLX computes on its default device, mx.set_default_device")
+
+    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """Do nothing but warn; `enable_release` is the one that saves memory here."""
+        self._nothing_to_do("enable_model_cpu_offload", "CPU and GPU share memory; see enable_release()")
+
+    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """Do nothing but warn; `enable_release` is the one that saves memory here."""
+        self._nothing_to_do("enable_sequential_cpu_offload", "CPU and GPU share memory; see enable_release()")
+
+    def enable_xformers_memory_efficient_attention(self, *_: Any, **__: Any) -> None:
+        """Do nothing but warn: attention is fused already."""
+        self._nothing_to_do("enable_xformers_memory_efficient_attention", "attention is fused already")
+
+    def set_progress_bar_config(self, **_: Any) -> None:
+        """Do nothing but warn; a call takes `progress`."""
+        self._nothing_to_do("set_progress_bar_config", "a call shows progress with progress=True")
+
+    def _nothing_to_do(self, name: str, why: str) -> VideoPipeline:
+        warnings.warn(f"{name} does nothing in mlx_unet3d: {why}", stacklevel=3)
+        return self

@@ -1,0 +1,141 @@
+"""Classifier-free guidance: a network and its inputs -> the function that a denoising loop calls."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..layers.text_context import TextContext
+from ..models.feature_cache import FeatureCache
+from .sampling import Sampling
+
+Inputs = Mapping[str, Any]
+"""Keywords of a network: arrays with a row a sample, in lists and dicts too, and constants."""
+
+Network = Callable[..., mx.array]
+"""network(sample, timestep, feature_cache=..., **inputs) -> prediction, of the dtype of the sample."""
+
+
+class Predict(Protocol):
+    """A network with its guidance, as `denoise` calls it."""
+
+    dtype: mx.Dtype
+    """The one that the network computes in."""
+
+    def __call__(self, sample: mx.array, timestep: float, step: int) -> mx.array:
+        """Return the guided prediction for a sample (B, ...), both float32, in a step of the run."""
+        ...
+
+    def resumes_at(self, step: int) -> int:
+        """Return the last step, `step` at most, at which a run that stopped can go on."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One run of the network in a step: its inputs, how many copies of the sample it takes, its features."""
+
+    inputs: Inputs
+    copies: int
+    cache: FeatureCache | None
+
+
+class Guidance:
+    """`Predict` of a network: prediction = negative + scale * (positive - negative).
+
+    Args:
+        network: see `Network`.
+        sampling: the settings of the run.
+        positive, negative: the inputs of B rows; `encoder_hidden_states` becomes a `TextContext`, whose keys
+            and values all steps share. `negative` may be None where nothing is guided.
+        steps: number of steps of the run.
+        dtype: of the network.
+        scale: an array that broadcasts to the prediction, in place of `sampling.guidance_scale`.
+        sequential: run the network twice a step, for the negative inputs and then for the positive ones, not
+            once for both: about half the memory, the same result up to rounding.
+
+    Guidance in the steps of `sampling.guidance_interval` alone, and a `FeatureCache` of
+    `sampling.cache_interval`, do less work and change the result.
+    Raises ValueError where the interval holds no step.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        sampling: Sampling,
+        positive: Inputs,
+        negative: Inputs | None = None,
+        *,
+        steps: int,
+        dtype: mx.Dtype,
+        scale: mx.array | None = None,
+        sequential: bool = False,
+    ):
+        self.network, self.dtype, self.sequential = network, dtype, sequential
+        self.scale = sampling.guidance_scale if scale is None else scale
+        first, last = sampling.guidance_interval
+        self.guided = [sampling.is_guided and first <= i / steps < last for i in range(steps)]
+        if sampling.is_guided and not any(self.guided):
+            raise ValueError(
+                f"guidance_interval=({first:g}, {last:g}) holds none of the {steps} steps; give a wider one, "
+                "or guidance_scale=1 for none"
+            )
+        self.full = full_steps(self.guided, sampling.cache_interval)
+
+        def one_pass(inputs: Inputs, copies: int) -> _Pass:
+            inputs = dict(inputs)
+            mx.eval([array for _, array in tree_flatten(inputs)])  # so that another thread can run the steps
+            if isinstance(inputs.get("encoder_hidden_states"), mx.array):
+                inputs["encoder_hidden_states"] = TextContext(inputs["encoder_hidden_states"])
+            interval = sampling.cache_interval
+            cache = FeatureCache(interval, sampling.cache_depth) if interval > 1 else None
+            return _Pass(inputs, copies, cache)
+
+        self._alone = self._both = [one_pass(positive, 1)]
+        if sampling.is_guided and sequential:
+            self._both = [one_pass(negative, 1), *self._alone]
+        elif sampling.is_guided:
+            self._both = [one_pass(_joined(negative, positive), 2)]
+
+    def __call__(self, sample: mx.array, timestep: float, step: int) -> mx.array:
+        sample = sample.astype(self.dtype)
+        outputs = []
+        for one in self._both if self.guided[step] else self._alone:
+            if one.cache is not None and step in self.full:
+                one.cache.reset()
+            rows = mx.concatenate([sample] * one.copies)
+            outputs.append(self.network(rows, timestep, feature_cache=one.cache, **one.inputs))
+            if self.sequential:
+                mx.eval(outputs)
+        prediction = mx.concatenate(outputs).astype(mx.float32)
+        if not self.guided[step]:
+            return prediction
+        negative, positive = mx.split(prediction, 2)
+        return negative + self.scale * (positive - negative)
+
+    def resumes_at(self, step: int) -> int:
+        """Return the last full step: cached features are no part of a run that stopped."""
+        return max((i for i in self.full if i <= step), default=0)
+
+
+def full_steps(guided: Sequence[bool], cache_interval: int) -> list[int]:
+    """Return the steps in which all layers run: every `cache_interval`th, counted anew where guidance sets
+    in or ends, for then there are no features of as many samples."""
+    full: list[int] = []
+    for i in range(len(guided)):
+        if i == 0 or guided[i] != guided[i - 1] or i - full[-1] >= cache_interval:
+            full.append(i)
+    return full
+
+
+def _joined(negative: Any, positive: Any) -> Any:
+    """Stack the rows of two inputs, the negative ones first; constants are the same in both."""
+    if isinstance(positive, mx.array):
+        return mx.concatenate([negative, positive])
+    if isinstance(positive, Mapping):
+        return {key: _joined(negative[key], value) for key, value in positive.items()}
+    if isinstance(positive, list | tuple):
+        return [_joined(*pair) for pair in zip(negative, positive, strict=True)]
+    return positive
