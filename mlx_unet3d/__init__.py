@@ -26,7 +26,18 @@ if missing_backend() is None:
         UNetSpatioTemporalConditionModel,
         UNetSpatioTemporalConditionOutput,
     )
-    from .pipelines import DenoisingStep, TextToVideoPipeline, VideoOutput, VideoToVideoPipeline
+    from .pipelines import (
+        DenoisingStep,
+        I2VGenXLPipeline,
+        ImageStates,
+        Sampling,
+        StableVideoDiffusionPipeline,
+        TextStates,
+        TextToVideoPipeline,
+        VideoOutput,
+        VideoToVideoPipeline,
+        load_pipeline,
+    )
     from .schedulers import (
         DDIMScheduler,
         DDPMScheduler,
@@ -68,13 +79,18 @@ __all__ = [
     "EulerDiscreteScheduler",
     "FeatureCache",
     "HeunDiscreteScheduler",
+    "I2VGenXLPipeline",
     "I2VGenXLUNet",
     "I2VGenXLUNetOutput",
+    "ImageStates",
     "LCMScheduler",
     "MotionAdapter",
     "PNDMScheduler",
+    "Sampling",
+    "StableVideoDiffusionPipeline",
     "TCDScheduler",
     "TextContext",
+    "TextStates",
     "TextToVideoPipeline",
     "UNet3DConditionModel",
     "UNet3DConditionOutput",
@@ -86,6 +102,7 @@ __all__ = [
     "VideoOutput",
     "VideoToVideoPipeline",
     "__version__",
+    "load_pipeline",
     "media",
     "memory",
 ]

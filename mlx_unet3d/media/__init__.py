@@ -1,6 +1,6 @@
 """Frames <-> files: GIF, WebP, PNG, folders of PNG and MP4, with the settings that made them inside."""
 
-from .files import check_writable, encoders, read_metadata, read_video, write_video
+from .files import check_writable, encoders, read_image, read_metadata, read_video, write_video
 from .frames import to_uint8
 from .metadata import MetadataValue
 
@@ -8,6 +8,7 @@ __all__ = [
     "MetadataValue",
     "check_writable",
     "encoders",
+    "read_image",
     "read_metadata",
     "read_video",
     "to_uint8",

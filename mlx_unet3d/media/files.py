@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import PIL
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from ..atomic import check_place, whole_file, whole_folder
 from ..scalars import as_python
@@ -175,6 +175,22 @@ def read_video(
     if kind == "folder":
         return images.read_folder(reading)
     return mp4.read_mp4(reading) if kind == "mp4" else images.read_animation(reading)
+
+
+def read_image(path: PathLike) -> Image.Image:
+    """Read a picture, turned as its EXIF data say, of one of Pillow's formats that this package opens.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a damaged file, or more than 2**25 pixels.
+    """
+    source = Path(path).expanduser()
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; give a picture")
+    with images.open_image(source) as image:
+        Reading(source).check_size(*image.size)
+        image.load()
+        return ImageOps.exif_transpose(image)
 
 
 def read_metadata(path: PathLike) -> dict[str, MetadataValue]:

@@ -2,7 +2,24 @@
 
 from .decoding import VideoOutput
 from .denoising import DenoisingStep
+from .i2vgen_xl import I2VGenXLPipeline
+from .image import ImageStates
+from .loading import load_pipeline
+from .sampling import Sampling
+from .stable_video import StableVideoDiffusionPipeline
+from .text import TextStates
 from .text_to_video import TextToVideoPipeline
 from .video_to_video import VideoToVideoPipeline
 
-__all__ = ["DenoisingStep", "TextToVideoPipeline", "VideoOutput", "VideoToVideoPipeline"]
+__all__ = [
+    "DenoisingStep",
+    "I2VGenXLPipeline",
+    "ImageStates",
+    "Sampling",
+    "StableVideoDiffusionPipeline",
+    "TextStates",
+    "TextToVideoPipeline",
+    "VideoOutput",
+    "VideoToVideoPipeline",
+    "load_pipeline",
+]

@@ -1,0 +1,55 @@
+"""The pipeline of a folder, by the class that its `model_index.json` names."""
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import find_folder, read_json
+from ..errors import CheckpointError
+from .calls import VideoPipeline
+from .i2vgen_xl import I2VGenXLPipeline
+from .stable_video import StableVideoDiffusionPipeline
+from .text_to_video import TextToVideoPipeline
+from .video_to_video import VideoToVideoPipeline
+
+PIPELINES: dict[str, type[VideoPipeline]] = {
+    "TextToVideoSDPipeline": TextToVideoPipeline,
+    "TextToVideoMSPipeline": TextToVideoPipeline,
+    "VideoToVideoSDPipeline": VideoToVideoPipeline,
+    "StableVideoDiffusionPipeline": StableVideoDiffusionPipeline,
+    "I2VGenXLPipeline": I2VGenXLPipeline,
+}
+"""Pipelines by the class of diffusers whose folders they read."""
+
+
+def pipeline_class(path_or_id: str | Path, **hub: Any) -> type[VideoPipeline]:
+    """Return the class that reads a pipeline folder or hub id.
+
+    Args:
+        path_or_id: a folder, a hub id, or "demo".
+        hub: `revision`, `local_files_only`, `token`, `cache_dir`.
+
+    Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError for a
+    pipeline of another kind.
+    """
+    folder = find_folder(path_or_id, files=("model_index.json",), **hub)
+    name = read_json(folder / "model_index.json").get("_class_name")
+    if name not in PIPELINES:
+        raise CheckpointError(
+            f"{path_or_id}: model_index.json describes a {name!r}; there are pipelines for "
+            f"{', '.join(PIPELINES)}"
+        )
+    return PIPELINES[name]
+
+
+def load_pipeline(path_or_id: str | Path, **options: Any) -> VideoPipeline:
+    """Read a pipeline of any family; diffusers' `DiffusionPipeline.from_pretrained`.
+
+    Args:
+        path_or_id: a folder of diffusers or of the converter, a hub id, or "demo".
+        options: of the `from_pretrained` of the pipeline's class, such as `dtype`.
+
+    Raises as that does, and CheckpointError for a pipeline of another kind.
+    """
+    names = ("revision", "local_files_only", "token", "cache_dir")
+    hub = {name: options[name] for name in names if name in options}
+    return pipeline_class(path_or_id, **hub).from_pretrained(path_or_id, **options)
