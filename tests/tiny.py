@@ -10,13 +10,22 @@ import mlx.core as mx
 import numpy as np
 from mlx_unet3d import (
     AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    CLIPImageProcessor,
     CLIPTextModel,
     CLIPTokenizer,
+    CLIPVisionModelWithProjection,
     DDIMScheduler,
+    EulerDiscreteScheduler,
+    I2VGenXLPipeline,
+    I2VGenXLUNet,
+    StableVideoDiffusionPipeline,
     TextToVideoPipeline,
     UNet3DConditionModel,
+    UNetSpatioTemporalConditionModel,
 )
 from mlx.utils import tree_map_with_path
+from mlx_unet3d.pipelines.components import Recommended
 
 UNET = dict(
     block_out_channels=(8, 16),
@@ -83,9 +92,80 @@ def write_tokenizer(folder: Path) -> int:
     return len(words)
 
 
+VISION = dict(
+    hidden_size=8,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=16,
+    projection_dim=12,
+)
+SVD = dict(
+    block_out_channels=(32, 32),
+    down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+    up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    cross_attention_dim=12,
+    num_attention_heads=(2, 2),
+    layers_per_block=1,
+    addition_time_embed_dim=4,
+    projection_class_embeddings_input_dim=12,
+    num_frames=3,
+)
+TEMPORAL_VAE = dict(
+    block_out_channels=(32,) * 4,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    layers_per_block=1,
+)
+SVD_SCHEDULER = dict(
+    beta_schedule="scaled_linear",
+    prediction_type="v_prediction",
+    use_karras_sigmas=True,
+    sigma_min=0.002,
+    sigma_max=700.0,
+    timestep_type="continuous",
+)
+
+
 def write_pipeline(folder: Path) -> Path:
     """A pipeline folder in the MLX layout: a copy of the one that is made once a run."""
     return Path(shutil.copytree(_pipeline().name, folder, dirs_exist_ok=True))
+
+
+def processor() -> CLIPImageProcessor:
+    """The image processor of VISION."""
+    return CLIPImageProcessor(size=32, crop_size=32)
+
+
+def write_stable_video(folder: Path) -> Path:
+    """A Stable Video Diffusion folder in the MLX layout, whose videos are 3 frames of 32x48."""
+    pipe = StableVideoDiffusionPipeline(
+        vae=randomize(AutoencoderKLTemporalDecoder(**TEMPORAL_VAE), 1),
+        image_encoder=randomize(CLIPVisionModelWithProjection(**VISION), 2),
+        unet=randomize(UNetSpatioTemporalConditionModel(**SVD), 0),
+        scheduler=EulerDiscreteScheduler(**SVD_SCHEDULER),
+        feature_extractor=processor(),
+        recommended=Recommended(height=32, width=48),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def write_i2vgen_xl(folder: Path) -> Path:
+    """An I2VGen-XL folder in the MLX layout, whose videos are 3 frames of 32x48."""
+    words = write_tokenizer(folder / "tokenizer")
+    pipe = I2VGenXLPipeline(
+        vae=randomize(AutoencoderKL(**VAE), 1),
+        text_encoder=randomize(CLIPTextModel(vocab_size=words, **TEXT), 2),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", subfolder=None),
+        image_encoder=randomize(CLIPVisionModelWithProjection(**VISION), 3),
+        feature_extractor=processor(),
+        unet=randomize(I2VGenXLUNet(**{k: v for k, v in UNET.items() if k != "sample_size"}), 0),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        recommended=Recommended(num_frames=3, height=32, width=48),
+    )
+    pipe.save_pretrained(folder)
+    return folder
 
 
 @cache

@@ -5,12 +5,13 @@ import statistics
 import time
 
 import mlx.core as mx
+from PIL import Image
 
 from .. import __version__, memory
 from ..checkpoints import DEMO
-from ..pipelines import TextToVideoPipeline
-from . import options
+from . import families, options
 from .doctor import facts
+from .settings import DEFAULTS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -39,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
     options.advise()
     model = args.model if args.model is not None else DEMO
     dtype = args.dtype or ("float16" if mx.default_device() == mx.gpu else "float32")
-    pipe = TextToVideoPipeline.from_pretrained(
+    settings = DEFAULTS | {"model": model, "revision": args.revision, "prompt": ""}
+    family = families.find_family(settings, local_files_only=args.local_files_only)
+    pipe = family.pipeline.from_pretrained(
         model,
         dtype=options.DTYPES[dtype],
         vae_dtype=options.DTYPES[args.vae_dtype or "float32"],
@@ -49,21 +52,19 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.vae_tiling:
         pipe.enable_vae_tiling()
-    guidance, frames = pipe.guidance_scale(args.guidance), pipe.num_frames(args.num_frames)
-    height, width = (n * pipe.vae_scale_factor for n in pipe.latent_size(args.height, args.width))
+    chosen = {name: getattr(args, name) for name in ("num_frames", "height", "width", "guidance")}
+    settings |= {name: value for name, value in chosen.items() if value is not None}
+    settings["steps"] = args.steps + 1
+    families.complete(family, pipe, settings, None)
+    guidance, frames = settings["guidance"], settings["num_frames"]
+    height, width = settings["height"], settings["width"]
     options.check_size(frames, height, width)
-    states = pipe.encode_prompt("", guidance_scale=guidance)
+    image = Image.new("RGB", (width, height), "gray") if "image" in family.takes else None
+    states = families.encode(family, pipe, settings, image)
     mx.reset_peak_memory()
     seconds, latents = [], None
     start = time.perf_counter()
-    for record in pipe.steps(
-        states,
-        num_frames=frames,
-        height=height,
-        width=width,
-        num_inference_steps=args.steps + 1,
-        guidance_scale=guidance,
-    ):
+    for record in families.steps(family, pipe, states, None, settings):
         latents = record.latents
         mx.synchronize()
         seconds.append(time.perf_counter() - start)

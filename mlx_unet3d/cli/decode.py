@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import media
+from ..checkpoints import read_component_config
 from ..latents import SavedLatents, open_latents
 from ..models.autoencoder_kl import AutoencoderKL
+from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..pipelines.decoding import decode_latents
 from . import options
 from .settings import DEFAULTS, is_same_model, of_file, public, trusted
 
 # What the command line can change of what the file says.
-_CHANGED = ("model", "revision", "variant", "fps", "vae_dtype", "vae_tiling")
+_CHANGED = ("model", "revision", "variant", "fps", "vae_dtype", "vae_tiling", "decode_chunk_size")
+_FPS = 8.0
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -30,6 +33,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--fps", type=options.rate, help="frames a second (default: as asked then)")
+    parser.add_argument(
+        "--decode-chunk-size",
+        type=options.count,
+        metavar="N",
+        help="frames that the decoder of Stable Video Diffusion takes together (default: as then)",
+    )
     options.add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -46,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     options.check_latents(saved.path, saved.shape, settings)
     trusted({"model": settings["model"]}, saved.path, given)
     output = options.output_of(args.latents) if args.output is None else args.output
-    media.check_writable(output, fps=settings["fps"], metadata=public(settings), overwrite=args.overwrite)
+    rate = settings["fps"] or _FPS
+    media.check_writable(output, fps=rate, metadata=public(settings), overwrite=args.overwrite)
     make_video(args, saved, settings, output)
     return 0
 
@@ -54,19 +64,23 @@ def run(args: argparse.Namespace) -> int:
 def make_video(args: argparse.Namespace, saved: SavedLatents, settings: dict[str, Any], output: str) -> None:
     """Decode latents with these settings, and write them."""
     latents, _ = saved.read()
+    rate = settings["fps"] or _FPS
     options.advise()
     with options.stage("load"):
-        vae = AutoencoderKL.from_pretrained(
+        where = dict(revision=settings["revision"], local_files_only=args.local_files_only)
+        config = read_component_config(settings["model"], "config.json", subfolder="vae", **where)
+        temporal = config.get("_class_name") in AutoencoderKLTemporalDecoder.class_names
+        kind = AutoencoderKLTemporalDecoder if temporal else AutoencoderKL
+        vae = kind.from_pretrained(
             settings["model"],
             subfolder="vae",
             dtype=options.DTYPES[settings["vae_dtype"]],
-            revision=settings["revision"],
             variant=settings["variant"],
-            local_files_only=args.local_files_only,
+            **where,
         )
     if settings["vae_tiling"]:
         vae.enable_tiling()
     with options.stage("decode"):
-        frames = decode_latents(vae, latents, progress=True)
-    media.write_video(output, media.to_uint8(frames[0]), fps=settings["fps"], metadata=public(settings))
+        frames = decode_latents(vae, latents, decode_chunk_size=settings["decode_chunk_size"], progress=True)
+    media.write_video(output, media.to_uint8(frames[0]), fps=rate, metadata=public(settings))
     print(output)

@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..latents import save_latents
 from ..pipelines import DenoisingStep
 from . import options
-from .settings import outside
+from .settings import INPUTS, LISTS, outside
 
 EVERY_SECONDS = 5.0
 _SHARE = 0.05
@@ -27,6 +27,7 @@ class Keeper:
         settings: of the run.
         given: predictions that an earlier run left.
         left: the file that it left, which goes when this run is finished.
+        frames_axis: axis of the frames in latents; files have (B, C, F, h, w).
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Keeper:
         settings: Mapping[str, Any],
         given: Sequence[mx.array] = (),
         left: Path | None = None,
+        frames_axis: int = 2,
     ):
         self.path, self.settings, self.given = path, settings, len(given)
         self.newest = self._left = left
         """The file from which the run can go on, or be decoded; None before the first."""
         self.is_finished = False
+        self._frames_axis = frames_axis
         self._made: list[mx.array] = []
         self._record: DenoisingStep | None = None
         self._saved, self._due = 0, time.monotonic() + EVERY_SECONDS
@@ -77,7 +80,7 @@ class Keeper:
         """Write the finished latents; where that fails, the last file of the run stays."""
 
         def save(path: Path) -> None:
-            save_latents(path, latents, self.settings)
+            save_latents(path, swapped(latents, self._frames_axis), self.settings)
             self.newest, self.is_finished = path, True
 
         self._somewhere(save)
@@ -105,7 +108,8 @@ class Keeper:
         if done <= max(self._saved, self.given if self.newest is not None else 0):
             return  # what is on disk goes further
         # The guess of the finished latents: the noisy ones would decode to noise.
-        save_latents(path, self._record.denoised, dict(self.settings) | {"steps_done": done}, self._made)
+        denoised, *made = (swapped(x, self._frames_axis) for x in (self._record.denoised, *self._made))
+        save_latents(path, denoised, dict(self.settings) | {"steps_done": done}, made)
         self.newest, self._saved = path, done
 
     def _somewhere(self, save: Any) -> None:
@@ -124,6 +128,11 @@ class Keeper:
 
     def _command(self, command: str) -> str:
         """A command line that goes on from the file, naming what lies outside the current folder."""
-        names = ("model",) if command == "decode" else ("model", "video", "lora")
+        names = ("model",) if command == "decode" else ("model", *INPUTS, *LISTS)
         words = outside({name: self.settings.get(name) for name in names})
         return " ".join(["mlx-unet3d", command, shlex.quote(str(self.newest)), *words])
+
+
+def swapped(latents: mx.array, frames_axis: int) -> mx.array:
+    """Exchange frames and channels where a pipeline has its frames on axis 1, for files have theirs on 2."""
+    return latents.transpose(0, 2, 1, 3, 4) if frames_axis == 1 else latents

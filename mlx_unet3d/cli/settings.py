@@ -94,7 +94,7 @@ SETTINGS: dict[str, Setting] = {
     "dtype": Setting(None, options.one_of(*options.DTYPES)),
     "vae_dtype": Setting("float32", options.one_of(*options.DTYPES)),
     "vae_tiling": Setting(False, bool, bool),
-    "fps": Setting(8.0, options.rate, float),
+    "fps": Setting(None, options.rate, float),
     "model": Setting(None, options.path),
     "revision": Setting(None, options.path),
     "variant": Setting(None, options.path),
@@ -107,14 +107,21 @@ SETTINGS: dict[str, Setting] = {
     "guidance_to": Setting(1.0, options.number, float),
     "video": Setting(None, options.path),
     "strength": Setting(0.6, options.number, float),
+    "image": Setting(None, options.path),
+    "min_guidance": Setting(1.0, options.number, float),
+    "motion_bucket": Setting(127.0, options.number, float),
+    "noise_aug": Setting(0.02, options.number, float),
+    "decode_chunk_size": Setting(None, options.count, int),
 }
 LISTS = ("lora", "embedding")
 """Settings of several files, each with a weight or a token, as JSON."""
+INPUTS = ("video", "image")
+"""Settings that name a file to start from, never a repository."""
 
 DEFAULTS: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
 
 # What a file says besides of how it was made; text, but for the number of steps.
-_RECORDS = ("weights", "video_frames", "program", "mlx")
+_RECORDS = ("weights", "video_frames", "image_pixels", "program", "mlx")
 
 
 def of_file(found: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
@@ -185,8 +192,9 @@ def public(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in LISTS:
         if settings.get(name) is not None:
             named[name] = json.dumps([(_public(path), value) for path, value in json.loads(settings[name])])
-    if settings.get("video") is not None:
-        named["video"] = _name(settings["video"])
+    for name in INPUTS:
+        if settings.get(name) is not None:
+            named[name] = _name(settings[name])
     return named
 
 
@@ -196,18 +204,18 @@ def is_same_model(given: str, named: str | None) -> bool:
 
 
 def trusted(settings: Mapping[str, Any], source: str | Path, given: Mapping[str, Any]) -> None:
-    """Say which model, LoRAs and input video a file of settings names, before any is read.
+    """Say which model, LoRAs and inputs a file of settings names, before any is read.
 
     Raises ValueError for one outside the current folder that the command line, `given`, does not name too: a
     file may come from anybody.
     """
     named = [("model", settings.get("model"))]
     named += [(name, path) for name in LISTS for path, _ in json.loads(settings.get(name) or "[]")]
-    named += [("video", settings.get("video"))]
+    named += [(name, settings.get(name)) for name in INPUTS]
     for name, path in named:
         if path is None or name in given:
             continue
-        if (name == "video" or is_local(path)) and not _is_inside(path):
+        if (name in INPUTS or is_local(path)) and not _is_inside(path):
             raise ValueError(
                 f"{source} names the {name} {printable(path)}, which is not in the current folder; give it, "
                 f"or another, with --{name}"
@@ -227,9 +235,9 @@ def _is_inside(path: str) -> bool:
 def outside(settings: Mapping[str, Any]) -> list[str]:
     """The words of a command line that name the files of these settings outside the current folder."""
     words: list[str] = []
-    for name in ("model", "video"):
+    for name in ("model", *INPUTS):
         path = settings.get(name)
-        if path is not None and (name == "video" or is_local(path)) and not _is_inside(path):
+        if path is not None and (name in INPUTS or is_local(path)) and not _is_inside(path):
             words += [f"--{name}", shlex.quote(path)]
     for name in LISTS:
         pairs = json.loads(settings.get(name) or "[]")
@@ -241,7 +249,7 @@ def outside(settings: Mapping[str, Any]) -> list[str]:
 
 
 def checksum_of_frames(frames: np.ndarray) -> str:
-    """A fingerprint of an input video (F, H, W, 3), 16 hex digits."""
+    """Return a fingerprint of frames (F, H, W, 3) or of a picture (H, W, 3), 16 hex digits."""
     digest = hashlib.sha256(repr(frames.shape).encode())
     digest.update(memoryview(np.ascontiguousarray(frames)).cast("B"))
     return digest.hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""Before a run of `generate`: its pipeline with adapters, its memory options, its inputs."""
+
+import argparse
+import json
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from .. import __version__, media, memory
+from ..checkpoints import checksum
+from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, read_adapter
+from ..chips import working_set
+from ..pipelines.calls import VideoPipeline
+from . import options
+from .families import Family
+from .settings import check, checksum_of_frames
+
+
+def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> VideoPipeline:
+    loras = [
+        (read_adapter(path, local_files_only=args.local_files_only), path, weight)
+        for path, weight in json.loads(settings.get("lora") or "[]")
+    ]
+    pipe = family.pipeline.from_pretrained(
+        settings["model"],
+        dtype=options.DTYPES[settings["dtype"]],
+        vae_dtype=options.DTYPES[settings["vae_dtype"]],
+        scheduler=settings["scheduler"],
+        revision=settings["revision"],
+        variant=settings["variant"],
+        local_files_only=args.local_files_only,
+    )
+    settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
+    pipe.unet.set_convolution(settings["convolution"])
+    if settings["vae_tiling"]:
+        pipe.enable_vae_tiling()
+    settings["weights"] = pipe.weights_checksum
+    for file, path, weight in loras:
+        counts = pipe.load_lora_weights(file, path, weight=weight)
+        layers = ", ".join(f"{count} layers of the {name}" for name, count in counts.items())
+        options.say(f"LoRA {path}: {layers}, weight {weight:g}")
+        settings["weights"] += "+" + checksum([file.path])
+    for path, token in json.loads(settings.get("embedding") or "[]"):
+        file = read_adapter(path, names=TEXTUAL_INVERSION_NAMES, local_files_only=args.local_files_only)
+        name, *more = pipe.load_textual_inversion(file, token)
+        options.say(f"embedding {path}: {name!r}, {len(more) + 1} vectors")
+        settings["weights"] += "+" + checksum([file.path])
+    replayed = settings.pop("replayed_weights", None)
+    if replayed not in (None, settings["weights"]):
+        if "resume" in args:
+            raise ValueError(f"the weights in {settings['model']} are not those of the run in {args.resume}")
+        options.say("the weights are not those of the replayed video: the result will differ")
+    for name in [name for name in settings if name.startswith("replayed_")]:
+        del settings[name]
+    settings |= {"program": f"mlx-unet3d {__version__}", "mlx": mx.__version__}
+    return pipe
+
+
+def fit(pipe: VideoPipeline, settings: dict[str, Any], choice: str | float) -> None:
+    """Choose the memory options of the pipeline, and say so where they are not the defaults."""
+    if choice == "off":
+        return
+    budget = memory.available() if choice == "auto" else working_set(choice)
+    if choice != "auto" or mx.default_device() == mx.gpu:
+        memory.apply_limits(budget)
+    factor = pipe.vae_scale_factor
+    plan = memory.plan(
+        memory.Networks.of(pipe),
+        num_frames=settings["num_frames"],
+        height=max(settings["height"] // factor, 1) * factor,
+        width=max(settings["width"] // factor, 1) * factor,
+        guidance=settings["guidance"] > 1,
+        encoded=settings["video"] is not None,
+        cache_depth=settings["cache_depth"] if settings["cache_interval"] > 1 else None,
+        dtype=pipe.unet.dtype,
+        vae_dtype=pipe.vae.dtype,
+        vae_tiling=settings["vae_tiling"],
+        decode_chunk_size=settings["decode_chunk_size"],
+        budget=budget,
+        find_nearest=False,
+    )
+    plan.settings.apply(pipe)
+    sizes = f"{plan.peak / 1e9:.2f} GB of {budget / 1e9:.2f} GB"
+    if not plan.fits:
+        options.say(f"memory: this may not fit, {sizes} with {plan.settings}; see mlx-unet3d plan")
+    elif plan.settings != memory.Settings():
+        options.say(f"memory: {plan.settings}, to fit: {sizes}")
+
+
+def read_frames(settings: dict[str, Any]) -> np.ndarray:
+    """The input video (F, H, W, 3), its first frames where a number is asked for, resized for a size.
+
+    Its size goes into the settings; the encoder of the VAE leaves out what is over at the right and below.
+    """
+    source, wanted = settings["video"], settings["num_frames"]
+    frames, _ = media.read_video(source, num_frames=wanted, size=(settings["height"], settings["width"]))
+    if wanted is not None and wanted > len(frames):
+        raise ValueError(
+            f"--num-frames {wanted}: {source} has only {len(frames)} frames; ask for as many or fewer"
+        )
+    settings |= dict(zip(("num_frames", "height", "width"), frames.shape, strict=False))
+    check(settings)
+    note(settings, "video", "video_frames", frames)
+    return frames
+
+
+def read_picture(settings: dict[str, Any]) -> Image.Image:
+    """Read the image to start from, turned as its EXIF data say."""
+    picture = media.read_image(settings["image"])
+    note(settings, "image", "image_pixels", np.asarray(picture.convert("RGB")))
+    return picture
+
+
+def note(settings: dict[str, Any], name: str, record: str, pixels: np.ndarray) -> None:
+    """Remember the fingerprint of an input, and say where it is not that of the replayed run."""
+    settings[record] = checksum_of_frames(pixels)
+    if settings.pop(f"replayed_{record}", None) not in (None, settings[record]):
+        parts = "frames" if name == "video" else "pixels"
+        options.say(
+            f"the {parts} of {settings[name]} are not those of the replayed video: the result will differ"
+        )
