@@ -1,5 +1,6 @@
 """Pipelines without torch: what they return, take and refuse."""
 
+import inspect
 import json
 import shutil
 
@@ -412,3 +413,99 @@ def test_failed_save_does_not_load(pipe, tmp_path, monkeypatch):
         pipe.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError):
         TextToVideoPipeline.from_pretrained(tmp_path)
+
+
+# What diffusers' users type.
+
+
+def test_generator_is_a_seed(pipe):
+    expected = pipe("a cat", seed=5, **SHORT).frames
+    assert np.array_equal(pipe("a cat", generator=5, **SHORT).frames, expected)
+    both = pipe(["a cat", "a cat"], generator=[5, 6], **SHORT).frames
+    assert np.abs(both[0] - expected[0]).max() < 1e-4
+    with pytest.raises(TypeError, match="generator is a object; give seed=, a number or one a video"):
+        pipe("a cat", generator=object(), **SHORT)
+
+
+def test_several_videos_of_a_prompt(pipe, video_pipe):
+    single = pipe(["a cat", "a dog"], seed=[0, 2], **SHORT).frames
+    four = pipe(["a cat", "a dog"], num_videos_per_prompt=2, seed=[0, 1, 2, 3], **SHORT).frames
+    assert np.abs(four[[0, 2]] - single).max() < 1e-4
+    assert np.abs(four[1] - four[0]).max() > 1e-3
+    args = dict(prompt="a cat", video=clip(), num_inference_steps=4)
+    two = video_pipe(num_videos_per_prompt=2, seed=[0, 1], **args).frames
+    assert np.abs(two[0] - video_pipe(seed=0, **args).frames[0]).max() < 1e-4
+    with pytest.raises(ValueError, match="num_videos_per_prompt=0"):
+        pipe("a cat", num_videos_per_prompt=0, **SHORT)
+
+
+def test_callback_on_step_end(pipe):
+    seen = []
+
+    def keep(which, step, timestep, tensors):
+        assert which is pipe
+        seen.append((step, timestep, tensors["latents"]))
+        return tensors
+
+    frames = pipe("a cat", callback_on_step_end=keep, **SHORT).frames
+    assert [step for step, _, _ in seen] == [0, 1]
+    assert np.array_equal(frames, pipe("a cat", **SHORT).frames)
+    zeros = pipe("a cat", callback_on_step_end=lambda *_: {"latents": mx.zeros((1, 4, 3, 4, 4))}, **SHORT)
+    assert np.array_equal(zeros.frames, pipe.decode(mx.zeros((1, 4, 3, 4, 4))))
+    half = pipe("a cat", callback_on_step_end=lambda *a: {"latents": a[3]["latents"] / 2}, **SHORT).frames
+    assert not np.allclose(half, frames, atol=1e-3)
+    with pytest.raises(ValueError, match=r"latents of a callback have shape \(1,\)"):
+        pipe("a cat", callback_on_step_end=lambda *_: {"latents": mx.zeros(1)}, **SHORT)
+    with pytest.raises(ValueError, match="has 'prompt_embeds'; a callback is given 'latents' alone"):
+        pipe("a cat", callback_on_step_end_tensor_inputs=["prompt_embeds"], **SHORT)
+
+
+def test_schedules_of_ones_own(pipe):
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    states = pipe.encode_prompt("a cat")
+    records = list(pipe.steps(states, num_frames=2, timesteps=[900, 500, 100]))
+    assert [record.timestep for record in records] == [900, 500, 100]
+    assert len(list(pipe.steps(states, num_frames=2, sigmas=[10.0, 1.0, 0.0]))) == 2
+    with pytest.raises(ValueError, match="give one of"):
+        pipe("a cat", timesteps=[900], sigmas=[1.0, 0.0])
+
+
+def test_from_pipe_shares_the_weights(pipe, video_pipe):
+    video = VideoToVideoPipeline.from_pipe(pipe)
+    assert video.unet is pipe.unet
+    args = dict(prompt="a cat", video=clip(), num_inference_steps=4)
+    assert np.array_equal(video(**args).frames, video_pipe(**args).frames)
+    other = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert VideoToVideoPipeline.from_pipe(pipe, scheduler=other).scheduler is other
+    assert pipe.components.keys() == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    pipe.release("unet")
+    with pytest.raises(ValueError, match="VideoToVideoPipeline needs unet, which this TextToVideoPipeline"):
+        VideoToVideoPipeline.from_pipe(pipe)
+
+
+def test_parts_in_place_of_the_folders(folder, pipe):
+    unet = tiny.randomize(UNet3DConditionModel(**tiny.UNET), 9)
+    assert TextToVideoPipeline.from_pretrained(folder, unet=unet).unet is unet
+    with pytest.raises(TypeError, match="unexpected keyword argument 'controlnet'; parts are unet, vae"):
+        TextToVideoPipeline.from_pretrained(folder, controlnet=unet)
+    with pytest.raises(TypeError, match="vae is a UNet3DConditionModel; give a AutoencoderKL"):
+        TextToVideoPipeline(unet, unet, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
+
+
+def test_switches_that_have_nothing_to_do_say_so(pipe):
+    with pytest.warns(UserWarning, match="to does nothing in mlx_unet3d: MLX computes on its default device"):
+        assert pipe.to("mps") is pipe
+    with pytest.raises(TypeError, match=r"choose the dtype when loading"):
+        pipe.to(mx.float16)
+    for name in ("enable_model_cpu_offload", "enable_xformers_memory_efficient_attention"):
+        with pytest.warns(UserWarning, match=f"{name} does nothing"):
+            getattr(pipe, name)()
+
+
+def test_signatures_show_every_setting(pipe):
+    for call in (TextToVideoPipeline.__call__, VideoToVideoPipeline.__call__):
+        names = set(inspect.signature(call).parameters)
+        assert {"seed", "rng", "cache_interval", "output_type", "progress", "generator"} <= names
+        assert "options" not in names
+    with pytest.raises(TypeError, match="'num_inference_step'; did you mean num_inference_steps"):
+        pipe.sampling(num_inference_step=3)

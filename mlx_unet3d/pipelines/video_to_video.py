@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .decoding import VideoOutput
 from .denoising import Steps, denoise, fold_frames, unfold_frames
@@ -87,8 +88,7 @@ class VideoToVideoPipeline(UNet3DPipeline):
         scheduler, noise = sampling.lay_out(self.scheduler), sampling.noise(batch)
         first = first_step(strength, scheduler.num_inference_steps) * scheduler.order
 
-        clean = self._encode_video(video, videos, noise)  # (B, C, F, h, w)
-        clean = fold_frames(mx.repeat(clean, num_videos_per_prompt, axis=0))  # (N, C, h, w)
+        clean = fold_frames(self._encode_video(video, videos, num_videos_per_prompt, noise))
         scheduler.set_begin_index(first)
         start = scheduler.timesteps[first : first + 1]
         latents = scheduler.add_noise(clean, noise(tuple(clean.shape)), start)
@@ -105,8 +105,8 @@ class VideoToVideoPipeline(UNet3DPipeline):
             folded=True,
         )
 
-    def _encode_video(self, video: Any, batch: int, noise: BatchNoise) -> mx.array:
-        """-> latents (B, C, F, h, w)."""
+    def _encode_video(self, video: Any, batch: int, copies: int, noise: BatchNoise) -> mx.array:
+        """-> latents (B * copies, C, F, h, w)."""
         self._need("vae")
         channels = self.vae.config.latent_channels
         if isinstance(video, mx.array):
@@ -115,7 +115,7 @@ class VideoToVideoPipeline(UNet3DPipeline):
                     f"video has shape {tuple(video.shape)}; an mx.array must hold latents "
                     f"({batch}, {channels}, frames, height, width)"
                 )
-            return video.astype(mx.float32)
+            return mx.repeat(video.astype(mx.float32), copies, axis=0)
         pixels = as_pixels(video)
         factor = self.vae_scale_factor
         if pixels.shape[0] != batch or min(pixels.shape[2:4]) < factor:
@@ -123,10 +123,14 @@ class VideoToVideoPipeline(UNet3DPipeline):
                 f"video has shape {pixels.shape}; it must be ({batch}, frames, height, width, 3), one a "
                 f"prompt, with height and width of at least {factor}"
             )
+        each_its_own = len(noise.sources) > 1
+        if each_its_own:
+            pixels = np.repeat(pixels, copies, axis=0)
         # (B, F, H, W, 3) in [0, 1] -> (B*F, 3, H, W) in [-1, 1]
         images = mx.array(pixels.reshape(-1, *pixels.shape[2:])).transpose(0, 3, 1, 2) * 2 - 1
         latents = self.vae.encode(images).sample(noise)
-        return unfold_frames(self.vae.scale_latents(latents.astype(mx.float32)), batch)
+        latents = unfold_frames(self.vae.scale_latents(latents.astype(mx.float32)), pixels.shape[0])
+        return latents if each_its_own else mx.repeat(latents, copies, axis=0)
 
 
 def first_step(strength: float, num_inference_steps: int) -> int:
