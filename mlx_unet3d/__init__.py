@@ -27,6 +27,7 @@ if missing_backend() is None:
         UNetSpatioTemporalConditionOutput,
     )
     from .pipelines import (
+        AnimateDiffPipeline,
         DenoisingStep,
         I2VGenXLPipeline,
         ImageStates,
@@ -61,6 +62,7 @@ else:
 
 
 __all__ = [
+    "AnimateDiffPipeline",
     "AutoencoderKL",
     "AutoencoderKLTemporalDecoder",
     "CLIPImageProcessor",

@@ -85,7 +85,7 @@ def read_adapter(
     path = Path(source).expanduser()
     if not path.is_file():
         if not path.is_dir() and isinstance(source, str):
-            source, inside, name = _inside_hub(source)
+            source, inside, name = inside_hub(source)
             if inside is not None:
                 hub["subfolder"] = "/".join(part for part in (hub.get("subfolder"), inside) if part)
             weight_name = weight_name if name is None else name
@@ -118,7 +118,7 @@ def read_adapter(
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-def _inside_hub(source: str) -> tuple[str, str | None, str | None]:
+def inside_hub(source: str) -> tuple[str, str | None, str | None]:
     """The hub id, the folder and the file of OWNER/NAME/FOLDER/FILE, the last two None where absent."""
     owner, _, rest = source.partition("/")
     name, _, inside = rest.partition("/")

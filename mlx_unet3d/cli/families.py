@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..pipelines import (
+    AnimateDiffPipeline,
     I2VGenXLPipeline,
     StableVideoDiffusionPipeline,
     TextToVideoPipeline,
@@ -55,6 +56,12 @@ FAMILIES = (
         VideoToVideoPipeline,
         (*_TEXT, "video", "strength"),
         {"strength": "strength"},
+    ),
+    Family(
+        "AnimateDiff",
+        AnimateDiffPipeline,
+        (*_TEXT, "motion_adapter", "ip_adapter", "ip_image", "ip_scale"),
+        _SIZE,
     ),
     Family(
         "Stable Video Diffusion",
@@ -103,6 +110,8 @@ def check_family(family: Family, settings: Mapping[str, Any], given: Mapping[str
                 f"{flag(name)} means nothing to {family.name} models; it is for {', '.join(able)}: leave it "
                 "out, or give another --model"
             )
+    if (settings["ip_image"] is None) != (settings["ip_adapter"] is None):
+        raise ValueError("--ip-adapter and --ip-image go together: the adapter takes the image as a prompt")
     for name in ("prompt", "image", "video"):
         if name in family.takes and settings[name] is None:
             cure = "give one, or --from a video" if name == "prompt" else f"give one with {flag(name)}"
@@ -114,11 +123,24 @@ def flag(name: str) -> str:
     return "the prompt" if name == "prompt" else "--" + name.replace("_", "-")
 
 
+@dataclass(frozen=True)
+class States:
+    """Encoded prompts and images: what `steps` of a pipeline takes by position, and by keyword."""
+
+    positional: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+
 def encode(
-    family: Family, pipe: VideoPipeline, settings: Mapping[str, Any], image: Image.Image | None
-) -> tuple[Any, ...]:
-    """Return the states of prompt and image, as `steps` of the pipeline takes them."""
+    family: Family,
+    pipe: VideoPipeline,
+    settings: Mapping[str, Any],
+    image: Image.Image | None,
+    ip_image: Image.Image | None = None,
+) -> States:
+    """Return the states of prompt and images, as `steps` of the pipeline takes them."""
     states: list[Any] = []
+    more = {}
     if "prompt" in family.takes:
         skip = settings["clip_skip"]
         states.append(
@@ -132,7 +154,10 @@ def encode(
     if "image" in family.takes:
         size = {name: settings[name] for name in ("height", "width")}
         states.append(pipe.encode_image(image, **size))
-    return tuple(states)
+    if ip_image is not None:
+        embeds = pipe.encode_ip_adapter_image(ip_image, guidance_scale=settings["guidance"])
+        more["ip_adapter_image_embeds"] = embeds
+    return States(tuple(states), more)
 
 
 def release_encoders(pipe: VideoPipeline) -> None:
@@ -144,7 +169,7 @@ def release_encoders(pipe: VideoPipeline) -> None:
 def steps(
     family: Family,
     pipe: VideoPipeline,
-    states: tuple[Any, ...],
+    states: States,
     video: np.ndarray | None,
     settings: Mapping[str, Any],
     predictions: Sequence[mx.array] = (),
@@ -154,7 +179,8 @@ def steps(
     if video is not None:
         own["video"] = video
     return pipe.steps(
-        *states,
+        *states.positional,
+        **states.keywords,
         **own,
         num_inference_steps=settings["steps"],
         guidance_scale=settings["guidance"],

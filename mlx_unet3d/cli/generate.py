@@ -141,6 +141,22 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="frames that the decoder of Stable Video Diffusion takes together (default: all, where MLX can)",
     )
 
+    group = parser.add_argument_group("AnimateDiff")
+    group.add_argument(
+        "--motion-adapter",
+        type=options.path,
+        metavar="PATH_OR_ID",
+        help="motion modules that make a Stable Diffusion model move: a folder, a file or a hub id",
+    )
+    group.add_argument(
+        "--ip-adapter",
+        type=options.path,
+        metavar="PATH_OR_ID",
+        help="takes an image as a prompt: a folder, a file, or on the hub OWNER/NAME/FOLDER/FILE",
+    )
+    group.add_argument("--ip-image", type=options.path, metavar="FILE", help="the image for --ip-adapter")
+    group.add_argument("--ip-scale", type=options.number, metavar="X", help="its weight (default: 1)")
+
     options.add_model_options(parser)
     parser.add_argument(
         "--lora",
@@ -245,7 +261,7 @@ def check_output(args: argparse.Namespace, output: str, settings: dict[str, Any]
 def make_videos(args: argparse.Namespace, family: Family, job: Job) -> int:
     settings = job.settings
     video = None if settings["video"] is None else read_frames(settings)
-    image = None if settings["image"] is None else read_picture(settings)
+    image, ip_image = (read_picture(settings, name) for name in ("image", "ip_image"))
     options.advise()
 
     with options.stage("load"):
@@ -253,7 +269,7 @@ def make_videos(args: argparse.Namespace, family: Family, job: Job) -> int:
         families.complete(family, pipe, settings, image)
         fit(pipe, settings, args.memory)
     with options.stage("encode"):
-        states = families.encode(family, pipe, settings, image)
+        states = families.encode(family, pipe, settings, image, ip_image)
         families.release_encoders(pipe)  # their memory is wanted from here on
 
     finished: list[tuple[str, mx.array, Keeper]] = []
@@ -287,7 +303,7 @@ def make_videos(args: argparse.Namespace, family: Family, job: Job) -> int:
 def denoise(
     family: Family,
     pipe: VideoPipeline,
-    states: tuple[Any, ...],
+    states: families.States,
     video: np.ndarray | None,
     settings: dict[str, Any],
     keeper: Keeper,

@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..latents import save_latents
 from ..pipelines import DenoisingStep
 from . import options
-from .settings import INPUTS, LISTS, outside
+from .settings import INPUTS, LISTS, MODELS, outside
 
 EVERY_SECONDS = 5.0
 _SHARE = 0.05
@@ -128,7 +128,7 @@ class Keeper:
 
     def _command(self, command: str) -> str:
         """A command line that goes on from the file, naming what lies outside the current folder."""
-        names = ("model",) if command == "decode" else ("model", *INPUTS, *LISTS)
+        names = ("model",) if command == "decode" else (*MODELS, *INPUTS, *LISTS)
         words = outside({name: self.settings.get(name) for name in names})
         return " ".join(["mlx-unet3d", command, shlex.quote(str(self.newest)), *words])
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,12 +11,12 @@ from PIL import Image
 
 from .. import __version__, media, memory
 from ..checkpoints import checksum
-from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, read_adapter
+from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, inside_hub, read_adapter
 from ..chips import working_set
 from ..pipelines.calls import VideoPipeline
 from . import options
 from .families import Family
-from .settings import check, checksum_of_frames
+from .settings import RECORDED, check, checksum_of_frames
 
 
 def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> VideoPipeline:
@@ -23,6 +24,9 @@ def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> 
         (read_adapter(path, local_files_only=args.local_files_only), path, weight)
         for path, weight in json.loads(settings.get("lora") or "[]")
     ]
+    more = {}
+    if "motion_adapter" in family.takes and settings["motion_adapter"] is not None:
+        more["motion_adapter"] = settings["motion_adapter"]
     pipe = family.pipeline.from_pretrained(
         settings["model"],
         dtype=options.DTYPES[settings["dtype"]],
@@ -31,6 +35,7 @@ def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> 
         revision=settings["revision"],
         variant=settings["variant"],
         local_files_only=args.local_files_only,
+        **more,
     )
     settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
     pipe.unet.set_convolution(settings["convolution"])
@@ -47,6 +52,8 @@ def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> 
         name, *more = pipe.load_textual_inversion(file, token)
         options.say(f"embedding {path}: {name!r}, {len(more) + 1} vectors")
         settings["weights"] += "+" + checksum([file.path])
+    if settings["ip_adapter"] is not None:
+        load_ip_adapter(args, pipe, settings)
     replayed = settings.pop("replayed_weights", None)
     if replayed not in (None, settings["weights"]):
         if "resume" in args:
@@ -56,6 +63,20 @@ def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> 
         del settings[name]
     settings |= {"program": f"mlx-unet3d {__version__}", "mlx": mx.__version__}
     return pipe
+
+
+def load_ip_adapter(args: argparse.Namespace, pipe: VideoPipeline, settings: dict[str, Any]) -> None:
+    """Load an IP-Adapter, of a file, a folder, or on the hub OWNER/NAME[/FOLDER][/FILE]."""
+    source, subfolder, name = place_of(settings["ip_adapter"])
+    pipe.load_ip_adapter(source, subfolder, name, local_files_only=args.local_files_only)
+    pipe.set_ip_adapter_scale(settings["ip_scale"])
+    options.say(f"IP-Adapter {settings['ip_adapter']}: scale {settings['ip_scale']:g}")
+
+
+def place_of(name: str) -> tuple[str, str | None, str | None]:
+    """Return the folder or hub id of a file, the folder in it, and the file's name."""
+    path = Path(name).expanduser()
+    return (str(path.parent), None, path.name) if path.is_file() else inside_hub(name)
 
 
 def fit(pipe: VideoPipeline, settings: dict[str, Any], choice: str | float) -> None:
@@ -102,19 +123,22 @@ def read_frames(settings: dict[str, Any]) -> np.ndarray:
         )
     settings |= dict(zip(("num_frames", "height", "width"), frames.shape, strict=False))
     check(settings)
-    note(settings, "video", "video_frames", frames)
+    note(settings, "video", frames)
     return frames
 
 
-def read_picture(settings: dict[str, Any]) -> Image.Image:
-    """Read the image to start from, turned as its EXIF data say."""
-    picture = media.read_image(settings["image"])
-    note(settings, "image", "image_pixels", np.asarray(picture.convert("RGB")))
+def read_picture(settings: dict[str, Any], name: str) -> Image.Image | None:
+    """Read a picture that settings name, turned as its EXIF data say; None where there is none."""
+    if settings[name] is None:
+        return None
+    picture = media.read_image(settings[name])
+    note(settings, name, np.asarray(picture.convert("RGB")))
     return picture
 
 
-def note(settings: dict[str, Any], name: str, record: str, pixels: np.ndarray) -> None:
+def note(settings: dict[str, Any], name: str, pixels: np.ndarray) -> None:
     """Remember the fingerprint of an input, and say where it is not that of the replayed run."""
+    record = RECORDED[name]
     settings[record] = checksum_of_frames(pixels)
     if settings.pop(f"replayed_{record}", None) not in (None, settings[record]):
         parts = "frames" if name == "video" else "pixels"

@@ -13,7 +13,18 @@ from ..checkpoints import DEMO
 from ..latents import SavedLatents
 from . import options
 from .families import flag
-from .settings import DEFAULTS, INPUTS, LISTS, SETTINGS, check, is_same_model, of_file, trusted
+from .settings import (
+    DEFAULTS,
+    INPUTS,
+    LISTS,
+    MODELS,
+    RECORDED,
+    SETTINGS,
+    check,
+    is_same_model,
+    of_file,
+    trusted,
+)
 
 
 def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,7 +87,7 @@ def embedding_setting(values: Sequence[str]) -> tuple[str, str | None]:
 
 
 # What names files; the rest of a run is as it was begun.
-_PLACES = {"model", *LISTS, *INPUTS}
+_PLACES = {*MODELS, *LISTS, *INPUTS}
 
 
 def resumed_settings(args: argparse.Namespace, saved: SavedLatents) -> dict[str, Any]:
@@ -104,7 +115,7 @@ def resumed_settings(args: argparse.Namespace, saved: SavedLatents) -> dict[str,
 
 def replayed(found: dict[str, Any]) -> dict[str, Any]:
     """Return what a file says of weights and inputs, to hold against those of this run."""
-    return {f"replayed_{name}": found.get(name) for name in ("weights", "video_frames", "image_pixels")}
+    return {f"replayed_{name}": found.get(name) for name in ("weights", *RECORDED.values())}
 
 
 def output_paths(output: str, seed: int, count: int) -> list[str]:

@@ -112,16 +112,24 @@ SETTINGS: dict[str, Setting] = {
     "motion_bucket": Setting(127.0, options.number, float),
     "noise_aug": Setting(0.02, options.number, float),
     "decode_chunk_size": Setting(None, options.count, int),
+    "motion_adapter": Setting(None, options.path),
+    "ip_adapter": Setting(None, options.path),
+    "ip_image": Setting(None, options.path),
+    "ip_scale": Setting(1.0, options.number, float),
 }
 LISTS = ("lora", "embedding")
 """Settings of several files, each with a weight or a token, as JSON."""
-INPUTS = ("video", "image")
+MODELS = ("model", "motion_adapter", "ip_adapter")
+"""Settings that name a folder, a file or a repository."""
+INPUTS = ("video", "image", "ip_image")
 """Settings that name a file to start from, never a repository."""
 
 DEFAULTS: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
 
 # What a file says besides of how it was made; text, but for the number of steps.
-_RECORDS = ("weights", "video_frames", "image_pixels", "program", "mlx")
+RECORDED = {"video": "video_frames", "image": "image_pixels", "ip_image": "ip_image_pixels"}
+"""The record of an input's fingerprint."""
+_RECORDS = ("weights", *RECORDED.values(), "program", "mlx")
 
 
 def of_file(found: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
@@ -187,8 +195,9 @@ def _name(path: str) -> str:
 def public(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings as a video carries them: of files only their names."""
     named = dict(settings)
-    if settings.get("model") is not None:
-        named["model"] = _public(settings["model"])
+    for name in MODELS:
+        if settings.get(name) is not None:
+            named[name] = _public(settings[name])
     for name in LISTS:
         if settings.get(name) is not None:
             named[name] = json.dumps([(_public(path), value) for path, value in json.loads(settings[name])])
@@ -209,7 +218,7 @@ def trusted(settings: Mapping[str, Any], source: str | Path, given: Mapping[str,
     Raises ValueError for one outside the current folder that the command line, `given`, does not name too: a
     file may come from anybody.
     """
-    named = [("model", settings.get("model"))]
+    named = [(name, settings.get(name)) for name in MODELS]
     named += [(name, path) for name in LISTS for path, _ in json.loads(settings.get(name) or "[]")]
     named += [(name, settings.get(name)) for name in INPUTS]
     for name, path in named:
@@ -217,10 +226,10 @@ def trusted(settings: Mapping[str, Any], source: str | Path, given: Mapping[str,
             continue
         if (name in INPUTS or is_local(path)) and not _is_inside(path):
             raise ValueError(
-                f"{source} names the {name} {printable(path)}, which is not in the current folder; give it, "
-                f"or another, with --{name}"
+                f"{source} names the {name.replace('_', ' ')} {printable(path)}, which is not in the current "
+                f"folder; give it, or another, with --{name.replace('_', '-')}"
             )
-        options.say(f"{name}: {path}, named by {source}")
+        options.say(f"{name.replace('_', ' ')}: {path}, named by {source}")
 
 
 def _is_inside(path: str) -> bool:
@@ -235,10 +244,10 @@ def _is_inside(path: str) -> bool:
 def outside(settings: Mapping[str, Any]) -> list[str]:
     """The words of a command line that name the files of these settings outside the current folder."""
     words: list[str] = []
-    for name in ("model", *INPUTS):
+    for name in (*MODELS, *INPUTS):
         path = settings.get(name)
         if path is not None and (name in INPUTS or is_local(path)) and not _is_inside(path):
-            words += [f"--{name}", shlex.quote(path)]
+            words += [f"--{name.replace('_', '-')}", shlex.quote(path)]
     for name in LISTS:
         pairs = json.loads(settings.get(name) or "[]")
         if any(is_local(path) and not _is_inside(path) for path, _ in pairs):

@@ -1,5 +1,6 @@
 """Pipelines: videos from prompts, from images and from videos."""
 
+from .animatediff import AnimateDiffPipeline
 from .decoding import VideoOutput
 from .denoising import DenoisingStep
 from .i2vgen_xl import I2VGenXLPipeline
@@ -12,6 +13,7 @@ from .text_to_video import TextToVideoPipeline
 from .video_to_video import VideoToVideoPipeline
 
 __all__ = [
+    "AnimateDiffPipeline",
     "DenoisingStep",
     "I2VGenXLPipeline",
     "ImageStates",

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..checkpoints import find_folder, read_json
 from ..errors import CheckpointError
+from .animatediff import AnimateDiffPipeline
 from .calls import VideoPipeline
 from .i2vgen_xl import I2VGenXLPipeline
 from .stable_video import StableVideoDiffusionPipeline
@@ -15,10 +16,12 @@ PIPELINES: dict[str, type[VideoPipeline]] = {
     "TextToVideoSDPipeline": TextToVideoPipeline,
     "TextToVideoMSPipeline": TextToVideoPipeline,
     "VideoToVideoSDPipeline": VideoToVideoPipeline,
+    "AnimateDiffPipeline": AnimateDiffPipeline,
+    "StableDiffusionPipeline": AnimateDiffPipeline,
     "StableVideoDiffusionPipeline": StableVideoDiffusionPipeline,
     "I2VGenXLPipeline": I2VGenXLPipeline,
 }
-"""Pipelines by the class of diffusers whose folders they read."""
+"""Pipelines by the class of diffusers whose folders they read; one of images moves with a motion adapter."""
 
 
 def pipeline_class(path_or_id: str | Path, **hub: Any) -> type[VideoPipeline]:
