@@ -325,6 +325,23 @@ def test_a_stopped_run_is_finished(folders, kind, monkeypatch):
     assert sorted(os.listdir()) == ["in.png", "one.png", "out.png"]
 
 
+def test_decoding_fits_in_chunks_where_memory_is_short(folders, pipes, monkeypatch, capsys):
+    networks = memory.Networks.of(pipes["svd"])
+    size = dict(num_frames=8, height=96, width=96, dtype=mx.float32, backend="cpu")
+    peaks = [memory.plan(networks, decode_chunk_size=n, **size).peak for n in (8, 4)]
+    assert peaks[0] > 1.1 * peaks[1]
+    monkeypatch.setattr(memory, "available", lambda: int(sum(peaks) / 2 / 0.9))
+    picture().save("in.png")
+    words = ["--num-frames", "8", "--height", "96", "--width", "96", "--steps", "1", "-o", "out.png"]
+    command = ["generate", "--model", str(folders["svd"]), "--image", "in.png", *words]
+    assert main(command) == 0
+    assert "the decoder takes 4 frames together, to fit" in capsys.readouterr().err
+    assert media.read_metadata("out.png")["decode_chunk_size"] == 4
+    frames = media.read_video("out.png")[0]
+    assert main([*command, "--memory", "off", "--decode-chunk-size", "4", "--overwrite"]) == 0
+    assert np.array_equal(media.read_video("out.png")[0], frames)
+
+
 def test_bench_of_a_model_with_an_image(folders, capsys):
     assert main(["bench", "--model", str(folders["svd"]), "--steps", "1"]) == 0
     assert "48x32x3, guided" in capsys.readouterr().out

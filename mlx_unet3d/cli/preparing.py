@@ -13,6 +13,7 @@ from .. import __version__, media, memory
 from ..checkpoints import checksum
 from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, inside_hub, read_adapter
 from ..chips import working_set
+from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..pipelines.calls import VideoPipeline
 from . import options
 from .families import Family
@@ -87,21 +88,38 @@ def fit(pipe: VideoPipeline, settings: dict[str, Any], choice: str | float) -> N
     if choice != "auto" or mx.default_device() == mx.gpu:
         memory.apply_limits(budget)
     factor = pipe.vae_scale_factor
-    plan = memory.plan(
-        memory.Networks.of(pipe),
-        num_frames=settings["num_frames"],
-        height=max(settings["height"] // factor, 1) * factor,
-        width=max(settings["width"] // factor, 1) * factor,
-        guidance=settings["guidance"] > 1,
-        encoded=settings["video"] is not None,
-        cache_depth=settings["cache_depth"] if settings["cache_interval"] > 1 else None,
-        dtype=pipe.unet.dtype,
-        vae_dtype=pipe.vae.dtype,
-        vae_tiling=settings["vae_tiling"],
-        decode_chunk_size=settings["decode_chunk_size"],
-        budget=budget,
-        find_nearest=False,
-    )
+    networks = memory.Networks.of(pipe)
+
+    def planned(decode_chunk_size: int | None) -> memory.Plan:
+        return memory.plan(
+            networks,
+            num_frames=settings["num_frames"],
+            height=max(settings["height"] // factor, 1) * factor,
+            width=max(settings["width"] // factor, 1) * factor,
+            guidance=settings["guidance"] > 1,
+            encoded=settings["video"] is not None,
+            cache_depth=settings["cache_depth"] if settings["cache_interval"] > 1 else None,
+            dtype=pipe.unet.dtype,
+            vae_dtype=pipe.vae.dtype,
+            vae_tiling=settings["vae_tiling"],
+            decode_chunk_size=decode_chunk_size,
+            budget=budget,
+            find_nearest=False,
+        )
+
+    chunk = settings["decode_chunk_size"]
+    plan = planned(chunk)
+    if chunk is None and isinstance(pipe.vae, AutoencoderKLTemporalDecoder):
+        chunk = settings["num_frames"]
+        while not plan.fits and chunk > 1:
+            chunk = -(-chunk // 2)
+            plan = planned(chunk)
+        if plan.fits and chunk < settings["num_frames"]:
+            settings["decode_chunk_size"] = chunk
+            options.say(
+                f"memory: the decoder takes {chunk} frames together, to fit, which changes them a little; "
+                "--decode-chunk-size decides otherwise"
+            )
     plan.settings.apply(pipe)
     sizes = f"{plan.peak / 1e9:.2f} GB of {budget / 1e9:.2f} GB"
     if not plan.fits:
