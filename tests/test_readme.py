@@ -14,6 +14,7 @@ import mlx.core as mx
 import pytest
 import tiny
 from mlx_unet3d import TextToVideoPipeline, media
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,20 +32,40 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
+IMAGE_MODELS = {
+    "stabilityai/stable-video-diffusion-img2vid-xt": tiny.write_stable_video,
+    "ali-vilab/i2vgen-xl": tiny.write_i2vgen_xl,
+}
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+MOTION_ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-3"
+
+
+def cached(hub: Path, hub_id: str) -> Path:
+    """The folder of a hub id in a cache, as a download makes it."""
+    model = hub / f"models--{hub_id.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    snapshot = model / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with the examples, and the environment in which the hub is a cache and nothing else."""
     folder = tmp_path_factory.mktemp("readme")
-    snapshot = folder / "hub" / f"models--{HUB_ID.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    hub = folder / "hub"
+    snapshot = cached(hub, HUB_ID)
     tiny.write_pipeline(snapshot)
+    for hub_id, write in IMAGE_MODELS.items():
+        write(cached(hub, hub_id))
+    tiny.write_stable_diffusion(cached(hub, STABLE_DIFFUSION), cached(hub, MOTION_ADAPTER))
+    Image.new("RGB", (60, 40), "teal").save(folder / "photo.jpg")
     pipe = TextToVideoPipeline.from_pretrained(snapshot)
     for name in ("unet", "vae", "text_encoder"):
         getattr(pipe, name).save_pretrained(snapshot / name, variant="fp16")
     lora = {f"conv_in.lora_{half}.weight": mx.zeros(shape) for half, shape in LORA}
     mx.save_safetensors(str(folder / "style.safetensors"), lora)
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0" * 40)
     shutil.copytree(ROOT / "examples", folder / "examples")
     scripts = Path(sys.executable).parent
     environment = os.environ | {
@@ -100,10 +121,18 @@ def test_programs(place, number):
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
+SMALL = {
+    "memory.py": ["--frames", "2", "--size", "64"],
+    "text_to_video.py": ["--frames", "2"],
+    "video_to_video.py": ["--frames", "2"],
+    "stable_video.py": ["photo.jpg", "--steps", "2"],
+    "i2vgen_xl.py": ["photo.jpg", "a boat", "--steps", "2"],
+}
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(place, name):
-    small = ["--frames", "2", *(["--size", "64"] if name == "memory.py" else [])]
-    assert run(place, [sys.executable, f"examples/{name}", *small])
+    assert run(place, [sys.executable, f"examples/{name}", *SMALL[name]])
     assert name in (place[0] / "examples" / name).read_text()  # its command stands in its docstring
 
 

@@ -22,6 +22,7 @@ from mlx_unet3d import (
     StableVideoDiffusionPipeline,
     TextToVideoPipeline,
     UNet3DConditionModel,
+    UNetMotionModel,
     UNetSpatioTemporalConditionModel,
 )
 from mlx.utils import tree_map_with_path
@@ -130,6 +131,41 @@ SVD_SCHEDULER = dict(
 def write_pipeline(folder: Path) -> Path:
     """A pipeline folder in the MLX layout: a copy of the one that is made once a run."""
     return Path(shutil.copytree(_pipeline().name, folder, dirs_exist_ok=True))
+
+
+MOTION = dict(
+    block_out_channels=(8, 16),
+    down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+    up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+    cross_attention_dim=12,
+    num_attention_heads=2,
+    motion_num_attention_heads=2,
+    layers_per_block=1,
+    norm_num_groups=4,
+    sample_size=4,
+)
+
+
+def write_stable_diffusion(folder: Path, motion_adapter: Path) -> Path:
+    """A Stable Diffusion folder in the layout of diffusers, and the motion adapter that goes with it."""
+    write_pipeline(folder)
+    unet = randomize(UNetMotionModel(**MOTION), 0)
+    unet.save_motion_modules(motion_adapter, layout="diffusers")
+    shutil.rmtree(folder / "unet")
+    (file,) = unet.save_pretrained(folder / "unet", layout="diffusers")
+    tensors = mx.load(str(file))
+    flat = {name: array for name, array in tensors.items() if ".motion_modules." not in name}
+    mx.eval(flat)
+    mx.save_safetensors(str(file), flat, {"format": "pt"})
+    config = {name: value for name, value in MOTION.items() if "motion" not in name and "heads" not in name}
+    for name in ("down_block_types", "up_block_types"):
+        config[name] = [kind.replace("Motion", "2D") for kind in MOTION[name]]
+    config |= {"_class_name": "UNet2DConditionModel", "attention_head_dim": MOTION["num_attention_heads"]}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 def processor() -> CLIPImageProcessor:
