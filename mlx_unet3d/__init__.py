@@ -29,6 +29,7 @@ if missing_backend() is None:
     from .pipelines import (
         AnimateDiffPipeline,
         AnimateDiffSDXLPipeline,
+        AnimateDiffVideoToVideoPipeline,
         DenoisingStep,
         TextToVideoPipeline,
         VideoOutput,
@@ -59,6 +60,7 @@ else:
 __all__ = [
     "AnimateDiffPipeline",
     "AnimateDiffSDXLPipeline",
+    "AnimateDiffVideoToVideoPipeline",
     "AutoencoderKL",
     "AutoencoderKLTemporalDecoder",
     "CLIPImageProcessor",

@@ -2,6 +2,7 @@
 
 from .animatediff import AnimateDiffPipeline
 from .animatediff_sdxl import AnimateDiffSDXLPipeline
+from .animatediff_video_to_video import AnimateDiffVideoToVideoPipeline
 from .decoding import VideoOutput
 from .denoising import DenoisingStep
 from .text_to_video import TextToVideoPipeline
@@ -10,6 +11,7 @@ from .video_to_video import VideoToVideoPipeline
 __all__ = [
     "AnimateDiffPipeline",
     "AnimateDiffSDXLPipeline",
+    "AnimateDiffVideoToVideoPipeline",
     "DenoisingStep",
     "TextToVideoPipeline",
     "VideoOutput",

@@ -11,7 +11,11 @@ pytest.importorskip("transformers")
 import mlx_unet3d  # noqa: E402
 import diffusers  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx_unet3d import AnimateDiffPipeline, AnimateDiffSDXLPipeline  # noqa: E402
+from mlx_unet3d import (  # noqa: E402
+    AnimateDiffPipeline,
+    AnimateDiffSDXLPipeline,
+    AnimateDiffVideoToVideoPipeline,
+)
 from ip_files import CHANNELS, adapter, flat  # noqa: E402
 from mlx_unet3d.schedulers import scheduler_from_config  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -138,6 +142,8 @@ def both(pipes, seed=3, **args):
     """The videos of both, of the same seed; `mx`, arguments that are arrays here."""
     theirs, ours = pipes
     args = {"prompt": "a fox", "output_type": "np", **SETTINGS, **args}
+    if "video" in args:
+        del args["num_frames"]
     expected = theirs(**args, generator=torch.Generator().manual_seed(seed)).frames
     arrays = {name: _to_mlx(value) for name, value in args.items()}
     return ours(**arrays, seed=seed).frames, expected
@@ -298,6 +304,48 @@ def test_ip_adapter(image_pipes, name):
         theirs.unload_ip_adapter()
         theirs.image_encoder = theirs.feature_extractor = None
         ours.unload_ip_adapter()
+
+
+# Video to video.
+
+
+@pytest.fixture(scope="module")
+def video_pipes(folder, pipes):
+    theirs = diffusers.AnimateDiffVideoToVideoPipeline(**dict(pipes[0].components))
+    theirs.set_progress_bar_config(disable=True)
+    return theirs, AnimateDiffVideoToVideoPipeline.from_pretrained(folder / "whole")
+
+
+CLIP = [picture(seed, (64, 48)) for seed in range(3)]
+LATENTS = torch.randn(1, 4, 3, 8, 6, generator=torch.Generator().manual_seed(7))
+VIDEO_CALLS = {
+    "plain": {},
+    "resized": dict(video=[picture(seed, (37, 90)) for seed in range(3)]),
+    "resized_floats": dict(video=np.random.default_rng(1).random((1, 3, 40, 60, 3), np.float32)),
+    "chunks": dict(decode_chunk_size=2, strength=0.5),
+    "enforced": dict(enforce_inference_steps=True, strength=0.3),
+    "latents": dict(video=None, latents=LATENTS, strength=1.0),
+    "enforced_latents": dict(video=None, latents=LATENTS, enforce_inference_steps=True),
+    "two": dict(prompt=["a fox", "two moons"], video=[CLIP, CLIP[::-1]], negative_prompt=["rain", "a cat"]),
+    "no_guidance": dict(guidance_scale=1.0, clip_skip=1, eta=0.5),
+}
+
+
+@pytest.mark.parametrize("name", VIDEO_CALLS)
+def test_video_to_video(video_pipes, name):
+    check(video_pipes, **{"video": CLIP, **VIDEO_CALLS[name]})
+
+
+@pytest.mark.parametrize("name", ["euler", "euler-a", "dpm++", "heun", "lcm"])
+def test_video_to_video_schedulers(video_pipes, name):
+    check(with_scheduler(video_pipes, *SCHEDULERS[name]), video=CLIP, strength=0.6)
+    if name == "euler":
+        check(
+            with_scheduler(video_pipes, *SCHEDULERS[name]),
+            video=CLIP,
+            strength=0.6,
+            enforce_inference_steps=True,
+        )
 
 
 # SDXL.
