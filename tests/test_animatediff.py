@@ -13,6 +13,7 @@ from mlx_unet3d import (
     memory,
 )
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.layers.image_projection import ImageProjection, MultiIPAdapterImageProjection
 
 UNET = dict(
     block_out_channels=(8, 16),
@@ -133,6 +134,18 @@ def test_bad_calls(pipe, name):
     change, message = BAD_CALLS[name]
     with pytest.raises(ValueError, match=message):
         pipe("a cat", **SHORT | change)
+
+
+def test_an_ip_adapter_wants_images_and_is_not_saved(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(4, 12, 4)])
+    with pytest.raises(ValueError, match="give ip_adapter_image or ip_adapter_image_embeds"):
+        pipe("a cat", **SHORT)
+    with pytest.raises(ValueError, match="has no image encoder"):
+        pipe("a cat", ip_adapter_image=np.zeros((8, 8, 3), np.uint8), **SHORT)
+    with pytest.raises(ValueError, match="before saving, remove it"):
+        pipe.save_pretrained(tmp_path)
+    AnimateDiffPipeline.from_pretrained(tmp_path)
 
 
 def test_bad_videos(pipe):
