@@ -28,6 +28,8 @@ if missing_backend() is None:
     )
     from .pipelines import (
         AnimateDiffPipeline,
+        AnimateDiffSDXLPipeline,
+        AnimateDiffVideoToVideoPipeline,
         DenoisingStep,
         I2VGenXLPipeline,
         ImageStates,
@@ -63,6 +65,8 @@ else:
 
 __all__ = [
     "AnimateDiffPipeline",
+    "AnimateDiffSDXLPipeline",
+    "AnimateDiffVideoToVideoPipeline",
     "AutoencoderKL",
     "AutoencoderKLTemporalDecoder",
     "CLIPImageProcessor",

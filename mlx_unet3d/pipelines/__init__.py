@@ -1,6 +1,8 @@
 """Pipelines: videos from prompts, from images and from videos."""
 
 from .animatediff import AnimateDiffPipeline
+from .animatediff_sdxl import AnimateDiffSDXLPipeline
+from .animatediff_video_to_video import AnimateDiffVideoToVideoPipeline
 from .decoding import VideoOutput
 from .denoising import DenoisingStep
 from .i2vgen_xl import I2VGenXLPipeline
@@ -14,6 +16,8 @@ from .video_to_video import VideoToVideoPipeline
 
 __all__ = [
     "AnimateDiffPipeline",
+    "AnimateDiffSDXLPipeline",
+    "AnimateDiffVideoToVideoPipeline",
     "DenoisingStep",
     "I2VGenXLPipeline",
     "ImageStates",

@@ -6,9 +6,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..image_processor import Pictures
-from ..scalars import as_count
 from .decoding import VideoOutput
-from .denoising import Steps, denoise, start_latents
+from .denoising import Steps
 from .motion import MotionPipeline
 from .sampling import Delivery, Sampling, takes
 from .text import checked_states
@@ -99,19 +98,14 @@ class AnimateDiffPipeline(MotionPipeline):
         the same `guidance_scale`; see `TextToVideoPipeline.steps`."""
         self._need("unet")
         sampling = self.sampling(**settings)
-        num_frames = as_count("num_frames", self.num_frames(num_frames))
         states = checked_states(states, sampling.guidance_scale)
-        batch = states.prompt_embeds.shape[0]
-        images = self._image_states(ip_adapter_image_embeds, batch, sampling.is_guided)
-        shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
-        scheduler, noise = sampling.lay_out(self.scheduler), sampling.noise(batch)
-        latents = start_latents(shape, latents, noise, scheduler)
-        mx.eval(latents)  # so that another thread can run the steps
-        return denoise(
-            self._guidance(states, images, sampling, len(scheduler.timesteps)),
-            scheduler,
-            latents,
-            noise=noise,
-            eta=sampling.eta,
+        return self._from_noise(
+            states,
+            sampling,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            latents=latents,
+            ip_adapter_image_embeds=ip_adapter_image_embeds,
             predictions=predictions,
         )

@@ -2,12 +2,35 @@
 
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from PIL import Image
+
+from ..image_processor import vae_pixels
 
 
 def as_pixels(video: Any) -> np.ndarray:
     """Frames in any accepted form -> float32 (B, F, H, W, 3) in [0, 1]; TypeError or ValueError else."""
+    frames = as_frames(video)
+    return frames.astype(np.float32) / 255 if frames.dtype == np.uint8 else frames
+
+
+def resized(video: Any, height: int, width: int) -> mx.array:
+    """Frames in any accepted form -> (B, F, 3, height, width) in [-1, 1], resized as diffusers does it:
+    images and uint8 by a Lanczos filter, floats to the nearest pixel."""
+    frames = as_frames(video)
+    if frames.dtype == np.uint8:
+        images = vae_pixels(frames.reshape(-1, *frames.shape[2:]), height, width, factor=1)
+        return images.reshape(*frames.shape[:2], *images.shape[1:])
+    rows, columns = (
+        np.arange(new) * old // new for new, old in zip((height, width), frames.shape[2:4], strict=True)
+    )
+    return mx.array(frames[:, :, rows][:, :, :, columns].transpose(0, 1, 4, 2, 3) * 2 - 1)
+
+
+def as_frames(video: Any) -> np.ndarray:
+    """Frames in any accepted form -> (B, F, H, W, 3), uint8 or float32 in [0, 1]; TypeError or ValueError
+    else."""
     if video is None:
         raise ValueError("video is None; give frames (F, H, W, 3), a list of images, or latents")
     if isinstance(video, list | tuple):
@@ -28,7 +51,7 @@ def as_pixels(video: Any) -> np.ndarray:
     if video.ndim != 5 or video.shape[-1] != 3 or 0 in video.shape:
         raise ValueError(f"video has shape {video.shape}; it must be (frames, height, width, 3)")
     if video.dtype == np.uint8:
-        return video.astype(np.float32) / 255
+        return video
     if not np.issubdtype(video.dtype, np.floating):
         raise TypeError(f"video is {video.dtype}; it must be uint8, or floats in [0, 1]")
     if not (video.min() >= 0 and video.max() <= 1):

@@ -75,6 +75,13 @@ class ImagePrompts(Components):
         self._need("unet")
         self.unet.unload_ip_adapter()
 
+    def save_pretrained(self, folder: str | Path, *, layout: str = "mlx") -> None:
+        """See `Components.save_pretrained`; ValueError while an IP-Adapter is loaded, before anything is
+        written."""
+        if self._ip_adapters():
+            raise ValueError("an IP-Adapter is loaded; before saving, remove it with unload_ip_adapter")
+        super().save_pretrained(folder, layout=layout)
+
     def encode_ip_adapter_image(
         self, image: Pictures | Sequence[Pictures], *, guidance_scale: float | None = None
     ) -> list[mx.array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,18 +15,17 @@ from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
 from ..models.motion_adapter import MotionAdapter
 from ..models.unet_motion import UNetMotionModel
+from ..scalars import as_count
 from ..schedulers import Scheduler
 from ..tokenizer import CLIPTokenizer
 from .adapters import AdapterMethods
 from .calls import VideoPipeline
 from .components import Part, is_listed
+from .denoising import Steps, denoise, start_latents
 from .guidance import Guidance
 from .image_prompts import IMAGE_PARTS, ImagePrompts, ImageStates
 from .sampling import Sampling
 from .text import TextPrompts
-
-Pair = tuple[Any, Any]
-"""For the positive rows, and for the negative ones or None."""
 
 
 class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
@@ -74,6 +74,39 @@ class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
 
         return super().from_pretrained(path_or_id, readers={"unet": read}, **options)
 
+    def _from_noise(
+        self,
+        text: tuple[mx.array, mx.array | None],
+        sampling: Sampling,
+        *,
+        num_frames: int | None,
+        height: int | None,
+        width: int | None,
+        latents: mx.array | None,
+        ip_adapter_image_embeds: Sequence[mx.array] | None,
+        predictions: Sequence[mx.array],
+        conditions: Sequence[Mapping[str, mx.array]] = ({}, {}),
+        denoising_end: float | None = None,
+    ) -> Steps:
+        """Return the denoising loop of a run that begins with noise."""
+        num_frames = as_count("num_frames", self.num_frames(num_frames))
+        batch = text[0].shape[0]
+        images = self._image_states(ip_adapter_image_embeds, batch, sampling.is_guided)
+        shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
+        scheduler, noise = sampling.lay_out(self.scheduler), sampling.noise(batch)
+        latents = start_latents(shape, latents, noise, scheduler)
+        mx.eval(latents)  # so that another thread can run the steps
+        stop = end_step(denoising_end, scheduler)
+        return denoise(
+            self._guidance(text, images, sampling, stop, conditions),
+            scheduler,
+            latents,
+            noise=noise,
+            eta=sampling.eta,
+            predictions=predictions,
+            stop=stop,
+        )
+
     @property
     def motion_adapter(self) -> MotionAdapter:
         """The motion modules of the UNet, whose arrays it shares."""
@@ -112,6 +145,24 @@ class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
             dtype=self.unet.dtype,
             sequential=self.sequential_guidance,
         )
+
+
+def end_step(denoising_end: float | None, scheduler: Scheduler) -> int:
+    """Return the place in a schedule before which a run ends that denoises only a share of the noise.
+
+    Raises ValueError for a share out of range, or one that leaves no step to run.
+    """
+    if denoising_end is None:
+        return len(scheduler.timesteps)
+    total = scheduler.config.num_train_timesteps
+    last = round(total - denoising_end * total) if 0 < denoising_end <= 1 else math.inf
+    stop = int((scheduler.timesteps >= last).sum())
+    if not stop:
+        raise ValueError(
+            f"denoising_end={denoising_end} with {len(scheduler.timesteps)} steps leaves no step to run; use "
+            "a share of the noise, up to 1"
+        )
+    return stop
 
 
 def _read_unet(
