@@ -26,7 +26,13 @@ if missing_backend() is None:
         UNetSpatioTemporalConditionModel,
         UNetSpatioTemporalConditionOutput,
     )
-    from .pipelines import DenoisingStep, TextToVideoPipeline, VideoOutput, VideoToVideoPipeline
+    from .pipelines import (
+        AnimateDiffPipeline,
+        DenoisingStep,
+        TextToVideoPipeline,
+        VideoOutput,
+        VideoToVideoPipeline,
+    )
     from .schedulers import (
         DDIMScheduler,
         DDPMScheduler,
@@ -50,6 +56,7 @@ else:
 
 
 __all__ = [
+    "AnimateDiffPipeline",
     "AutoencoderKL",
     "AutoencoderKLTemporalDecoder",
     "CLIPImageProcessor",

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -155,6 +155,7 @@ class Components:
         local_files_only: bool = False,
         token: str | None = None,
         cache_dir: str | Path | None = None,
+        readers: Mapping[str, Callable[..., PretrainedModel]] | None = None,
         **components: Any,
     ) -> Pipeline:
         """Read a diffusers pipeline folder, or one that `save_pretrained` wrote, or a hub id of one.
@@ -169,6 +170,8 @@ class Components:
                 config, of a class or from `schedulers.SCHEDULERS`.
             variant: such as "fp16"; networks without it are read from their plain files, with a warning.
             revision, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
+            readers: functions that read networks, by name, in place of `from_pretrained` of their classes
+                and with the same arguments.
             components: parts to take in place of the folder's, by name.
 
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
@@ -197,9 +200,8 @@ class Components:
                 continue
             if name in networks:
                 wanted = vae_dtype if listed[name].is_wide else dtype
-                made[name] = kinds[name].from_pretrained(
-                    path_or_id, subfolder=name, variant=variants[name], dtype=wanted, **where
-                )
+                read = (readers or {}).get(name, kinds[name].from_pretrained)
+                made[name] = read(path_or_id, subfolder=name, variant=variants[name], dtype=wanted, **where)
             elif name != "scheduler":
                 made[name] = kinds[name].from_pretrained(path_or_id, subfolder=name, **where)
             elif isinstance(scheduler, Scheduler):

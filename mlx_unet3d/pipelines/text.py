@@ -66,6 +66,25 @@ class TextPrompts(Components):
         width = self.unet.config.cross_attention_dim
         self._text_width: int = width[-1] if isinstance(width, tuple) else width
 
+    def _encoded_width(self) -> int:
+        """Channels of the states that the text encoder makes."""
+        return self.text_encoder.config.hidden_size
+
+    def _check_parts(self) -> None:
+        unet, latent_channels = self.unet.config, self.vae.config.latent_channels
+        if not unet.in_channels == unet.out_channels == latent_channels:
+            raise ValueError(
+                f"the unet takes {unet.in_channels} and returns {unet.out_channels} channels, "
+                f"the vae has {latent_channels}; these parts do not belong together"
+            )
+        width, wanted = self._encoded_width(), unet.cross_attention_dim
+        wanted = wanted[-1] if isinstance(wanted, tuple) else wanted
+        if wanted != width:
+            raise ValueError(
+                f"the unet attends to text of {wanted} channels "
+                f"(cross_attention_dim), the text encoder has {width}; these parts do not belong together"
+            )
+
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None,

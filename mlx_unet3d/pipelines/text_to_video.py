@@ -42,20 +42,6 @@ class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
     }
     class_names = ("TextToVideoSDPipeline", "TextToVideoMSPipeline", "VideoToVideoSDPipeline")
 
-    def _check_parts(self) -> None:
-        unet, latent_channels = self.unet.config, self.vae.config.latent_channels
-        if not unet.in_channels == unet.out_channels == latent_channels:
-            raise ValueError(
-                f"the unet takes {unet.in_channels} and returns {unet.out_channels} channels, "
-                f"the vae has {latent_channels}; these parts do not belong together"
-            )
-        width = self.text_encoder.config.hidden_size
-        if unet.cross_attention_dim != width:
-            raise ValueError(
-                f"the unet attends to text of {unet.cross_attention_dim} channels "
-                f"(cross_attention_dim), the text encoder has {width}; these parts do not belong together"
-            )
-
     def _guidance(self, states: TextStates, sampling: Sampling, steps: int) -> Guidance:
         """The network with text states as inputs, for a run of so many steps."""
 

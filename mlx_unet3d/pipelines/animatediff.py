@@ -1,0 +1,117 @@
+"""Text to video with AnimateDiff: diffusers' AnimateDiffPipeline; Guo et al., arXiv:2307.04725."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..image_processor import Pictures
+from ..scalars import as_count
+from .decoding import VideoOutput
+from .denoising import Steps, denoise, start_latents
+from .motion import MotionPipeline
+from .sampling import Delivery, Sampling, takes
+from .text import checked_states
+
+
+class AnimateDiffPipeline(MotionPipeline):
+    """Videos from prompts, and from images as prompts, with a Stable Diffusion model that moves."""
+
+    class_names = ("AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline", "StableDiffusionPipeline")
+    default_guidance_scale = 7.5
+
+    @takes(Sampling, Delivery)
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        latents: mx.array | None = None,
+        prompt_embeds: mx.array | None = None,
+        negative_prompt_embeds: mx.array | None = None,
+        ip_adapter_image: Pictures | Sequence[Pictures] | None = None,
+        ip_adapter_image_embeds: Sequence[mx.array] | None = None,
+        clip_skip: int | None = None,
+        decode_chunk_size: int | None = None,
+        **options: Any,
+    ) -> VideoOutput | tuple[Any]:
+        """Make videos.
+
+        Args:
+            prompt: one, or one a video; or `prompt_embeds` (B, L, D) instead.
+            num_frames: F, from 1 to the positions of the motion modules, 32 or 24; default: what the
+                checkpoint recommends, or 16.
+            height, width: in pixels, multiples of 8; default: what the UNet was trained on, 512.
+            num_inference_steps: steps of the scheduler; default: what the checkpoint recommends, or 50.
+            guidance_scale: strength of the prompt; at most 1: one pass a step, without negative prompt.
+                Default: as above, or 7.5.
+            negative_prompt: what to avoid; one, or one a prompt; or `negative_prompt_embeds`.
+            latents: (B, C, F, h, w) to start from instead of noise, before `init_noise_sigma`.
+            ip_adapter_image, ip_adapter_image_embeds: images for the IP-Adapters, or what
+                `encode_ip_adapter_image` made of them.
+            clip_skip: layers of the text encoder to leave out at its end, for the positive prompt.
+            decode_chunk_size: frames to decode at a time, without effect on the result; default: as many as
+                the VAE takes well.
+            options: fields of `Sampling`, such as `seed`, and of `Delivery`, such as `output_type`.
+
+        Raises ValueError or TypeError for arguments out of range, NonFiniteError when numbers overflow.
+        """
+        # 1. Settings, all checked before the work begins
+        options |= dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        settings, delivery = self._options(options)
+        # 2. Prompt -> states (B, L, D)
+        states = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            guidance_scale=guidance_scale,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            clip_skip=clip_skip,
+        )
+        states = states.repeated(delivery.num_videos_per_prompt)
+        # 3. Images -> embeddings (2, n, P) for each IP-Adapter
+        images = self._image_embeds(ip_adapter_image, ip_adapter_image_embeds, guidance_scale)
+        self._done_with("text_encoder", "image_encoder")
+        # 4. Noise -> latents, step by step -> frames
+        size = dict(height=height, width=width, num_frames=num_frames)
+        steps = self.steps(states, **size, latents=latents, ip_adapter_image_embeds=images, **settings)
+        return self._deliver(steps, delivery, decode_chunk_size)
+
+    @takes(Sampling)
+    def steps(
+        self,
+        states: tuple[mx.array, mx.array | None],
+        *,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        latents: mx.array | None = None,
+        ip_adapter_image_embeds: Sequence[mx.array] | None = None,
+        predictions: Sequence[mx.array] = (),
+        **settings: Any,
+    ) -> Steps:
+        """Return the denoising loop alone, on what `encode_prompt` and `encode_ip_adapter_image` returned for
+        the same `guidance_scale`; see `TextToVideoPipeline.steps`."""
+        self._need("unet")
+        sampling = self.sampling(**settings)
+        num_frames = as_count("num_frames", self.num_frames(num_frames))
+        states = checked_states(states, sampling.guidance_scale)
+        batch = states.prompt_embeds.shape[0]
+        images = self._image_states(ip_adapter_image_embeds, batch, sampling.is_guided)
+        shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
+        scheduler, noise = sampling.lay_out(self.scheduler), sampling.noise(batch)
+        latents = start_latents(shape, latents, noise, scheduler)
+        mx.eval(latents)  # so that another thread can run the steps
+        return denoise(
+            self._guidance(states, images, sampling, len(scheduler.timesteps)),
+            scheduler,
+            latents,
+            noise=noise,
+            eta=sampling.eta,
+            predictions=predictions,
+        )

@@ -1,0 +1,163 @@
+"""Images as prompts: IP-Adapters of a pipeline, from images to the states that its UNet takes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..image_processor import CLIPImageProcessor, Pictures
+from ..models.clip_vision import CLIPVisionModelWithProjection
+from ..models.ip_adapter_files import IPAdapterSource
+from .components import Components, Part
+
+IMAGE_PARTS = {
+    "feature_extractor": Part((CLIPImageProcessor,), is_optional=True),
+    "image_encoder": Part((CLIPVisionModelWithProjection,), is_optional=True),
+}
+"""The parts that `ImagePrompts` needs for images, which `load_ip_adapter` adds where they are missing."""
+
+
+class ImageStates(NamedTuple):
+    """Embeddings of images for the UNet: for each IP-Adapter an array of B rows; None without images."""
+
+    positive: list[mx.array] | None = None
+    negative: list[mx.array] | None = None
+
+
+class ImagePrompts(Components):
+    """A pipeline whose UNet takes IP-Adapters: images as prompts beside the text (arXiv:2308.06721)."""
+
+    def load_ip_adapter(
+        self,
+        source: IPAdapterSource | Sequence[IPAdapterSource],
+        subfolder: str | Sequence[str | None] | None = None,
+        weight_name: str | Sequence[str | None] | None = None,
+        image_encoder_folder: str | None = "image_encoder",
+        **hub: Any,
+    ) -> None:
+        """Load one IP-Adapter or several into the UNet, and their image encoder where the pipeline has none.
+
+        Args:
+            source, subfolder, weight_name: see `UNetMotionModel.load_ip_adapter`.
+            image_encoder_folder: where the image encoder of the (first) folder or hub id is: a name in
+                `subfolder`, or a path with a slash from the top. None for no image encoder: calls then take
+                `ip_adapter_image_embeds` alone. Files and arrays come without.
+            hub: `revision`, `local_files_only`, `token`, `cache_dir`.
+
+        Raises as `UNetMotionModel.load_ip_adapter`, and FileNotFoundError where the folder has no image
+        encoder. Nothing is changed then.
+        """
+        self._need("unet")
+        first, within = (x[0] if isinstance(x, list | tuple) else x for x in (source, subfolder))
+        encoder = self.image_encoder
+        is_folder = isinstance(first, str | Path) and not Path(first).expanduser().is_file()
+        if encoder is None and image_encoder_folder is not None and is_folder:
+            place = PurePosixPath(image_encoder_folder)
+            if len(place.parts) == 1 and within is not None:
+                place = within / place
+            encoder = CLIPVisionModelWithProjection.from_pretrained(
+                first, subfolder=str(place), dtype=self.unet.dtype, **hub
+            )
+        self.unet.load_ip_adapter(source, subfolder, weight_name, **hub)
+        self.image_encoder = encoder
+        if self.feature_extractor is None and encoder is not None:
+            size = encoder.config.image_size
+            self.feature_extractor = CLIPImageProcessor(size=size, crop_size=size)
+
+    def set_ip_adapter_scale(self, scale: float | Mapping[str, Any] | Sequence[Any]) -> None:
+        """Set how much images count; see `UNetMotionModel.set_ip_adapter_scale`."""
+        self._need("unet")
+        self.unet.set_ip_adapter_scale(scale)
+
+    def unload_ip_adapter(self) -> None:
+        """Remove all IP-Adapters; the image encoder stays."""
+        self._need("unet")
+        self.unet.unload_ip_adapter()
+
+    def encode_ip_adapter_image(
+        self, image: Pictures | Sequence[Pictures], *, guidance_scale: float | None = None
+    ) -> list[mx.array]:
+        """Return the embeddings of images, as `ip_adapter_image_embeds` takes them.
+
+        Args:
+            image: an image for the IP-Adapter, or a list with one entry for each IP-Adapter: an image, or a
+                list of images that it sees together.
+            guidance_scale: of the run; at most 1: nothing is guided.
+
+        Returns (2, n, P) for each, n images, first those of no image, for the negative prompt; (1, n, P)
+        where nothing is guided. Adapters of the kinds "plus" and "full" take hidden states, (2, n, L, E).
+        Raises ValueError where there is no image encoder, and for another number of entries.
+        """
+        adapters = self._ip_adapters()
+        if not adapters:
+            raise ValueError("ip_adapter_image: there is no IP-Adapter to look at it; call load_ip_adapter")
+        if self.image_encoder is None or self.feature_extractor is None:
+            raise ValueError(
+                "ip_adapter_image: this pipeline has no image encoder; load one with the IP-Adapter, "
+                "load_ip_adapter(folder, image_encoder_folder=...), or give ip_adapter_image_embeds"
+            )
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        if len(images) != len(adapters):
+            raise ValueError(
+                f"ip_adapter_image has {len(images)} entries for {len(adapters)} IP-Adapters; give one for "
+                "each: several images for one IP-Adapter are a list within the list"
+            )
+        is_guided = self.guidance_scale(guidance_scale) > 1
+        made = []
+        for its, adapter in zip(images, adapters, strict=True):
+            pixels = self.feature_extractor(its)  # (n, 3, H, W)
+            embeds = self._embed(pixels, hidden=bool(adapter.axes))
+            rows = [embeds]
+            if is_guided:
+                nothing = mx.zeros_like
+                negative = self._embed(nothing(pixels), hidden=True) if adapter.axes else nothing(embeds)
+                rows = [negative, embeds]
+            made.append(mx.stack(rows))
+        mx.eval(made)
+        return made
+
+    def _embed(self, pixels: mx.array, hidden: bool) -> mx.array:
+        output = self.image_encoder(pixels, output_hidden_states=hidden)
+        return output.hidden_states[-2] if hidden else output.image_embeds
+
+    def _ip_adapters(self) -> list[Any]:
+        """The projections of the UNet's IP-Adapters."""
+        self._need("unet")
+        return self.unet.encoder_hid_proj.image_projection_layers if "encoder_hid_proj" in self.unet else []
+
+    def _image_embeds(self, image: Any, embeds: Any, guidance_scale: float | None) -> list[mx.array] | None:
+        """The embeddings of a call, which was given images, embeddings, or neither."""
+        if image is not None and embeds is not None:
+            raise ValueError("give either ip_adapter_image or ip_adapter_image_embeds, and not both")
+        return embeds if image is None else self.encode_ip_adapter_image(image, guidance_scale=guidance_scale)
+
+    def _image_states(self, embeds: Sequence[mx.array] | None, batch: int, is_guided: bool) -> ImageStates:
+        """The embeddings of images as rows for a batch; ValueError where they do not fit."""
+        adapters = self._ip_adapters()
+        if embeds is None:
+            if adapters:
+                raise ValueError(
+                    "an IP-Adapter is loaded: give ip_adapter_image or ip_adapter_image_embeds, or call "
+                    "unload_ip_adapter"
+                )
+            return ImageStates()
+        if not isinstance(embeds, list | tuple) or len(embeds) != len(adapters):
+            count = len(embeds) if isinstance(embeds, list | tuple) else type(embeds).__name__
+            raise ValueError(
+                f"ip_adapter_image_embeds must be a list with an array for each of {len(adapters)} "
+                f"IP-Adapters, as encode_ip_adapter_image returns it; it is {count}"
+            )
+        halves = 2 if is_guided else 1
+        positive, negative = [], []
+        for x in map(mx.array, embeds):
+            rows = x.shape[0] // halves
+            if x.shape[0] % halves or rows not in (1, batch):
+                raise ValueError(
+                    f"ip_adapter_image_embeds has an array of {x.shape[0]} rows; it must have {halves}, or "
+                    f"{halves * batch}" + (", the negative ones first" if is_guided else "")
+                )
+            rows = [mx.repeat(half, batch // rows, axis=0) for half in mx.split(x, halves)]
+            positive.append(rows[-1])
+            negative.append(rows[0])
+        return ImageStates(positive, negative if is_guided else None)
