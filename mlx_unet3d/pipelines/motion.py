@@ -19,16 +19,18 @@ from ..tokenizer import CLIPTokenizer
 from .adapters import AdapterMethods
 from .calls import VideoPipeline
 from .components import Part, is_listed
-from .guidance import Guidance
+from .free_init import FreeInitMethods
+from .free_noise import FreeNoiseMethods
+from .guidance import Guidance, Predict
 from .image_prompts import IMAGE_PARTS, ImagePrompts, ImageStates
 from .sampling import Sampling
-from .text import TextPrompts
+from .windows import in_windows
 
 Pair = tuple[Any, Any]
 """For the positive rows, and for the negative ones or None."""
 
 
-class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
+class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMethods, VideoPipeline):
     """Base of the pipelines with a `UNetMotionModel`.
 
     Args:
@@ -87,8 +89,9 @@ class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
         sampling: Sampling,
         steps: int,
         conditions: Sequence[Mapping[str, mx.array]] = ({}, {}),
-    ) -> Guidance:
-        """The network with text states (B, L, D), images and other conditions as inputs, for a run."""
+    ) -> Predict:
+        """The network for a run, with text states (B, L, D) or (B, F, L, D), images and other conditions as
+        inputs."""
 
         def network(sample: mx.array, timestep: float, **inputs: Any) -> mx.array:
             return self.unet(sample, timestep, **inputs).sample
@@ -103,7 +106,7 @@ class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
             }
             for states, its, more in zip(text, images, conditions, strict=True)
         )
-        return Guidance(
+        predict = Guidance(
             network,
             sampling,
             positive,
@@ -112,6 +115,7 @@ class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
             dtype=self.unet.dtype,
             sequential=self.sequential_guidance,
         )
+        return in_windows(predict, sampling)
 
 
 def _read_unet(

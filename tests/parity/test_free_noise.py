@@ -1,13 +1,19 @@
-"""FreeNoise against diffusers' own, live, in fp32: networks and pipelines."""
+"""FreeNoise against diffusers' own, live, in fp32: networks, noise and pipelines."""
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+pytest.importorskip("transformers")
+
+import copy  # noqa: E402
+
 import mlx.core as mx  # noqa: E402
+import numpy as np  # noqa: E402
 from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin  # noqa: E402
-from reference import relative_error  # noqa: E402
+from reference import relative_error, to_mlx  # noqa: E402
+from test_animatediff import check, difference, folder, pipes  # noqa: E402, F401
 from video_networks import KINDS, ours_of, theirs_of  # noqa: E402
 
 pytestmark = [
@@ -76,3 +82,68 @@ def test_batch_and_all_savings_at_once(pair):
         ours.disable_pixel_chunking()
     assert relative_error(made, theirs_of(theirs, inputs)) <= 1e-5
     assert made.dtype == mx.float32
+
+
+@pytest.fixture
+def long_pipes(pipes):  # noqa: F811
+    """diffusers cannot go back to its own blocks once a network has no motion mid block, so it has a copy."""
+    theirs, ours = copy.deepcopy(pipes[0]), pipes[1]
+    yield theirs, ours
+    ours.disable_free_noise()
+
+
+LONG = dict(height=32, width=32, num_inference_steps=2)
+TRAVEL = {0: "a fox", 5: "two moons", 9: "rain"}
+# Arguments of enable_free_noise and of the call.
+CALLS = {
+    "shuffled": ((8, 4), dict(num_frames=28)),
+    "shuffled_rest": ((8, 3), dict(num_frames=12)),
+    "random": ((8, 4, "flat", "random"), dict(num_frames=14)),
+    "reverse": ((8, 2, "delayed_reverse_sawtooth"), dict(num_frames=12, negative_prompt="rain")),
+    "travel": ((8, 4), dict(num_frames=12, prompt=TRAVEL)),
+    "travel_negative": ((8, 4), dict(num_frames=12, prompt=TRAVEL, negative_prompt={0: "rain", 11: "a cat"})),
+    "travel_alone": ((8, 4), dict(num_frames=12, prompt=TRAVEL, guidance_scale=1.0, clip_skip=1)),
+    "eta": ((8, 4), dict(num_frames=12, eta=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_pipelines(long_pipes, name):
+    options, args = CALLS[name]
+    for pipe in long_pipes:
+        pipe.enable_free_noise(*options)
+    check(long_pipes, **LONG, **args)
+
+
+def test_latents_of_one_window_are_repeated(long_pipes):
+    latents = torch.randn(1, 4, 8, 4, 4, generator=torch.Generator().manual_seed(2))
+    for pipe in long_pipes:
+        pipe.enable_free_noise(8, 4, noise_type="repeat_context")
+    check(long_pipes, **LONG, num_frames=20, latents=latents)
+
+
+def test_interpolation_of_prompts_by_a_function(long_pipes):
+    theirs, ours = long_pipes
+
+    def jump(repeat, concatenate):
+        return lambda first, last, start, end: concatenate([repeat(start, last - first), end])
+
+    their_jump = jump(lambda x, n: x.repeat(n, 1, 1), torch.cat)
+    our_jump = jump(lambda x, n: mx.repeat(x, n, axis=0), mx.concatenate)
+    theirs.enable_free_noise(8, 4, prompt_interpolation_callback=their_jump)
+    ours.enable_free_noise(8, 4, prompt_interpolation_callback=our_jump)
+    frames = check(long_pipes, **LONG, num_frames=12, prompt=TRAVEL)
+    ours.enable_free_noise(8, 4)
+    assert difference(ours(TRAVEL, seed=3, num_frames=12, **LONG).frames, frames) > 1e-3
+
+
+def test_text_of_frames(long_pipes):
+    theirs, ours = long_pipes
+    theirs.enable_free_noise(8, 4)
+    negative = {0: "rain", 3: "a cat"}
+    with torch.no_grad():
+        both, _ = theirs._encode_prompt_free_noise(TRAVEL, 12, "cpu", 1, True, negative)
+    states = ours.encode_prompt(TRAVEL, negative, num_frames=12)
+    assert states.prompt_embeds.shape == (1, 12, 77, 24)
+    assert difference(np.concatenate(states[::-1]).reshape(24, 77, 24), both) <= 1e-5
+    assert states.prompt_embeds.dtype == to_mlx(both).dtype
