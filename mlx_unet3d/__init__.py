@@ -28,6 +28,7 @@ if missing_backend() is None:
     )
     from .pipelines import (
         AnimateDiffPipeline,
+        AnimateDiffSDXLPipeline,
         DenoisingStep,
         TextToVideoPipeline,
         VideoOutput,
@@ -57,6 +58,7 @@ else:
 
 __all__ = [
     "AnimateDiffPipeline",
+    "AnimateDiffSDXLPipeline",
     "AutoencoderKL",
     "AutoencoderKLTemporalDecoder",
     "CLIPImageProcessor",

@@ -9,6 +9,7 @@ import tiny
 from mlx_unet3d import TextToVideoPipeline, media
 from mlx_unet3d.cli import main
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.pipelines.text import written_out
 
 WIDTH = tiny.TEXT["hidden_size"]
 
@@ -57,7 +58,11 @@ def test_several_vectors(pipe, tmp_path):
     names = pipe.load_textual_inversion(tmp_path / "style.safetensors", "<style>")
     assert names == ["<style>", "<style>_1", "<style>_2"]
     first = len(pipe.tokenizer) - 3
-    assert pipe.tokenizer(pipe._expand("a <style>!"))[0][2:5].tolist() == [first, first + 1, first + 2]
+    assert pipe.tokenizer(written_out(pipe.tokenizer, "a <style>!"))[0][2:5].tolist() == [
+        first,
+        first + 1,
+        first + 2,
+    ]
     frames = pipe("a <style>", num_frames=1, num_inference_steps=1).frames
     assert np.isfinite(frames).all()
 

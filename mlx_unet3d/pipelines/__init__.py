@@ -1,6 +1,7 @@
 """Pipelines: videos from prompts, from images and from videos."""
 
 from .animatediff import AnimateDiffPipeline
+from .animatediff_sdxl import AnimateDiffSDXLPipeline
 from .decoding import VideoOutput
 from .denoising import DenoisingStep
 from .text_to_video import TextToVideoPipeline
@@ -8,6 +9,7 @@ from .video_to_video import VideoToVideoPipeline
 
 __all__ = [
     "AnimateDiffPipeline",
+    "AnimateDiffSDXLPipeline",
     "DenoisingStep",
     "TextToVideoPipeline",
     "VideoOutput",

@@ -1,6 +1,7 @@
 """Adapters of a pipeline with text: LoRAs and textual inversions, for all networks that they are for."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, AdapterFile, learned_token, read_adapter
 from ..errors import CheckpointError
 from ..models.adapters import LoRAMixin, chosen_weights, networks_of
+from ..tokenizer import CLIPTokenizer
 from .components import Components
 
 
@@ -25,11 +27,15 @@ class AdapterMethods(Components):
         self,
         source: str | Path | Mapping[str, mx.array] | AdapterFile,
         token: str | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        text_encoder: LoRAMixin | None = None,
         *,
         weight_name: str | None = None,
         **hub: Any,
     ) -> list[str]:
         """Teach tokenizer and text encoder a learned token; returns its tokens, one a vector.
+
+        A file of SDXL, with vectors "clip_l" and "clip_g", is for both encoders.
 
         A prompt with the token, such as "a <cat-toy> on a table", then means what was learned; one of several
         vectors is written out by itself.
@@ -37,6 +43,7 @@ class AdapterMethods(Components):
         Args:
             source: a file of diffusers or the web UI, a folder or hub id that holds one, or arrays by key.
             token: what to call it; None for its own name.
+            tokenizer, text_encoder: of the pipeline, the ones to teach; None for the first.
             weight_name: the file's name in the folder, "learned_embeds.safetensors" or ".bin" by default.
             hub: `revision`, `subfolder`, `local_files_only`, `token`, `cache_dir`.
 
@@ -46,16 +53,35 @@ class AdapterMethods(Components):
         """
         self._need("text_encoder")
         file = read_adapter(source, weight_name=weight_name, names=TEXTUAL_INVERSION_NAMES, **hub)
-        name, embeddings = learned_token(file, token)
-        width = self.text_encoder.config.hidden_size
-        if embeddings.shape[1] != width:
-            raise CheckpointError(
-                f"{file.name}: {name!r} has {embeddings.shape[1]} channels, this text encoder {width}; it is "
-                "for another model"
-            )
-        names = [name, *(f"{name}_{i}" for i in range(1, len(embeddings)))]
-        self.text_encoder.set_token_embeddings(self.tokenizer.add_tokens(names), embeddings)
+        if file.tensors.keys() == {"clip_l", "clip_g"}:
+            pairs = [
+                (replace(file, tensors={"emb_params": file.tensors[key]}), self._encoder_of(name))
+                for key, name in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"))
+            ]
+        else:
+            pairs = [(file, (tokenizer or self.tokenizer, text_encoder or self.text_encoder))]
+        learned = [(*learned_token(its, token), *encoder) for its, encoder in pairs]
+        for name, embeddings, _, encoder in learned:
+            width = encoder.config.hidden_size
+            if embeddings.shape[1] != width:
+                raise CheckpointError(
+                    f"{file.name}: {name!r} has {embeddings.shape[1]} channels, this text encoder {width}; "
+                    "it is for another model"
+                )
+        for name, embeddings, words, encoder in learned:
+            names = [name, *(f"{name}_{i}" for i in range(1, len(embeddings)))]
+            encoder.set_token_embeddings(words.add_tokens(names), embeddings)
         return names
+
+    def _encoder_of(self, name: str) -> tuple[CLIPTokenizer, Any]:
+        """A text encoder and its tokenizer; CheckpointError where the pipeline has none of that name."""
+        if name not in self.parts:
+            raise CheckpointError(
+                "the embedding is for SDXL's two text encoders, and this pipeline has one; it is for another "
+                "model"
+            )
+        self._need(name)
+        return getattr(self, name.replace("text_encoder", "tokenizer")), getattr(self, name)
 
     def load_lora_weights(
         self,

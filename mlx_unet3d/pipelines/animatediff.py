@@ -1,16 +1,14 @@
 """Text to video with AnimateDiff: diffusers' AnimateDiffPipeline; Guo et al., arXiv:2307.04725."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from ..image_processor import Pictures
-from ..scalars import as_count
 from .decoding import VideoOutput
-from .denoising import Steps, start_latents
-from .free_noise import Prompts, check_text_of_frames
+from .denoising import Steps
+from .free_noise import Prompts
 from .motion import MotionPipeline
 from .sampling import Delivery, Sampling, takes
 from .text import checked_states
@@ -104,15 +102,14 @@ class AnimateDiffPipeline(MotionPipeline):
         the same `guidance_scale`; see `TextToVideoPipeline.steps`."""
         self._need("unet")
         sampling = self.sampling(**settings)
-        num_frames = as_count("num_frames", self.num_frames(num_frames))
         states = checked_states(states, sampling.guidance_scale)
-        batch = states.prompt_embeds.shape[0]
-        images = self._image_states(ip_adapter_image_embeds, batch, sampling.is_guided)
-        check_text_of_frames(states, num_frames)
-        shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
-        noise = sampling.noise(batch)
-        latents = self._long_noise(shape, latents, noise)
-        latents = start_latents(shape, latents, noise, sampling.lay_out(self.scheduler))
-        mx.eval(latents)  # so that another thread can run the steps
-        guidance = partial(self._guidance, states, images, sampling)
-        return self._denoise(guidance, sampling, latents, noise=noise, predictions=predictions)
+        return self._from_noise(
+            states,
+            sampling,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            latents=latents,
+            ip_adapter_image_embeds=ip_adapter_image_embeds,
+            predictions=predictions,
+        )

@@ -98,6 +98,8 @@ class Components:
     default_guidance_scale: ClassVar[float]
     default_num_inference_steps: ClassVar[int] = 50
     default_num_frames: ClassVar[int] = 16
+    index_options: ClassVar[dict[str, Any]] = {}
+    """Values of `model_index.json` that are no parts, with their defaults; arguments and attributes too."""
 
     def __init_subclass__(cls) -> None:
         if "parts" in vars(cls):
@@ -106,19 +108,22 @@ class Components:
                 inspect.Parameter(name, kind, default=None if part.is_optional else inspect.Parameter.empty)
                 for name, part in sorted(cls.parts.items(), key=lambda item: item[1].is_optional)
             ]
-            said = inspect.Parameter("recommended", kind, default=Recommended())
-            cls.__signature__ = inspect.Signature([*named, said])
+            said = {"recommended": Recommended(), **cls.index_options}
+            others = [inspect.Parameter(name, kind, default=value) for name, value in said.items()]
+            cls.__signature__ = inspect.Signature([*named, *others])
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(type(self)).bind(*args, **kwargs)
         bound.apply_defaults()
-        self.recommended: Recommended = bound.arguments.pop("recommended")
+        for name in ("recommended", *self.index_options):
+            setattr(self, name, bound.arguments.pop(name))
         for name, value in bound.arguments.items():
             part = self.parts[name]
             if not (isinstance(value, part.kinds) or (value is None and part.is_optional)):
                 kinds = " or ".join(kind.__name__ for kind in part.kinds)
                 raise TypeError(f"{name} is a {type(value).__name__}; give a {kinds}")
             setattr(self, name, value)
+        self.recommended: Recommended
         self.sequential_guidance = False
         self._releases = False
         self.vae_scale_factor: int = self.vae.spatial_factor
@@ -211,7 +216,8 @@ class Components:
                 config = read_component_config(path_or_id, file, subfolder=name, **where)
                 with naming(folder / name / file):
                     made[name] = scheduler_of_pipeline(config, index[name], scheduler)
-        return cls(**made, recommended=Recommended.from_dict(index.get("_recommended", {})))
+        options = {name: index.get(name, default) for name, default in cls.index_options.items()}
+        return cls(**made, **options, recommended=Recommended.from_dict(index.get("_recommended", {})))
 
     @classmethod
     def _checked_index(
@@ -255,7 +261,8 @@ class Components:
                 f"{cls.__name__} needs {', '.join(missing)}, which this {type(pipe).__name__} does not have; "
                 f"give {missing[0]}="
             )
-        return cls(**found, recommended=pipe.recommended)
+        options = {name: getattr(pipe, name, default) for name, default in cls.index_options.items()}
+        return cls(**found, **options, recommended=pipe.recommended)
 
     def save_pretrained(self, folder: str | Path, *, layout: str = "mlx") -> None:
         """Write all components and `model_index.json`, that last: a failed save cannot be loaded.
@@ -273,6 +280,7 @@ class Components:
         index: dict[str, Any] = {
             "_class_name": self.class_names[0],
             "_diffusers_version": DIFFUSERS_VERSION,
+            **{name: getattr(self, name) for name in self.index_options},
         }
         for name, part in present.items():
             options = {"layout": layout} if self.parts[name].is_network else {}

@@ -74,9 +74,10 @@ def denoise(
     eta: float = 0.0,
     predictions: Sequence[mx.array] = (),
     first_step: int = 0,
+    stop: int | None = None,
     folded: bool = False,
 ) -> Steps:
-    """Denoise latents from `scheduler.timesteps[first_step]` to the end, in fp32.
+    """Denoise latents from `scheduler.timesteps[first_step]` on, in fp32.
 
     Args:
         predict: the network with its guidance.
@@ -87,13 +88,14 @@ def denoise(
         predictions: those of the first records of a run with the same arguments. They stand for the network
             in these steps: sampler and noise come to where that run stopped, and go on.
         first_step: where in the schedule the run begins.
+        stop: the place in the schedule before which it ends; None for its end.
         folded: give the sampler (B*F, C, h, w) of latents (B, C, F, h, w), as some pipelines of diffusers do;
             it then draws noise and takes quantiles a frame.
 
     Raises NonFiniteError at the step where an infinity or NaN appears.
     """
     batch = latents.shape[0]
-    timesteps = scheduler.timesteps[first_step:].tolist()
+    timesteps = scheduler.timesteps[first_step:stop].tolist()
     total, shape = len(timesteps), tuple(latents.shape)
     if len(predictions) > total or any(tuple(p.shape) != shape for p in predictions):
         raise ValueError(

@@ -1,7 +1,7 @@
 """FreeInit (arXiv:2312.07537): denoise several times, each from noise with the low frequencies of the last
 video."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -120,66 +120,65 @@ class FreeInitMethods(Components):
         """True between `enable_free_init` and `disable_free_init`."""
         return self.free_init is not None
 
-    def _denoise(
-        self,
-        guidance: Callable[[int], Predict],
-        sampling: Sampling,
-        latents: mx.array,
-        *,
-        noise: NoiseSource,
-        predictions: Sequence[mx.array],
-    ) -> Steps:
-        """Return the denoising loop, once or in the iterations of FreeInit; see `denoise`.
+    def _schedulers(self, sampling: Sampling) -> list[Scheduler]:
+        """Return a copy of the scheduler for each iteration, one without FreeInit."""
+        if self.free_init is None:
+            return [sampling.lay_out(self.scheduler)]
+        return self.free_init.lay_out(sampling, self.scheduler)
 
-        `guidance` makes the network with its guidance for a run of so many steps.
-        """
-        if self.free_init is None:
-            schedulers = [sampling.lay_out(self.scheduler)]
-        else:
-            schedulers = self.free_init.lay_out(sampling, self.scheduler)
-        made = {steps: guidance(steps) for steps in {len(it.timesteps) for it in schedulers}}
-        runs = [(made[len(it.timesteps)], it) for it in schedulers]
-        how = dict(noise=noise, eta=sampling.eta, predictions=predictions)
-        if self.free_init is None:
-            return denoise(*runs[0], latents, **how)
-        return denoise_again(self.free_init, runs, latents, **how)
+
+@dataclass(frozen=True)
+class Run:
+    """One iteration: network, scheduler, and the place in its schedule before which it ends."""
+
+    predict: Predict
+    scheduler: Scheduler
+    stop: int
 
 
 def denoise_again(
-    free_init: FreeInit,
-    runs: Sequence[tuple[Predict, Scheduler]],
+    runs: Sequence[Run],
     latents: mx.array,
+    free_init: FreeInit | None,
     *,
     noise: NoiseSource,
     eta: float = 0.0,
     predictions: Sequence[mx.array] = (),
 ) -> Steps:
-    """Denoise in iterations; the records count through all of them.
+    """Denoise in iterations, or once in the only one; the records count through all of them.
 
     Args:
-        runs: network and scheduler of each iteration.
+        runs: the iterations.
         latents: (B, C, F, h, w), where the first begins; all others take their low frequencies from that.
+        free_init: how others begin.
         noise, eta, predictions: see `denoise`.
 
     As in diffusers, a video is brought back to the last timestep of training, wherever the schedule begins.
     Samplers that begin at a noise level above 1, such as Euler's, go back to that level; diffusers scales
     their first noise twice, and later noise not at all.
     """
-    lengths = [len(scheduler.timesteps) for _, scheduler in runs]
-    total, done = sum(lengths), 0
+    total, done = sum(run.stop for run in runs), 0
     if len(predictions) > total:
         raise ValueError(
-            f"predictions are those of {len(predictions)} steps; this run makes {total} in {len(runs)} "
-            "iterations: go on with the settings that they were made with"
+            f"predictions are those of {len(predictions)} steps; this run makes {total}: go on with the "
+            "settings that they were made with"
         )
-    start = latents / runs[0][1].init_noise_sigma
-    for i, (predict, scheduler) in enumerate(runs):
+    start = latents / runs[0].scheduler.init_noise_sigma
+    for i, run in enumerate(runs):
+        scheduler = run.scheduler
         if i > 0:
             sigma, last = scheduler.init_noise_sigma, scheduler.config.num_train_timesteps - 1
             noisy = scheduler.add_noise(latents, start, last if sigma == 1 else scheduler.timesteps[0])
             latents = free_init.mix(noisy, noise(tuple(latents.shape)) * sigma)
-        known = predictions[done : done + lengths[i]]
-        steps = denoise(predict, scheduler, latents, noise=noise, eta=eta, predictions=known)
+        steps = denoise(
+            run.predict,
+            scheduler,
+            latents,
+            noise=noise,
+            eta=eta,
+            predictions=predictions[done : done + run.stop],
+            stop=run.stop,
+        )
         record = next(steps, None)
         while record is not None:
             replaced = yield replace(record, step=done + record.step, total=total)
@@ -188,4 +187,4 @@ def denoise_again(
                 record = steps.send(replaced)
             except StopIteration:
                 record = None
-        done += lengths[i]
+        done += run.stop

@@ -169,9 +169,9 @@ def checked_keys(name: str, prompts: Prompts | None, frames: int) -> dict[int, s
     return dict(sorted(keys.items()))
 
 
-def check_text_of_frames(states: TextStates, frames: int) -> None:
+def check_text_of_frames(text: mx.array, frames: int) -> None:
     """Raise ValueError for states (B, F, L, D) of another number of frames."""
-    shape = states.prompt_embeds.shape
+    shape = text.shape
     if len(shape) == 4 and shape[1] != frames:
         raise ValueError(
             f"the text states are those of {shape[1]} frames, {tuple(shape)}, but num_frames={frames}; call "

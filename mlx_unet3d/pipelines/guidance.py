@@ -65,7 +65,7 @@ class _Pass:
 
 
 class Guidance:
-    """`Predict` of a network: prediction = negative + scale * (positive - negative).
+    """`Predict` of a network: prediction = negative + scale * (positive - negative), perhaps rescaled.
 
     Args:
         network: see `Network`.
@@ -104,6 +104,7 @@ class Guidance:
         self.network, self.dtype, self.sequential = network, dtype, sequential
         self.frames_axis = frames_axis
         self.scale = sampling.guidance_scale if scale is None else scale
+        self.rescale = sampling.guidance_rescale
         first, last = sampling.guidance_interval
         self.guided = [sampling.is_guided and first <= i / steps < last for i in range(steps)]
         if sampling.is_guided and not any(self.guided):
@@ -152,11 +153,20 @@ class Guidance:
         scale, axis = self.scale, self.frames_axis
         if frames is not None and isinstance(scale, mx.array) and scale.shape[axis] > 1:
             scale = mx.take(scale, frames, axis)
-        return negative + scale * (positive - negative)
+        guided = negative + scale * (positive - negative)
+        return rescaled(guided, positive, self.rescale) if self.rescale else guided
 
     def resumes_at(self, step: int) -> int:
         """Return the last full step: cached features are no part of a run that stopped."""
         return max((i for i in self.full if i <= step), default=0)
+
+
+def rescaled(guided: mx.array, positive: mx.array, amount: float) -> mx.array:
+    """Bring the deviation of each sample of a guided prediction (B, ...) towards that of the positive one, 0
+    not at all, 1 fully (arXiv:2305.08891, section 3.4)."""
+    axes = list(range(1, guided.ndim))
+    wanted, has = (mx.std(x, axis=axes, keepdims=True, ddof=1) for x in (positive, guided))
+    return guided * (amount * wanted / has + (1 - amount))
 
 
 def full_steps(guided: Sequence[bool], cache_interval: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,20 +15,19 @@ from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
 from ..models.motion_adapter import MotionAdapter
 from ..models.unet_motion import UNetMotionModel
+from ..scalars import as_count
 from ..schedulers import Scheduler
 from ..tokenizer import CLIPTokenizer
 from .adapters import AdapterMethods
 from .calls import VideoPipeline
 from .components import Part, is_listed
-from .free_init import FreeInitMethods
-from .free_noise import FreeNoiseMethods
+from .denoising import Steps, start_latents
+from .free_init import FreeInitMethods, Run, denoise_again
+from .free_noise import FreeNoiseMethods, check_text_of_frames
 from .guidance import Guidance, Predict
 from .image_prompts import IMAGE_PARTS, ImagePrompts, ImageStates
 from .sampling import Sampling
 from .windows import in_windows
-
-Pair = tuple[Any, Any]
-"""For the positive rows, and for the negative ones or None."""
 
 
 class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMethods, VideoPipeline):
@@ -76,6 +76,36 @@ class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMet
 
         return super().from_pretrained(path_or_id, readers={"unet": read}, **options)
 
+    def _from_noise(
+        self,
+        text: tuple[mx.array, mx.array | None],
+        sampling: Sampling,
+        *,
+        num_frames: int | None,
+        height: int | None,
+        width: int | None,
+        latents: mx.array | None,
+        ip_adapter_image_embeds: Sequence[mx.array] | None,
+        predictions: Sequence[mx.array],
+        conditions: Sequence[Mapping[str, mx.array]] = ({}, {}),
+        denoising_end: float | None = None,
+    ) -> Steps:
+        """Return the denoising loop of a run that begins with noise."""
+        num_frames = as_count("num_frames", self.num_frames(num_frames))
+        batch = text[0].shape[0]
+        check_text_of_frames(text[0], num_frames)
+        images = self._image_states(ip_adapter_image_embeds, batch, sampling.is_guided)
+        shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
+        noise, schedulers = sampling.noise(batch), self._schedulers(sampling)
+        latents = start_latents(shape, self._long_noise(shape, latents, noise), noise, schedulers[0])
+        mx.eval(latents)  # so that another thread can run the steps
+        stops = [end_step(denoising_end, scheduler) for scheduler in schedulers]
+        networks = {n: self._guidance(text, images, sampling, n, conditions) for n in set(stops)}
+        runs = [Run(networks[n], scheduler, n) for n, scheduler in zip(stops, schedulers, strict=True)]
+        return denoise_again(
+            runs, latents, self.free_init, noise=noise, eta=sampling.eta, predictions=predictions
+        )
+
     @property
     def motion_adapter(self) -> MotionAdapter:
         """The motion modules of the UNet, whose arrays it shares."""
@@ -116,6 +146,24 @@ class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMet
             sequential=self.sequential_guidance,
         )
         return in_windows(predict, sampling)
+
+
+def end_step(denoising_end: float | None, scheduler: Scheduler) -> int:
+    """Return the place in a schedule before which a run ends that denoises only a share of the noise.
+
+    Raises ValueError for a share out of range, or one that leaves no step to run.
+    """
+    if denoising_end is None:
+        return len(scheduler.timesteps)
+    total = scheduler.config.num_train_timesteps
+    last = round(total - denoising_end * total) if 0 < denoising_end <= 1 else math.inf
+    stop = int((scheduler.timesteps >= last).sum())
+    if not stop:
+        raise ValueError(
+            f"denoising_end={denoising_end} with {len(scheduler.timesteps)} steps leaves no step to run; use "
+            "a share of the noise, up to 1"
+        )
+    return stop
 
 
 def _read_unet(

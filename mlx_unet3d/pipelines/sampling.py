@@ -40,6 +40,8 @@ class Sampling:
             diffusers; "mlx" those of MLX.
         generator: another name of `seed`; not a torch generator.
         cross_attention_kwargs: keywords for the attention processors, such as the LoRA `scale`.
+        guidance_rescale: how far to bring a guided prediction back to the deviation that it has without the
+            negative prompt, from 0 to 1; against overexposure (arXiv:2305.08891).
         guidance_interval: guidance only in this part of the steps, from 0, the first, to 1; one pass in the
             others. Less work and another result (arXiv:2404.07724).
         cache_interval: run all layers only every so many steps, in between the last `cache_depth` layers on
@@ -60,6 +62,7 @@ class Sampling:
     rng: str = "torch"
     generator: InitVar[int | Sequence[int] | None] = None
     cross_attention_kwargs: dict[str, Any] | None = None
+    guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     cache_interval: int = 1
     cache_depth: int = 1
@@ -88,8 +91,9 @@ class Sampling:
             as_count("num_inference_steps", self.num_inference_steps)
         if not np.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta={self.eta} must lie between 0 and 1")
+        for name in ("eta", "guidance_rescale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
         if self.eta and not scheduler.uses_eta:
             raise ValueError(
                 f"eta={self.eta} means nothing to {type(scheduler).__name__}; use DDIMScheduler or "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..tokenizer import CLIPTokenizer
 from .components import Components
 
 
@@ -31,7 +32,12 @@ class TextStates(NamedTuple):
 
     def repeated(self, copies: int) -> TextStates:
         """Return the states with each row so many times, one after the other."""
-        return TextStates(*(None if states is None else mx.repeat(states, copies, axis=0) for states in self))
+        return TextStates(*repeated_rows(self, copies))
+
+
+def repeated_rows(states: Sequence[mx.array | None], copies: int) -> list[mx.array | None]:
+    """Return arrays (B, ...) with each row so many times, one after the other."""
+    return [None if x is None else mx.repeat(x, copies, axis=0) for x in states]
 
 
 def checked_states(states: tuple[mx.array, mx.array | None], guidance_scale: float) -> TextStates:
@@ -134,8 +140,7 @@ class TextPrompts(Components):
         texts = checked_texts(name, text)
         self._need("text_encoder")
         self._warn_of_unknown_words(texts)
-        ids = mx.array(self.tokenizer([self._expand(text) for text in texts]))
-        states = self.text_encoder(ids, clip_skip=clip_skip)
+        states = self.text_encoder(token_ids(self.tokenizer, texts), clip_skip=clip_skip)
         mx.eval(states)
         return states
 
@@ -155,17 +160,6 @@ class TextPrompts(Components):
             )
         return states
 
-    def _expand(self, text: str) -> str:
-        """Write out learned tokens of several vectors."""
-        added = self.tokenizer.added_tokens
-        for token in added:
-            rest = []
-            while f"{token}_{len(rest) + 1}" in added:
-                rest.append(f"{token}_{len(rest) + 1}")
-            if rest:
-                text = text.replace(token, " ".join([token, *rest]))
-        return text
-
     def _warn_of_unknown_words(self, texts: Sequence[str]) -> None:
         known = self.recommended.vocabulary
         for token in self.tokenizer.added_tokens:
@@ -177,6 +171,23 @@ class TextPrompts(Components):
                 f"this model does not know {', '.join(map(repr, unknown))}; it knows {', '.join(known)}",
                 stacklevel=4,
             )
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> mx.array:
+    """Return the ids (B, L) of texts, in which learned tokens of several vectors are written out."""
+    return mx.array(tokenizer([written_out(tokenizer, text) for text in texts]))
+
+
+def written_out(tokenizer: CLIPTokenizer, text: str) -> str:
+    """Return a text with the tokens of all vectors for a learned token of several."""
+    added = tokenizer.added_tokens
+    for token in added:
+        rest = []
+        while f"{token}_{len(rest) + 1}" in added:
+            rest.append(f"{token}_{len(rest) + 1}")
+        if rest:
+            text = text.replace(token, " ".join([token, *rest]))
+    return text
 
 
 def checked_texts(name: str, text: Any) -> list[str]:

@@ -35,8 +35,8 @@ def free_pipes(pipes):  # noqa: F811
         pipe.disable_free_init()
 
 
-def enable(pipes, **options):
-    for pipe in pipes:
+def enable(pair, **options):
+    for pipe in pair:
         pipe.enable_free_init(**options)
         assert pipe.free_init_enabled
 
