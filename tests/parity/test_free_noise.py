@@ -12,8 +12,9 @@ import copy  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin  # noqa: E402
+from mlx_unet3d.pipelines import ContextWindows  # noqa: E402
 from reference import relative_error, to_mlx  # noqa: E402
-from test_animatediff import check, difference, folder, pipes  # noqa: E402, F401
+from test_animatediff import check, difference, folder, image_pipes, picture, pipes  # noqa: E402, F401
 from video_networks import KINDS, ours_of, theirs_of  # noqa: E402
 
 pytestmark = [
@@ -147,3 +148,16 @@ def test_text_of_frames(long_pipes):
     assert states.prompt_embeds.shape == (1, 12, 77, 24)
     assert difference(np.concatenate(states[::-1]).reshape(24, 77, 24), both) <= 1e-5
     assert states.prompt_embeds.dtype == to_mlx(both).dtype
+
+
+def test_images_beside_text_of_frames(image_pipes):  # noqa: F811
+    made, *both = image_pipes
+    for pipe in both:
+        pipe.load_ip_adapter(str(made), subfolder="models", weight_name="plain.safetensors")
+        pipe.enable_free_noise(8, 4)
+    args = dict(num_frames=12, ip_adapter_image=picture())
+    check(both, **LONG, **args, prompt=TRAVEL)
+    windows = dict(context_windows=ContextWindows(12), seed=3)
+    ours = both[1](TRAVEL, **LONG, **args, **windows).frames
+    halves = both[1](TRAVEL, **LONG, **args, **windows | {"context_windows": ContextWindows(8)}).frames
+    assert difference(ours, halves) > 1e-3
