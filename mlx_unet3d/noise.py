@@ -21,7 +21,15 @@ class NoiseSource(Protocol):
     def __call__(self, shape: tuple[int, ...]) -> mx.array: ...
 
 
-def noise_source(seed: int, rng: str = "torch") -> NoiseSource:
+class Generator(NoiseSource, Protocol):
+    """A source that draws permutations from its stream as well."""
+
+    def permutation(self, length: int) -> NDArray[np.int64]:
+        """Return the numbers 0 to `length` - 1 in random order."""
+        ...
+
+
+def noise_source(seed: int, rng: str = "torch") -> Generator:
     """A stream of standard normal float32 numbers, fixed by its seed.
 
     Args:
@@ -31,7 +39,8 @@ def noise_source(seed: int, rng: str = "torch") -> NoiseSource:
             those of torch on an x86 CPU with AVX2. On other CPUs, Apple's among them, torch's own
             numbers differ from these in their last bits (by 2.3e-6 at most). Like torch, it reads
             only the low 32 bits of the seed. A half-precision draw of torch is this one cast where
-            its size is a multiple of 16. torch's CUDA generator is another one, not offered.
+            its size is a multiple of 16. torch's CUDA generator is another one, not offered. Its
+            `permutation(n)` is `torch.randperm(n, generator=g)`.
             "mlx" draws with `mx.random.normal`, on the device, from a key split once a call.
 
     Raises:
@@ -57,10 +66,16 @@ class MLXNoise:
         self._key = mx.random.key(seed)
 
     def __call__(self, shape: tuple[int, ...]) -> mx.array:
-        shape = _checked_shape(shape)
+        return mx.random.normal(_checked_shape(shape), dtype=mx.float32, key=self._next_key())
+
+    def permutation(self, length: int) -> NDArray[np.int64]:
+        (length,) = _checked_shape((length,))
+        return np.array(mx.random.permutation(length, key=self._next_key()), np.int64)
+
+    def _next_key(self) -> mx.array:
         self._key, key = mx.random.split(self._key)
         mx.eval(self._key)  # or the next draw could only be made in this thread
-        return mx.random.normal(shape, dtype=mx.float32, key=key)
+        return key
 
 
 class TorchNoise:
@@ -79,6 +94,15 @@ class TorchNoise:
         size = int(np.prod(shape, dtype=np.int64))
         numbers = self._draw_many(size) if size >= 16 else self._draw_few(size)
         return mx.array(numbers.reshape(shape))
+
+    def permutation(self, length: int) -> NDArray[np.int64]:
+        """Shuffle as Fisher and Yates do, from the first place on, a word for each place but the last."""
+        (length,) = _checked_shape((length,))
+        order = np.arange(length)
+        for place, word in enumerate(self._words(max(length - 1, 0)).tolist()):
+            other = place + word % (length - place)
+            order[[place, other]] = order[[other, place]]
+        return order
 
     def _words(self, count: int) -> NDArray[np.uint32]:
         return self._twister.randint(0, 2**32, size=count, dtype=np.uint32)

@@ -6,7 +6,14 @@ from functools import cache
 import mlx_unet3d
 import mlx.core as mx
 import pytest
-from mlx_unet3d import AutoencoderKL, AutoencoderKLTemporalDecoder, TextContext, UNet3DConditionModel, memory
+from mlx_unet3d import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    TextContext,
+    UNet3DConditionModel,
+    UNetMotionModel,
+    memory,
+)
 from mlx.utils import tree_flatten
 from mlx_unet3d.chips import GIB, working_set
 from mlx_unet3d.layers.chunking import Chunks
@@ -84,6 +91,30 @@ def test_predicted_peaks_of_a_step(exact_peaks, widths, frames, size, guidance, 
     video = memory.Video(frames, 2 * size, 2 * size, guidance=guidance)
     run = run_step(unet, 5.0 if guidance else 1.0, settings.sequential_guidance, frames, size)
     check_peak(planner, "denoise", run, video, settings)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("frames", "settings"), [(24, S()), (24, S(pixels=64)), (20, S(frames=4)), (20, S(True, 4, 32))]
+)
+def test_predicted_peaks_of_free_noise(exact_peaks, frames, settings):
+    blocks = dict(
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=16,
+    )
+    unet = UNetMotionModel(**{k: v for k, v in UNET.items() if k != "attention_head_dim"} | blocks).eval()
+    mx.eval(unet.parameters())
+    unet.enable_free_noise(8, 4)
+    unet.chunks = Chunks(settings.frames, settings.pixels)
+    planner = planner_of(replace(NETWORKS, unet=memory.Network(UNetMotionModel, unet.config)))
+    with pytest.raises(ValueError, match="exceeds the motion module's 16 positions"):
+        planner.denoise(memory.Video(frames, 32, 32), settings)
+    planner.free_noise = unet.free_noise
+    run = run_step(unet, 5.0, settings.sequential_guidance, frames)
+    check_peak(planner, "denoise", run, memory.Video(frames, 32, 32), settings)
 
 
 def vae_run(vae, stage, frames, height, width):

@@ -108,3 +108,24 @@ def test_bad_shapes(rng):
     for shape in (5, (2.0, 3), (True,)):
         with pytest.raises(TypeError, match="integer"):
             source(shape)
+
+
+def test_permutations_are_those_of_torch():
+    source = noise_source(7)
+    source((3,))
+    # of torch.randperm, behind torch.randn(3) of the same generator
+    assert source.permutation(4).tolist() == [0, 3, 2, 1]
+    assert source.permutation(9).tolist() == [1, 0, 3, 5, 4, 7, 2, 8, 6]
+    assert source.permutation(16).tolist() == [6, 7, 12, 15, 1, 9, 14, 5, 3, 2, 4, 10, 11, 13, 8, 0]
+
+
+@pytest.mark.parametrize("rng", RNGS)
+def test_permutations_go_on_in_the_stream(rng):
+    first, second = noise_source(3, rng), noise_source(3, rng)
+    a, b = first.permutation(50), first.permutation(50)
+    assert a.tolist() != b.tolist()
+    assert sorted(a) == sorted(b) == list(range(50))
+    assert second.permutation(50).tolist() == a.tolist()
+    assert [first.permutation(n).tolist() for n in (0, 1)] == [[], [0]]
+    with pytest.raises(ValueError, match="-1"):
+        first.permutation(-1)

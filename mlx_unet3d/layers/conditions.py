@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from .chunking import WHOLE, Chunks, in_sequence, ranges
+from .free_noise import FreeNoise
 from .freeu import FreeU
 from .text_context import TextContext
 
@@ -26,6 +27,7 @@ class Conditions:
             alone.
         cross_attention_kwargs: keywords for the attention processors.
         freeu: factors of FreeU; None for none.
+        free_noise: windows of FreeNoise, for motion modules; None for all frames at once.
         chunks: the chunks in which layers run.
     """
 
@@ -38,6 +40,7 @@ class Conditions:
     image_only: mx.array | None = None
     cross_attention_kwargs: dict[str, Any] | None = None
     freeu: FreeU | None = None
+    free_noise: FreeNoise | None = None
     chunks: Chunks = WHOLE
 
     @property

@@ -89,11 +89,16 @@ class BasicTransformerBlock(nn.Module):
 
     def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
         """(N, S, K) -> (N, S, K); the rows of `cond.context` divide those of x."""
+        if cond.free_noise is not None and "pos_embed" in self:
+            x = cond.free_noise.average(lambda window: self._add_attentions(window, cond), x)
+        else:
+            x = self._add_attentions(x, cond)
+        return x + self._in_chunks(self.ff, self.norm3(x))
+
+    def _add_attentions(self, x: mx.array, cond: Conditions) -> mx.array:
         keywords = cond.cross_attention_kwargs or {}
         x = x + self.attn1(self._placed(self.norm1(x)), attention_mask=self._pixel_mask(cond), **keywords)
-        if "attn2" in self:
-            x = self._add_second_attention(x, cond)
-        return x + self._in_chunks(self.ff, self.norm3(x))
+        return self._add_second_attention(x, cond) if "attn2" in self else x
 
     def _placed(self, x: mx.array) -> mx.array:
         return self.pos_embed(x) if "pos_embed" in self else x

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..chips import Chip
 from ..layers.attention import Attention
 from ..layers.chunking import Chunks
+from ..layers.free_noise import FreeNoise
 from ..layers.text_context import TextContext
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
@@ -159,6 +160,7 @@ def plan(
     vae_dtype: mx.Dtype = mx.float32,
     vae_tiling: bool = False,
     decode_chunk_size: int | None = None,
+    free_noise: FreeNoise | None = None,
     budget: int | None = None,
     backend: str | None = None,
     chip: Chip | None = None,
@@ -181,6 +183,7 @@ def plan(
         vae_tiling: whether the VAE takes large frames in tiles.
         decode_chunk_size: frames that a temporal decoder takes as a clip; None for all, or as many as MLX can
             index.
+        free_noise: windows of FreeNoise, `unet.free_noise`, for a `UNetMotionModel` alone; None for none.
         budget: bytes that MLX may use; None for any.
         backend: "metal" or "cpu"; None for that of this machine.
         chip: for the time of a step.
@@ -201,7 +204,7 @@ def plan(
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
     planner = Planner(networks, dtype, vae_dtype, budget, BACKENDS[backend], cache_depth, vae_tiling)
-    planner.decode_chunk_size = decode_chunk_size
+    planner.decode_chunk_size, planner.free_noise = decode_chunk_size, free_noise
     found = planner.plan(video, settings)
     if chip is not None:
         found = replace(found, step_seconds=planner.step_seconds(video, chip))
@@ -247,6 +250,7 @@ class Planner:
         encoders = (*networks.text_encoders, networks.image_encoder)
         self.encoder_bytes = sum(network.nbytes(dtype) for network in encoders if network is not None)
         self.decode_chunk_size: int | None = None
+        self.free_noise: FreeNoise | None = None
 
     def plan(self, video: Video, settings: Settings | None) -> Plan:
         others = [*(stage() for stage in self.before(video)), self.decode(video)]
@@ -416,6 +420,8 @@ class Planner:
             given["encoder_hidden_states"] = TextContext(given["encoder_hidden_states"])
             cache = None if self.cache_depth is None else FeatureCache(2, self.cache_depth)
             unet.chunks = Chunks(settings.frames, settings.pixels)
+            if self.free_noise is not None:
+                unet.free_noise = self.free_noise
             output = unet(**given, feature_cache=cache).sample
             return [output] if cache is None else [output, cache.next()]
 

@@ -23,6 +23,7 @@ from ..layers.blocks import (
 )
 from ..layers.conditions import Conditions
 from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
+from ..layers.free_noise import FreeNoise
 from ..layers.text_context import TextContext
 from .feature_cache import FeatureCache
 from .ip_adapter import IPAdapterMixin
@@ -141,6 +142,7 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.free_noise: FreeNoise | None = None
         config = self.config
         mid_layers = config.transformer_layers_per_mid_block
         if mid_layers is None:
@@ -183,7 +185,7 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
 
         Args:
             sample: noisy latents (B, in_channels, F, H, W) in the dtype of the network; F at most
-                `motion_max_seq_length`.
+                `motion_max_seq_length`, but with FreeNoise any.
             timestep: one for all, or (B,); usually 0 to 999.
             encoder_hidden_states: text states, a row a frame (B*F, L, D), as diffusers has it, or a row a
                 sample (B, L, D), which costs less; or a `TextContext` of them, projected only once.
@@ -221,10 +223,11 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
         self._check_sample(sample)
         batch, frames, dtype = sample.shape[0], sample.shape[2], sample.dtype
         most = self.config.motion_max_seq_length
-        if frames > most:
+        if frames > most and self.free_noise is None:
             raise ValueError(
                 f"num_frames={frames} exceeds the motion module's {most} positions; use num_frames <= "
-                f"{most}, or windows of at most {most} frames"
+                f"{most}, or windows of at most {most} frames: enable_free_noise(), or the setting "
+                "context_windows of a pipeline"
             )
         temb = self._embed_time(inputs["timestep"], batch, dtype, inputs["timestep_cond"])
         if "add_embedding" in self:
@@ -238,6 +241,7 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
             pixel_mask=self._pixel_bias(inputs["attention_mask"], sample),
             cross_attention_kwargs=inputs["cross_attention_kwargs"],
             freeu=self.freeu,
+            free_noise=self.free_noise,
             chunks=self.chunks,
         )
 
@@ -274,6 +278,31 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
         sinusoid = timestep_sinusoid(ids.reshape(-1), dim).reshape(batch, -1)
         both = mx.concatenate([text.astype(mx.float32), sinusoid], axis=-1)
         return self.add_embedding(both.astype(dtype))
+
+    def enable_free_noise(
+        self,
+        context_length: int | None = 16,
+        context_stride: int = 4,
+        weighting_scheme: str = "pyramid",
+    ) -> None:
+        """Let motion modules attend within windows of a clip, which may then have any number of frames.
+
+        `context_length` is None for `motion_max_seq_length`; others see `FreeNoise`. A clip of one window
+        stays what it is. ValueError for values out of range, and for windows of more frames than positions.
+        """
+        most = self.config.motion_max_seq_length
+        length = most if context_length is None else context_length
+        windows = FreeNoise(length, context_stride, weighting_scheme)
+        if windows.context_length > most:
+            raise ValueError(
+                f"context_length={length} exceeds the motion module's {most} positions; use a context_length "
+                f"of at most {most}"
+            )
+        self.free_noise = windows
+
+    def disable_free_noise(self) -> None:
+        """Let motion modules attend among all frames again."""
+        self.free_noise = None
 
     # AnimateDiff's parts.
 

@@ -13,11 +13,13 @@ from .stable_video import StableVideoDiffusionPipeline
 from .text import TextStates
 from .text_to_video import TextToVideoPipeline
 from .video_to_video import VideoToVideoPipeline
+from .windows import ContextWindows
 
 __all__ = [
     "AnimateDiffPipeline",
     "AnimateDiffSDXLPipeline",
     "AnimateDiffVideoToVideoPipeline",
+    "ContextWindows",
     "DenoisingStep",
     "I2VGenXLPipeline",
     "ImageStates",

@@ -8,6 +8,7 @@ import mlx.core as mx
 from ..image_processor import Pictures
 from .decoding import VideoOutput
 from .denoising import Steps
+from .free_noise import Prompts
 from .motion import MotionPipeline
 from .sampling import Delivery, Sampling, takes
 from .text import checked_states
@@ -22,13 +23,13 @@ class AnimateDiffPipeline(MotionPipeline):
     @takes(Sampling, Delivery)
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: Prompts | None = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: Prompts | None = None,
         *,
         latents: mx.array | None = None,
         prompt_embeds: mx.array | None = None,
@@ -42,15 +43,17 @@ class AnimateDiffPipeline(MotionPipeline):
         """Make videos.
 
         Args:
-            prompt: one, or one a video; or `prompt_embeds` (B, L, D) instead.
-            num_frames: F, from 1 to the positions of the motion modules, 32 or 24; default: what the
-                checkpoint recommends, or 16.
+            prompt: one, or one a video; or, for one video, a mapping of frames to prompts, see
+                `encode_prompt`; or `prompt_embeds`, (B, L, D) or (B, F, L, D), instead.
+            num_frames: F, from 1 to the positions of the motion modules, 32 or 24, and with
+                `enable_free_noise` or `context_windows` more; default: what the checkpoint recommends, or 16.
             height, width: in pixels, multiples of 8; default: what the UNet was trained on, 512.
             num_inference_steps: steps of the scheduler; default: what the checkpoint recommends, or 50.
             guidance_scale: strength of the prompt; at most 1: one pass a step, without negative prompt.
                 Default: as above, or 7.5.
-            negative_prompt: what to avoid; one, or one a prompt; or `negative_prompt_embeds`.
-            latents: (B, C, F, h, w) to start from instead of noise, before `init_noise_sigma`.
+            negative_prompt: what to avoid; one, one a prompt, or a mapping; or `negative_prompt_embeds`.
+            latents: (B, C, F, h, w) to start from instead of noise, before `init_noise_sigma`; with FreeNoise
+                also of the frames of one window.
             ip_adapter_image, ip_adapter_image_embeds: images for the IP-Adapters, or what
                 `encode_ip_adapter_image` made of them.
             clip_skip: layers of the text encoder to leave out at its end, for the positive prompt.
@@ -63,10 +66,11 @@ class AnimateDiffPipeline(MotionPipeline):
         # 1. Settings, all checked before the work begins
         options |= dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         settings, delivery = self._options(options)
-        # 2. Prompt -> states (B, L, D)
+        # 2. Prompt -> states (B, L, D), or with a text a frame (B, F, L, D)
         states = self.encode_prompt(
             prompt,
             negative_prompt,
+            num_frames=num_frames,
             guidance_scale=guidance_scale,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,

@@ -102,7 +102,8 @@ def denoise(
             f"predictions are {[tuple(p.shape) for p in predictions[:1]]} of {len(predictions)} steps; "
             f"this run makes {total} of {shape}: go on with the settings that they were made with"
         )
-    predictions = predictions[: predict.resumes_at(len(predictions))]
+    if len(predictions) < total:
+        predictions = predictions[: predict.resumes_at(len(predictions))]
     options = {"eta": eta} if scheduler.uses_eta else {}
     for i, timestep in enumerate(timesteps):
         if i < len(predictions):

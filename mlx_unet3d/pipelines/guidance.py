@@ -24,8 +24,13 @@ class Predict(Protocol):
     dtype: mx.Dtype
     """The one that the network computes in."""
 
-    def __call__(self, sample: mx.array, timestep: float, step: int) -> mx.array:
-        """Return the guided prediction for a sample (B, ...), both float32, in a step of the run."""
+    def __call__(
+        self, sample: mx.array, timestep: float, step: int, frames: mx.array | None = None
+    ) -> mx.array:
+        """Return the guided prediction for a sample (B, ...), both float32, in a step of the run.
+
+        `frames` are those of the clip that the sample holds; None for all.
+        """
         ...
 
     def resumes_at(self, step: int) -> int:
@@ -35,11 +40,28 @@ class Predict(Protocol):
 
 @dataclass(frozen=True)
 class _Pass:
-    """One run of the network in a step: its inputs, how many copies of the sample it takes, its features."""
+    """One run of the network in a step.
+
+    Attributes:
+        inputs: of the network, for all frames.
+        copies: how often it takes the sample.
+        cache: its features.
+        a_frame: inputs with an entry a frame, and their axes.
+    """
 
     inputs: Inputs
     copies: int
     cache: FeatureCache | None
+    a_frame: Mapping[str, tuple[mx.array, int]]
+
+    def of_frames(self, frames: mx.array | None) -> Inputs:
+        """Return the inputs for some frames; None for all."""
+        if frames is None:
+            return self.inputs
+        some = {name: mx.take(array, frames, axis) for name, (array, axis) in self.a_frame.items()}
+        if "encoder_hidden_states" in some:
+            some["encoder_hidden_states"] = _as_rows(some["encoder_hidden_states"])
+        return {**self.inputs, **some}
 
 
 class Guidance:
@@ -48,11 +70,15 @@ class Guidance:
     Args:
         network: see `Network`.
         sampling: the settings of the run.
-        positive, negative: the inputs of B rows; `encoder_hidden_states` becomes a `TextContext`, whose keys
-            and values all steps share. `negative` may be None where nothing is guided.
+        positive, negative: the inputs of B rows; `encoder_hidden_states`, (B, L, D), or (B, F, L, D) with a
+            text a frame, becomes a `TextContext`, whose keys and values all steps share. `negative` may be
+            None where nothing is guided.
         steps: number of steps of the run.
         dtype: of the network.
-        scale: an array that broadcasts to the prediction, in place of `sampling.guidance_scale`.
+        scale: an array with the axes of the prediction, as long or of length 1, in place of
+            `sampling.guidance_scale`.
+        frame_axes: inputs with an entry a frame, and the axis of these; `Windowed` takes parts of them.
+        frames_axis: that of the sample, for a `scale` with an entry a frame.
         sequential: run the network twice a step, for the negative inputs and then for the positive ones, not
             once for both: about half the memory, the same result up to rounding.
 
@@ -71,9 +97,12 @@ class Guidance:
         steps: int,
         dtype: mx.Dtype,
         scale: mx.array | None = None,
+        frame_axes: Mapping[str, int] | None = None,
+        frames_axis: int = 2,
         sequential: bool = False,
     ):
         self.network, self.dtype, self.sequential = network, dtype, sequential
+        self.frames_axis = frames_axis
         self.scale = sampling.guidance_scale if scale is None else scale
         self.rescale = sampling.guidance_rescale
         first, last = sampling.guidance_interval
@@ -88,11 +117,15 @@ class Guidance:
         def one_pass(inputs: Inputs, copies: int) -> _Pass:
             inputs = dict(inputs)
             mx.eval([array for _, array in tree_flatten(inputs)])  # so that another thread can run the steps
-            if isinstance(inputs.get("encoder_hidden_states"), mx.array):
-                inputs["encoder_hidden_states"] = TextContext(inputs["encoder_hidden_states"])
+            a_frame = {name: (inputs[name], axis) for name, axis in (frame_axes or {}).items()}
+            text = inputs.get("encoder_hidden_states")
+            if isinstance(text, mx.array):
+                if text.ndim == 4:
+                    a_frame["encoder_hidden_states"] = text, 1
+                inputs["encoder_hidden_states"] = TextContext(_as_rows(text))
             interval = sampling.cache_interval
             cache = FeatureCache(interval, sampling.cache_depth) if interval > 1 else None
-            return _Pass(inputs, copies, cache)
+            return _Pass(inputs, copies, cache, a_frame)
 
         self._alone = self._both = [one_pass(positive, 1)]
         if sampling.is_guided and sequential:
@@ -100,21 +133,27 @@ class Guidance:
         elif sampling.is_guided:
             self._both = [one_pass(_joined(negative, positive), 2)]
 
-    def __call__(self, sample: mx.array, timestep: float, step: int) -> mx.array:
+    def __call__(
+        self, sample: mx.array, timestep: float, step: int, frames: mx.array | None = None
+    ) -> mx.array:
         sample = sample.astype(self.dtype)
         outputs = []
         for one in self._both if self.guided[step] else self._alone:
             if one.cache is not None and step in self.full:
                 one.cache.reset()
             rows = mx.concatenate([sample] * one.copies)
-            outputs.append(self.network(rows, timestep, feature_cache=one.cache, **one.inputs))
+            inputs = one.of_frames(frames)
+            outputs.append(self.network(rows, timestep, feature_cache=one.cache, **inputs))
             if self.sequential:
                 mx.eval(outputs)
         prediction = mx.concatenate(outputs).astype(mx.float32)
         if not self.guided[step]:
             return prediction
         negative, positive = mx.split(prediction, 2)
-        guided = negative + self.scale * (positive - negative)
+        scale, axis = self.scale, self.frames_axis
+        if frames is not None and isinstance(scale, mx.array) and scale.shape[axis] > 1:
+            scale = mx.take(scale, frames, axis)
+        guided = negative + scale * (positive - negative)
         return rescaled(guided, positive, self.rescale) if self.rescale else guided
 
     def resumes_at(self, step: int) -> int:
@@ -138,6 +177,11 @@ def full_steps(guided: Sequence[bool], cache_interval: int) -> list[int]:
         if i == 0 or guided[i] != guided[i - 1] or i - full[-1] >= cache_interval:
             full.append(i)
     return full
+
+
+def _as_rows(text: mx.array) -> mx.array:
+    """(B, F, L, D) -> (B*F, L, D); (B, L, D) stays."""
+    return text.reshape(-1, *text.shape[-2:])
 
 
 def _joined(negative: Any, positive: Any) -> Any:

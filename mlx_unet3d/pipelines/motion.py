@@ -21,14 +21,16 @@ from ..tokenizer import CLIPTokenizer
 from .adapters import AdapterMethods
 from .calls import VideoPipeline
 from .components import Part, is_listed
-from .denoising import Steps, denoise, start_latents
-from .guidance import Guidance
+from .denoising import Steps, start_latents
+from .free_init import FreeInitMethods, Run, denoise_again
+from .free_noise import FreeNoiseMethods, check_text_of_frames
+from .guidance import Guidance, Predict
 from .image_prompts import IMAGE_PARTS, ImagePrompts, ImageStates
 from .sampling import Sampling
-from .text import TextPrompts
+from .windows import in_windows
 
 
-class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
+class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMethods, VideoPipeline):
     """Base of the pipelines with a `UNetMotionModel`.
 
     Args:
@@ -91,20 +93,17 @@ class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
         """Return the denoising loop of a run that begins with noise."""
         num_frames = as_count("num_frames", self.num_frames(num_frames))
         batch = text[0].shape[0]
+        check_text_of_frames(text[0], num_frames)
         images = self._image_states(ip_adapter_image_embeds, batch, sampling.is_guided)
         shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
-        scheduler, noise = sampling.lay_out(self.scheduler), sampling.noise(batch)
-        latents = start_latents(shape, latents, noise, scheduler)
+        noise, schedulers = sampling.noise(batch), self._schedulers(sampling)
+        latents = start_latents(shape, self._long_noise(shape, latents, noise), noise, schedulers[0])
         mx.eval(latents)  # so that another thread can run the steps
-        stop = end_step(denoising_end, scheduler)
-        return denoise(
-            self._guidance(text, images, sampling, stop, conditions),
-            scheduler,
-            latents,
-            noise=noise,
-            eta=sampling.eta,
-            predictions=predictions,
-            stop=stop,
+        stops = [end_step(denoising_end, scheduler) for scheduler in schedulers]
+        networks = {n: self._guidance(text, images, sampling, n, conditions) for n in set(stops)}
+        runs = [Run(networks[n], scheduler, n) for n, scheduler in zip(stops, schedulers, strict=True)]
+        return denoise_again(
+            runs, latents, self.free_init, noise=noise, eta=sampling.eta, predictions=predictions
         )
 
     @property
@@ -120,8 +119,9 @@ class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
         sampling: Sampling,
         steps: int,
         conditions: Sequence[Mapping[str, mx.array]] = ({}, {}),
-    ) -> Guidance:
-        """The network with text states (B, L, D), images and other conditions as inputs, for a run."""
+    ) -> Predict:
+        """The network for a run, with text states (B, L, D) or (B, F, L, D), images and other conditions as
+        inputs."""
 
         def network(sample: mx.array, timestep: float, **inputs: Any) -> mx.array:
             return self.unet(sample, timestep, **inputs).sample
@@ -136,7 +136,7 @@ class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
             }
             for states, its, more in zip(text, images, conditions, strict=True)
         )
-        return Guidance(
+        predict = Guidance(
             network,
             sampling,
             positive,
@@ -145,6 +145,7 @@ class MotionPipeline(TextPrompts, ImagePrompts, AdapterMethods, VideoPipeline):
             dtype=self.unet.dtype,
             sequential=self.sequential_guidance,
         )
+        return in_windows(predict, sampling)
 
 
 def end_step(denoising_end: float | None, scheduler: Scheduler) -> int:

@@ -13,9 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.video_unet import VideoUNet
-from ..noise import NoiseSource, noise_source
+from ..noise import Generator, noise_source
 from ..scalars import as_count
 from ..schedulers import Scheduler
+from .windows import ContextWindows
 
 OUTPUT_TYPES = ("np", "pil", "mlx", "latent")
 
@@ -46,6 +47,8 @@ class Sampling:
         cache_interval: run all layers only every so many steps, in between the last `cache_depth` layers on
             what they made; 1 for all always. Less work and another result, see `FeatureCache`.
         cache_depth: layers that always run.
+        context_windows: frames that the network sees at a time; None for all. For long clips: memory of a
+            window, another result.
 
     Raises TypeError for a generator of torch, ValueError for values out of range.
     """
@@ -63,6 +66,7 @@ class Sampling:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     cache_interval: int = 1
     cache_depth: int = 1
+    context_windows: ContextWindows | None = None
 
     def __post_init__(self, generator: int | Sequence[int] | None) -> None:
         if generator is not None:
@@ -99,6 +103,15 @@ class Sampling:
         if unet is not None:  # which may be released once steps are done
             unet.check_cache_depth(self.cache_depth)
         self._check_interval()
+        if not isinstance(self.context_windows, ContextWindows | None):
+            raise TypeError(
+                f"context_windows is a {type(self.context_windows).__name__}; give ContextWindows(length=16)"
+            )
+        if self.context_windows is not None and self.cache_interval > 1:
+            raise ValueError(
+                f"cache_interval={self.cache_interval} keeps features of the same frames from step to step, "
+                "which context_windows move; use one or the other"
+            )
         if self.cache_depth != 1 and self.cache_interval == 1:
             raise ValueError(
                 f"cache_depth={self.cache_depth} counts the layers that run in every step, but with "
@@ -176,7 +189,7 @@ class BatchNoise:
         seeds = list(seeds) if isinstance(seeds, list | tuple) else [seeds]
         if len(seeds) not in (1, batch):
             raise ValueError(f"seed has {len(seeds)} entries for {batch} videos; give one, or one each")
-        self.sources: list[NoiseSource] = [noise_source(s, rng) for s in seeds]
+        self.sources: list[Generator] = [noise_source(s, rng) for s in seeds]
 
     def __call__(self, shape: tuple[int, ...]) -> mx.array:
         rows = shape[0] // len(self.sources)

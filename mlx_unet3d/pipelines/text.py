@@ -66,6 +66,8 @@ class TextPrompts(Components):
 
     negatives_skip = False
     """True if `clip_skip` counts for negative prompts too."""
+    _text_axes: tuple[int, ...] = (3,)
+    """Numbers of axes that text states may have: 4 where each frame may have a text."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -150,9 +152,11 @@ class TextPrompts(Components):
                 f"{name}_embeds is a {type(states).__name__}; give an mx.array: of the pair that "
                 "encode_prompt returns, the first is prompt_embeds, the second negative_prompt_embeds"
             )
-        if states.ndim != 3 or states.shape[2] != width:
+        if states.ndim not in self._text_axes or states.shape[-1] != width:
+            per_frame = f" or (batch, frames, tokens, {width})" if 4 in self._text_axes else ""
             raise ValueError(
-                f"{name}_embeds has shape {tuple(states.shape)}; it must be (batch, tokens, {width})"
+                f"{name}_embeds has shape {tuple(states.shape)}; it must be "
+                f"(batch, tokens, {width}){per_frame}"
             )
         return states
 

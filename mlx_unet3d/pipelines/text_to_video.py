@@ -16,9 +16,10 @@ from .calls import VideoPipeline
 from .components import Part
 from .decoding import VideoOutput
 from .denoising import Steps, denoise, start_latents
-from .guidance import Guidance
+from .guidance import Guidance, Predict
 from .sampling import Delivery, Sampling, takes
 from .text import TextPrompts, TextStates, checked_states
+from .windows import in_windows
 
 
 class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
@@ -42,7 +43,7 @@ class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
     }
     class_names = ("TextToVideoSDPipeline", "TextToVideoMSPipeline", "VideoToVideoSDPipeline")
 
-    def _guidance(self, states: TextStates, sampling: Sampling, steps: int) -> Guidance:
+    def _guidance(self, states: TextStates, sampling: Sampling, steps: int) -> Predict:
         """The network with text states as inputs, for a run of so many steps."""
 
         def network(sample: mx.array, timestep: float, **inputs: Any) -> mx.array:
@@ -57,7 +58,7 @@ class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
             }
             for text in states
         )
-        return Guidance(
+        predict = Guidance(
             network,
             sampling,
             positive,
@@ -66,6 +67,7 @@ class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
             dtype=self.unet.dtype,
             sequential=self.sequential_guidance,
         )
+        return in_windows(predict, sampling)
 
 
 class TextToVideoPipeline(UNet3DPipeline):

@@ -78,3 +78,12 @@ def test_torch_refuses_what_we_refuse(seed):
         torch.Generator().manual_seed(seed)
     with pytest.raises(ValueError, match="64 bits"):
         noise_source(seed)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+def test_permutations_between_draws(seed):
+    source, generator = noise_source(seed), torch.Generator().manual_seed(seed)
+    for length in (4, 0, 1, 2, 16, 5, 1000, 3):
+        assert source.permutation(length).tolist() == torch.randperm(length, generator=generator).tolist()
+        compare(source((5,)), torch.randn(5, generator=generator))
+        compare(source((40,)), torch.randn(40, generator=generator))
