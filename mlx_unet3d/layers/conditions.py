@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .chunking import WHOLE, Chunks, in_sequence, ranges
+from .chunking import NO_CHUNKS, Chunks, in_sequence, ranges
 from .freeu import FreeU
 from .text_context import TextContext
 
@@ -38,7 +38,7 @@ class Conditions:
     image_only: mx.array | None = None
     cross_attention_kwargs: dict[str, Any] | None = None
     freeu: FreeU | None = None
-    chunks: Chunks = WHOLE
+    chunks: Chunks = NO_CHUNKS
 
     @property
     def context_states(self) -> mx.array | None:
@@ -67,7 +67,7 @@ class Conditions:
             context_mask=part(self.context_mask),
             pixel_mask=part(self.pixel_mask),
             image_only=None,
-            chunks=WHOLE,
+            chunks=NO_CHUNKS,
         )
 
 

@@ -51,9 +51,7 @@ class MotionAdapterConfig(ModelConfig):
     """The keys of `config.json`; defaults are those of diffusers."""
 
     block_out_channels: tuple[int, ...] = key((320, 640, 1280, 1280), "channels a level", least=1)
-    motion_layers_per_block: PerLevel = level_key(
-        2, "modules of a down block; up blocks have one more"
-    )
+    motion_layers_per_block: PerLevel = level_key(2, "modules of a down block; up blocks have one more")
     motion_transformer_layers_per_block: PerLayer = layer_key(1, "transformer blocks of a module")
     motion_mid_block_layers_per_block: int = key(1, "motion modules of the mid block", least=1)
     motion_transformer_layers_per_mid_block: PerLevel = key(
