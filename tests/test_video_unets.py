@@ -185,7 +185,7 @@ REFUSED = {
     ],
     "I2VGenXLUNet": [
         (2, mx.zeros((3,)), r"fps has shape \(3,\)"),
-        (3, mx.zeros((2, 4, 3, 6, 6)), "image_latents are"),
+        (3, mx.zeros((2, 4, 3, 6, 6)), "image_latents has shape"),
         (4, None, "image_embeddings has shape None"),
     ],
 }

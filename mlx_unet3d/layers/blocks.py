@@ -9,7 +9,7 @@ diffusers' `unet_3d_blocks.py` and `unet_motion_model.py`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,10 +44,10 @@ class Level:
     """
 
     channels: int
-    temb_channels: int
-    heads: int
-    dim_head: int
-    cross_attention_dim: int | None
+    temb_channels: int = 0
+    heads: int = 1
+    dim_head: int = 1
+    cross_attention_dim: int | None = None
     transformer_layers: int | tuple[int, ...] = 1
     use_linear_projection: bool = True
     motion_heads: int = 8
@@ -58,9 +58,9 @@ class Level:
     act_fn: str = "silu"
 
 
-def of_layer(numbers: int | tuple[int, ...], i: int) -> int:
-    """The number of layer i, where there is one for all layers or one each."""
-    return numbers if isinstance(numbers, int) else numbers[i]
+def entry(values: Any, i: int) -> Any:
+    """Return the value of level or layer i, where there is one for all or a tuple with one each."""
+    return values[i] if isinstance(values, tuple) else values
 
 
 # The modules that lists are made of, by the numbers of a level, for its layer i.
@@ -83,7 +83,7 @@ def spatial_transformer(level: Level, i: int) -> nn.Module:
         level.channels,
         level.cross_attention_dim,
         level.norm_num_groups,
-        of_layer(level.transformer_layers, i),
+        entry(level.transformer_layers, i),
         level.use_linear_projection,
     )
 
@@ -103,7 +103,7 @@ def motion_module(level: Level, i: int) -> nn.Module:
         level.channels // level.motion_heads,
         level.channels,
         level.norm_num_groups,
-        of_layer(level.motion_layers, i),
+        entry(level.motion_layers, i),
         level.motion_positions,
     )
 
@@ -114,7 +114,7 @@ def spatio_temporal_transformer(level: Level, i: int) -> nn.Module:
         level.dim_head,
         level.channels,
         level.cross_attention_dim,
-        of_layer(level.transformer_layers, i),
+        entry(level.transformer_layers, i),
     )
 
 
@@ -194,11 +194,6 @@ class Block(nn.Module):
         first = ["attentions"] if "attentions" in made and not self.convolutions else []
         for name in dict.fromkeys((*first, *made)):
             self[name] = made[name]
-
-    @classmethod
-    def attends(cls) -> bool:
-        """Whether its layers look at the context."""
-        return "attentions" in cls.transformers
 
     def behind(self, i: int) -> Iterator[Step]:
         """The steps of layer i behind its resnet."""

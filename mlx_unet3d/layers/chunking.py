@@ -37,7 +37,7 @@ class Chunks:
                 object.__setattr__(self, name, as_count(name, value, also=", or None"))
 
 
-WHOLE = Chunks()
+NO_CHUNKS = Chunks()
 
 _sketching = ContextVar("sketching", default=False)
 

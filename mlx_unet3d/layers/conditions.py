@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .chunking import WHOLE, Chunks, in_sequence, ranges
+from .chunking import NO_CHUNKS, Chunks, in_sequence, ranges
 from .free_noise import FreeNoise
 from .freeu import FreeU
 from .text_context import TextContext
@@ -41,7 +41,7 @@ class Conditions:
     cross_attention_kwargs: dict[str, Any] | None = None
     freeu: FreeU | None = None
     free_noise: FreeNoise | None = None
-    chunks: Chunks = WHOLE
+    chunks: Chunks = NO_CHUNKS
 
     @property
     def context_states(self) -> mx.array | None:
@@ -70,7 +70,7 @@ class Conditions:
             context_mask=part(self.context_mask),
             pixel_mask=part(self.pixel_mask),
             image_only=None,
-            chunks=WHOLE,
+            chunks=NO_CHUNKS,
         )
 
 

@@ -1,4 +1,4 @@
-"""Control of the attention layers of a network: processors, slices, fused projections, their files.
+"""Control of a network's attention layers: processors, slices, padding, fused projections, files.
 
 Names and meanings are those of diffusers' UNets.
 """
@@ -42,7 +42,7 @@ from .adapters import LoRAMixin, custom_diffusion_processors, write_adapter
 
 @dataclass(frozen=True)
 class _Frozen:
-    """Keeps processors out of the tree of parameters, which takes in plain dicts."""
+    """Keeps processors out of the parameter tree, which would include a plain dict."""
 
     processors: dict[str, Processor]
 
@@ -55,9 +55,10 @@ class AttentionControl(LoRAMixin):
     def set_attention_slice(self, slice_size: str | int | list[int] | None = "auto") -> None:
         """Compute attention in slices of batch * heads, to save memory; the result stays the same.
 
-        Replaces the processors. "auto" takes half the heads of each layer, "max" one at a time, an
-        integer or a list (one a layer, in the order of `attn_processors`) so many; None goes back to the
-        fused attention. ValueError for sizes below 1 or above the number of heads, or a wrong length.
+        Replaces the processors. A slice is half the heads of a layer for "auto", one head for "max", or as
+        many as an integer or a list (one a layer, in the order of `attn_processors`) says; None restores
+        fused attention. Raises ValueError for sizes below 1 or above the number of heads, or a list of
+        another length.
         """
         layers = list(self._attentions().values())
         slice_size = as_python(slice_size)
@@ -90,32 +91,32 @@ class AttentionControl(LoRAMixin):
             layer.set_processor(processor)
 
     def set_attention_padding(self, padding: str) -> None:
-        """Pad attention heads with zeros to a width for which a Mac's GPU has a fused kernel.
+        """Pad attention heads with zeros to a width that has a fused kernel on a Mac's GPU.
 
         The result stays the same up to rounding. Kernels exist for 64, 72, 80, 96 and 128 channels a head.
         For others, such as the 40 of Stable Diffusion 1, all scores are written to memory: 8.6 GB for a layer
         of AnimateDiff at 512x512 and 16 frames.
 
         Args:
-            padding: "auto", the default, pads where a query looks at more than 256 keys, and never on a CPU;
-                "always" pads wherever there is a kernel for more channels, on a CPU too; "never".
+            padding: "auto", the default, pads where a query attends to more than 256 keys, and never on a
+                CPU; "always" pads wherever a wider kernel exists, on a CPU too; "never".
 
-        Heads of more than 128 channels have no wider kernel and stay as they are. Only the processors that
-        use MLX's fused attention pad. ValueError for another value.
+        Heads of more than 128 channels have no wider kernel and stay as they are. Only processors with MLX's
+        fused attention pad. Raises ValueError for another value.
         """
         if padding not in PADDINGS:
-            raise ValueError(f"padding={padding!r} is not known; use {', '.join(map(repr, PADDINGS))}")
+            raise ValueError(f"padding={padding!r} is unknown; use {', '.join(map(repr, PADDINGS))}")
         for layer in self._attentions().values():
             layer.padding = padding
 
     def _attentions(self) -> dict[str, Attention]:
-        """Path -> attention layer, in the order of diffusers' registration."""
+        """Return the attention layers by path, in the order of diffusers' registration."""
         return {path: module for path, module in walk(self) if isinstance(module, Attention)}
 
     @property
     def attn_processors(self) -> dict[str, Processor]:
-        """Path of each attention layer, with ".processor" -> its processor; one of LoRA where its layers are
-        set, as in diffusers 0.23."""
+        """The processors by path of the attention layer plus ".processor"; LoRA processors where their layers
+        are set, as in diffusers 0.23."""
         found = {}
         for path, attn in self._attentions().items():
             lora = lora_processor(attn)
@@ -125,11 +126,11 @@ class AttentionControl(LoRAMixin):
     def set_attn_processor(
         self, processor: Processor | Mapping[str, Processor], _remove_lora: bool = False
     ) -> None:
-        """Use one processor everywhere, or one a layer from a dict keyed like `attn_processors`.
+        """Set one processor everywhere, or one a layer from a dict keyed like `attn_processors`.
 
-        The layers of LoRA processors become the adapter "processors"; `_remove_lora=True` drops those that
-        were set before. The dict is left as it is. ValueError for a dict of another length or a
-        processor that does not go with its layer, KeyError for another key; nothing is changed then.
+        The layers of LoRA processors become the adapter "processors"; `_remove_lora=True` drops earlier ones.
+        The dict is not changed. Raises ValueError for a dict of another length or a processor that does not
+        suit its layer, and KeyError for a missing key; nothing is changed then.
         """
         layers = {processor_path(p): a for p, a in self._attentions().items()}
         if isinstance(processor, Mapping) and not isinstance(processor, nn.Module):
@@ -151,8 +152,8 @@ class AttentionControl(LoRAMixin):
             layer.set_processor(chosen[key], _remove_lora=_remove_lora)
 
     def set_default_attn_processor(self) -> None:
-        """The explicit `AttnProcessor` everywhere, without LoRA. ValueError where a processor is set that
-        the attention layers cannot do without, such as Custom Diffusion's."""
+        """Set the explicit `AttnProcessor` everywhere, without LoRA. Raises ValueError where the attention
+        layers need the processor that is set, such as Custom Diffusion's."""
         standard = {
             AttnProcessor,
             AttnProcessor2_0,
@@ -194,10 +195,10 @@ class AttentionControl(LoRAMixin):
         self.set_attn_processor(processors)
 
     def save_attn_procs(self, folder: str | Path, *, weight_name: str | None = None) -> Path:
-        """Write the weights of the attention processors, LoRA or Custom Diffusion, under diffusers' names;
-        returns the file.
+        """Write the weights of LoRA or Custom Diffusion processors under diffusers' names and return the
+        file's path.
 
-        Adapters of `load_lora_adapter` are written by `save_lora_adapter`. ValueError where no processor has
+        `save_lora_adapter` writes adapters from `load_lora_adapter`. Raises ValueError where no processor has
         weights, or processors of both kinds are set.
         """
         found = {
@@ -217,7 +218,7 @@ class AttentionControl(LoRAMixin):
         return write_adapter(Path(folder), name, tensors, {"format": "pt"})
 
     def fuse_qkv_projections(self) -> None:
-        """One matrix product for query, key and value (for key and value in cross-attention)."""
+        """Compute query, key and value in one matrix product (key and value in cross-attention)."""
         if self.processors_before_fusion is not None:
             return
         bases = {key: getattr(p, "base", p) for key, p in self.attn_processors.items()}  # below IP-Adapters
@@ -227,7 +228,7 @@ class AttentionControl(LoRAMixin):
         self.set_attn_processor(FusedAttnProcessor2_0())
 
     def unfuse_qkv_projections(self) -> None:
-        """Undo `fuse_qkv_projections`; ValueError where it was not called."""
+        """Undo `fuse_qkv_projections`. Raises ValueError where it was not called."""
         if self.processors_before_fusion is None:
             raise ValueError("unfuse_qkv_projections: call fuse_qkv_projections first")
         for layer in self._attentions().values():
@@ -236,8 +237,8 @@ class AttentionControl(LoRAMixin):
         self.processors_before_fusion = None
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> list[Path]:
-        """See `PretrainedModel.save_pretrained`. ValueError while projections are fused, or adapters or
-        processors with weights are set: these are not part of this network's checkpoint."""
+        """See `PretrainedModel.save_pretrained`. Raises ValueError while projections are fused, or while
+        adapters or processors with weights are set, which the network's checkpoint cannot hold."""
         if self.processors_before_fusion is not None:
             raise ValueError("the projections are fused; call unfuse_qkv_projections before saving")
         processors = {type(a.get_processor()) for a in self._attentions().values()}

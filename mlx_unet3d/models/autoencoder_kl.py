@@ -22,11 +22,11 @@ from .pretrained import PretrainedModel
 # MLX indexes arrays on the GPU by 32-bit integers in places.
 _MAX_ELEMENTS = 2**31 - 1
 
-# Largest activation of one evaluation where the caller does not say: 64 MB in fp32, of which a
-# convolution needs several more as scratch.
+# Default for the largest activation of one evaluation: 64 MB in fp32; a convolution takes several times that
+# as scratch.
 _CHUNK_ELEMENTS = 2**24
 
-# Far above any network, and few enough to be built before the weights are held against it.
+# Far above any network, and few enough to be built before the weights are compared with them.
 _MOST_LEVELS, _MOST_LAYERS = 8, 100
 
 # Names of the attention in files from before mid-2023.
@@ -76,7 +76,7 @@ class AutoencoderKLConfig(ModelConfig):
 
 
 def check_autoencoder(config: Any) -> None:
-    """ValueError where the blocks and numbers of an autoencoder's config do not fit together."""
+    """Raise ValueError where the blocks and numbers of an autoencoder's config contradict each other."""
     levels = config.block_out_channels
     for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         blocks = config.get(name, (known,) * len(levels))
@@ -98,7 +98,7 @@ def check_autoencoder(config: Any) -> None:
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """The distribution of latents given images: a normal one for each element, independent.
+    """The distribution of latents given images: independent normal distributions of all elements.
 
     Attributes:
         mean: (N, c, h, w).
@@ -110,7 +110,7 @@ class DiagonalGaussian:
 
     @classmethod
     def from_moments(cls, moments: mx.array) -> "DiagonalGaussian":
-        """From the encoder's output (N, 2c, h, w), means first."""
+        """Make the distribution from the encoder's output (N, 2c, h, w), means first."""
         mean, logvar = mx.split(moments, 2, axis=1)
         return cls(mean, mx.clip(logvar, -30.0, 20.0))
 
@@ -120,12 +120,12 @@ class DiagonalGaussian:
         return mx.exp(0.5 * self.logvar)
 
     def sample(self, noise: NoiseSource) -> mx.array:
-        """A draw (N, c, h, w); with `noise_source(seed)` that of diffusers'
+        """Draw latents (N, c, h, w); with `noise_source(seed)` the same as diffusers'
         `latent_dist.sample(generator)`."""
         return self.mean + self.std * noise(self.mean.shape).astype(self.mean.dtype)
 
     def mode(self) -> mx.array:
-        """The likeliest latents, which are the means."""
+        """Return the most likely latents, the means (N, c, h, w)."""
         return self.mean
 
 
@@ -169,14 +169,14 @@ class AutoencoderKL(PretrainedModel):
     # Encoding and decoding.
 
     def encode(self, x: mx.array, *, chunk_size: int | None = None) -> DiagonalGaussian:
-        """Distribution of the latents of images.
+        """Encode images to a distribution of latents.
 
         Args:
-            x: images (N, in_channels, H, W) in [-1, 1], H and W at least `spatial_factor`; what is
-                left over when they are no multiples of it has no latent of its own.
-            chunk_size: frames an evaluation, at least 1; the result is the same. None for 1 where
-                slicing is enabled, else for `frames_per_chunk`. With more frames than that, this
-                call evaluates its pieces, except within `mx.compile`.
+            x: images (N, in_channels, H, W) in [-1, 1], H and W at least `spatial_factor`; pixels beyond the
+                last multiple of it have no latent of their own.
+            chunk_size: number of frames evaluated at a time, at least 1; the result is the same. None for 1
+                with slicing enabled, and for `frames_per_chunk` without. With more frames than that, this
+                call evaluates its chunks, except within `mx.compile`.
 
         Returns the distribution, (N, c, H // spatial_factor, W // spatial_factor), in the dtype of
         the network, whatever the dtype of `x`.
@@ -194,11 +194,11 @@ class AutoencoderKL(PretrainedModel):
         return DiagonalGaussian.from_moments(moments)
 
     def decode(self, z: mx.array, *, chunk_size: int | None = None) -> mx.array:
-        """Images of latents, which must be `unscale_latents`ed where a UNet made them.
+        """Decode latents to images; pass latents from a UNet through `unscale_latents` first.
 
         Args:
             z: latents (N, c, h, w).
-            chunk_size: frames an evaluation, as in `encode`.
+            chunk_size: number of frames evaluated at a time, as in `encode`.
 
         Returns images (N, out_channels, h * spatial_factor, w * spatial_factor), about [-1, 1] and
         not clipped, in the dtype of the network.
@@ -210,14 +210,13 @@ class AutoencoderKL(PretrainedModel):
         return in_chunks(self._decode_chunk, z.astype(self.dtype), chunk_size)
 
     def scale_latents(self, latents: mx.array) -> mx.array:
-        """Latents of this autoencoder as a UNet wants them: (latents - shift_factor) *
-        scaling_factor."""
+        """Scale latents of this autoencoder for a UNet: (latents - shift_factor) * scaling_factor."""
         if self.config.get("shift_factor") is not None:
             latents = latents - self.config.get("shift_factor")
         return latents * self.config.scaling_factor
 
     def unscale_latents(self, latents: mx.array) -> mx.array:
-        """The inverse of `scale_latents`."""
+        """Undo `scale_latents`."""
         latents = latents * (1 / self.config.scaling_factor)
         if self.config.get("shift_factor") is not None:
             latents = latents + self.config.get("shift_factor")
@@ -265,8 +264,7 @@ class AutoencoderKL(PretrainedModel):
     # Memory.
 
     def frames_per_chunk(self, height: int, width: int) -> int:
-        """Frames of `height` x `width` pixels that are evaluated at once where nothing else is
-        said.
+        """Return the default number of frames of `height` x `width` pixels evaluated at a time.
 
         As many as keep the largest activation within 2^24 elements (64 MB in fp32), and at least
         one: 4 frames of 128x128, one of 256x256 and more, for Stable Diffusion's autoencoder.
@@ -274,11 +272,12 @@ class AutoencoderKL(PretrainedModel):
         return max(1, _CHUNK_ELEMENTS // self._elements_per_frame(height, width))
 
     def set_convolution(self, mode: str) -> None:
-        """ "auto" (the default), "fast" or "precise", as `UNet3DConditionModel.set_convolution`."""
+        """Set "auto" (the default), "fast" or "precise" convolutions, see
+        `UNet3DConditionModel.set_convolution`."""
         set_convolution(self.modules(), mode)
 
     def enable_slicing(self) -> None:
-        """Evaluate frame by frame: least memory, same result."""
+        """Evaluate one frame at a time, which takes the least memory; the result is the same."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
@@ -286,39 +285,38 @@ class AutoencoderKL(PretrainedModel):
         self.use_slicing = False
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Compute frames larger than `tile_sample_min_size` tile by tile and blend them where they
-        overlap.
+        """Compute frames larger than `tile_sample_min_size` in overlapping tiles and blend these.
 
-        Memory then depends on the tile alone. The result differs visibly from that of whole frames,
-        as group norms and attention see one tile only; it is diffusers' tiled result.
+        Memory then depends on the tile alone. The result differs visibly from that without tiles, as group
+        norms and attention see one tile only; it equals diffusers' tiled result.
         """
         self.use_tiling = use_tiling
 
     def disable_tiling(self) -> None:
-        """Compute whole frames."""
+        """Undo `enable_tiling`."""
         self.use_tiling = False
 
     def _elements_per_frame(self, height: int, width: int) -> int:
-        """Elements of the largest activation that a frame of this many pixels takes in either
-        direction."""
+        """Return the number of elements in the largest activation of encoding or decoding a frame of this
+        size."""
         if self.use_tiling:
             height = min(height, self.tile_sample_min_size)
             width = min(width, self.tile_sample_min_size)
         widths = self.config.block_out_channels
         elements = 0
         for level in range(len(widths)):
-            # A level's pixels also carry the channels of the next coarser one, which was upsampled.
+            # After upsampling, a level's pixels carry the channels of the next coarser level.
             channels = max(widths[level : level + 2])
             pixels = -(-height // 2**level) * -(-width // 2**level)
             elements = max(elements, channels * pixels)
         if self.config.get("mid_block_add_attention", True):
-            elements = max(elements, pixels**2)  # scores, where attention is not fused
+            elements = max(elements, pixels**2)  # the scores of attention that is not fused
         return elements
 
     def check_frame(self, height: int, width: int) -> int:
-        """How many frames of `height` x `width` pixels MLX can index at once.
+        """Return the number of frames of `height` x `width` pixels that MLX can index at once.
 
-        Raises ValueError where it is not even one.
+        Raises ValueError where one frame is too large.
         """
         per_frame = self._elements_per_frame(height, width)
         most = _MAX_ELEMENTS // per_frame
@@ -349,7 +347,7 @@ class AutoencoderKL(PretrainedModel):
 
     @classmethod
     def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
-        """Name of a file's tensor `key` here: the attentions of old files have other names."""
+        """Return the parameter name of a file's tensor `key`; old files name attention layers differently."""
         path, _, parameter = key.rpartition(".")
         parent, _, segment = path.rpartition(".")
         if segment in _LEGACY_SEGMENTS and ".mid_block.attentions." in f".{parent}.":

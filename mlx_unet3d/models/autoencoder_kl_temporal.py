@@ -1,5 +1,4 @@
-"""AutoencoderKLTemporalDecoder: images to latents one at a time, and back as clips; of Stable Video
-Diffusion.
+"""AutoencoderKLTemporalDecoder of Stable Video Diffusion: encodes single images, decodes clips.
 
 Source: diffusers' class of that name; Blattmann et al., arXiv:2311.15127. Letters as in `autoencoder_kl`,
 with F frames of a clip.
@@ -42,7 +41,7 @@ class AutoencoderKLTemporalDecoderConfig(ModelConfig):
 
 
 class AutoencoderKLTemporalDecoder(AutoencoderKL):
-    """An image encoder and a decoder that looks along the frames of a clip; diffusers' class of that name.
+    """An image encoder and a decoder with temporal layers; diffusers' class of that name.
 
     Raises ValueError where the numbers of its config do not fit together.
     """
@@ -68,15 +67,15 @@ class AutoencoderKLTemporalDecoder(AutoencoderKL):
         *,
         chunk_size: int | None = None,
     ) -> mx.array:
-        """Frames of latents, which must be `unscale_latents`ed where a UNet made them.
+        """Decode latents to frames; pass latents from a UNet through `unscale_latents` first.
 
         Args:
             z: latents (N, c, h, w), the frames of a clip together.
             num_frames: F, frames of a clip; divides N. Frames that are decoded together influence each other.
-            image_only_indicator: (N / F, F), as diffusers takes it; without effect on this decoder.
-            chunk_size: decode so many frames at a time, each chunk as a clip of its own, as pipelines with
-                `decode_chunk_size` do: less memory and another result. None for whole clips, which MLX can
-                index up to about 14 frames of 1024x576.
+            image_only_indicator: (N / F, F), as in diffusers; it has no effect on this decoder.
+            chunk_size: number of frames decoded at a time, each chunk as a clip of its own, like
+                `decode_chunk_size` of pipelines: this takes less memory and changes the result. None for
+                complete clips, which MLX can index up to about 14 frames of 1024x576.
 
         Returns frames (N, out_channels, h * spatial_factor, w * spatial_factor), about [-1, 1] and not
         clipped, in the dtype of the network. Raises ValueError for shapes and numbers out of range.
@@ -112,29 +111,29 @@ class AutoencoderKLTemporalDecoder(AutoencoderKL):
         return self.decoder(z.astype(self.dtype).transpose(0, 2, 3, 1), cond).transpose(0, 3, 1, 2)
 
     def enable_frame_chunking(self, frames: int = 1) -> None:
-        """Decode `frames` frames at a time in spatial layers; the result stays the same.
+        """Run spatial layers on `frames` frames at a time; the result stays the same.
 
-        Without it, these layers take `frames_per_chunk`. ValueError for less than 1.
+        The default is `frames_per_chunk`. Raises ValueError for less than 1.
         """
         self.chunks = dataclasses.replace(self.chunks, frames=frames)
 
     def disable_frame_chunking(self) -> None:
-        """Take `frames_per_chunk` again."""
+        """Undo `enable_frame_chunking`."""
         self.chunks = dataclasses.replace(self.chunks, frames=None)
 
     def enable_pixel_chunking(self, pixels: int = 4096) -> None:
-        """Decode `pixels` pixels of all frames at a time in temporal layers, to save memory.
+        """Run temporal layers on `pixels` pixels of all frames at a time to save memory.
 
-        The result stays the same up to rounding. ValueError for less than 1.
+        The result stays the same up to rounding. Raises ValueError for less than 1.
         """
         self.chunks = dataclasses.replace(self.chunks, pixels=pixels)
 
     def disable_pixel_chunking(self) -> None:
-        """Take all pixels at once again."""
+        """Undo `enable_pixel_chunking`."""
         self.chunks = dataclasses.replace(self.chunks, pixels=None)
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Raise NotImplementedError where tiles are asked for: diffusers has none for this class either."""
+        """Raise NotImplementedError for True: like diffusers' class, this one has no tiles."""
         if use_tiling:
             raise NotImplementedError(
                 "AutoencoderKLTemporalDecoder does not decode in tiles; use enable_frame_chunking() and "

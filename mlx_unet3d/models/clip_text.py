@@ -22,7 +22,7 @@ from .adapters import LoRAMixin
 from .outputs import ModelOutput
 from .pretrained import PretrainedModel
 
-# Far above any network, and few enough to be built before the weights are held against it.
+# Far above any network, and few enough to be built before the weights are compared with them.
 _MOST_LAYERS = 1000
 
 CLIP_IGNORED_KEYS = frozenset(
@@ -42,13 +42,13 @@ CLIP_IGNORED_KEYS = frozenset(
         "transformers_version",
     )
 )
-"""Of training, of the pooled output or of transformers itself."""
+"""Keys of training, of the pooled output or of transformers itself."""
 
 
 def check_clip_config(config: Any) -> None:
-    """ValueError where the numbers of a text or image encoder do not fit together."""
+    """Raise ValueError where the numbers of a text or image encoder contradict each other."""
     if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act={config.hidden_act!r} is not known; use one of {sorted(ACTIVATIONS)}")
+        raise ValueError(f"hidden_act={config.hidden_act!r} is unknown; use one of {sorted(ACTIVATIONS)}")
     if config.num_hidden_layers > _MOST_LAYERS:
         raise ValueError(f"num_hidden_layers={config.num_hidden_layers} is above {_MOST_LAYERS}")
     if config.hidden_size % config.num_attention_heads:
@@ -75,7 +75,7 @@ class CLIPTextConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "CLIPTextConfig":
-        """See `ModelConfig.from_dict`; of the config of a whole CLIP, the part for text."""
+        """See `ModelConfig.from_dict`; takes the text part of a complete CLIP's config."""
         part = config.get("text_config")
         return super().from_dict(part if isinstance(part, Mapping) else config)
 
@@ -102,10 +102,10 @@ class CLIPTextModelOutput(ModelOutput):
     """States of texts.
 
     Attributes:
-        text_embeds: (B, P), of a network with projection; else None.
+        text_embeds: (B, P) from a network with projection; None from others.
         last_hidden_state: (B, L, E), after the final LayerNorm.
-        hidden_states: where asked for, (B, L, E) after the embeddings and after each layer, all before the
-            final LayerNorm; else None.
+        hidden_states: (B, L, E) after the embeddings and after each layer, before the final LayerNorm; None
+            unless `output_hidden_states`.
     """
 
     text_embeds: mx.array | None
@@ -151,7 +151,7 @@ class CLIPTextTransformer(nn.Module):
     def with_hidden_states(
         self, input_ids: mx.array, num_layers: int | None = None
     ) -> tuple[mx.array, tuple[mx.array, ...]]:
-        """The same, and the states (B, L, E) after the embeddings and each layer, all before the norm."""
+        """Return the same, and the states (B, L, E) after the embeddings and each layer, before the norm."""
         states = self.encoder.hidden_states(self.embeddings(input_ids))
         return self.final_layer_norm(states[-1 if num_layers is None else num_layers]), states
 
@@ -166,9 +166,9 @@ class _CLIPTextEncoder(LoRAMixin, PretrainedModel):
         self.text_model = CLIPTextTransformer(self.config)
 
     def set_token_embeddings(self, ids: Sequence[int], embeddings: mx.array) -> None:
-        """Give token ids their embeddings (T, E); `vocab_size` grows to take in the largest id.
+        """Set the embeddings (T, E) of token ids; `vocab_size` grows to include the largest id.
 
-        Raises ValueError where the shape does not fit.
+        Raises ValueError for another shape.
         """
         layer, width = self.text_model.embeddings.token_embedding, self.config.hidden_size
         if embeddings.shape != (len(ids), width):
@@ -204,7 +204,7 @@ class _CLIPTextEncoder(LoRAMixin, PretrainedModel):
 
     @classmethod
     def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
-        """Name of a file's tensor `key` here; None for position ids, which are no parameters."""
+        """Return the parameter name of a file's tensor `key`; None for position ids, no parameters."""
         bare = key.removeprefix("text_model.")
         return None if bare == "embeddings.position_ids" else f"text_model.{bare}"
 
@@ -229,18 +229,18 @@ class CLIPTextModel(_CLIPTextEncoder):
         clip_skip: int | None = None,
         output_hidden_states: bool = False,
     ) -> mx.array | CLIPTextModelOutput:
-        """Text states of whole texts.
+        """Return the states of texts.
 
         Args:
-            input_ids: integers (B, L) in [0, vocab_size), L <= max_position_embeddings. They are
-                looked at before the forward, so this cannot be inside `mx.compile`.
-            clip_skip: how many of the last layers to leave out, 0 to num_hidden_layers - 1; None
-                for 0. As in diffusers, the final LayerNorm is applied all the same.
-            output_hidden_states: return the states of all layers beside the last ones, as SDXL takes them.
+            input_ids: integers (B, L) in [0, vocab_size), L <= max_position_embeddings. They are checked
+                before the forward, which `mx.compile` does not allow.
+            clip_skip: number of last layers to leave out, 0 to num_hidden_layers - 1; None for 0. As in
+                diffusers, the final LayerNorm is applied anyway.
+            output_hidden_states: also return the states of all layers, which SDXL uses.
 
         Returns the states (B, L, E) after the final LayerNorm, in the dtype of the network; as a
         `CLIPTextModelOutput` with `output_hidden_states`.
-        Raises ValueError for ids, lengths and `clip_skip` out of range, TypeError for ids not
+        Raises ValueError for ids, lengths and `clip_skip` out of range, TypeError for ids that are not
         integers.
         """
         num_layers = self.config.num_hidden_layers
@@ -258,7 +258,8 @@ class CLIPTextModel(_CLIPTextEncoder):
         return CLIPTextModelOutput(None, *self.text_model.with_hidden_states(ids, num_layers - skipped))
 
     def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
-        """Those of transformers 5, OpenCLIP and the web UI, and of diffusers' first text LoRAs."""
+        """Return the names of layers in transformers 5, OpenCLIP, the web UI and diffusers' first text
+        LoRAs."""
         made = {}
         for path in paths:
             bare = path.removeprefix("text_model.")
@@ -271,15 +272,16 @@ class CLIPTextModel(_CLIPTextEncoder):
 
     @classmethod
     def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
-        """Name of a file's tensor `key` here; None for what last hidden states do not need."""
-        if key.startswith(("vision_model.", "visual_projection.")) or key == "logit_scale":  # of a whole CLIP
+        """Return the parameter name of a file's tensor `key`; None for tensors that last hidden states do not
+        need."""
+        if key.startswith(("vision_model.", "visual_projection.")) or key == "logit_scale":  # of a full CLIP
             return None
         projection = key.removeprefix("text_model.").startswith("text_projection.")
         return None if projection else super().rename_key(key, keys)
 
 
 class CLIPTextModelWithProjection(_CLIPTextEncoder):
-    """Text states and the embedding of each text, of SDXL's second encoder; transformers' class of that name.
+    """SDXL's second text encoder: states of texts and an embedding of each; transformers' class of that name.
 
     Raises ValueError where the numbers of its config do not fit together.
     """
@@ -295,19 +297,19 @@ class CLIPTextModelWithProjection(_CLIPTextEncoder):
     def __call__(
         self, input_ids: mx.array | np.ndarray, *, output_hidden_states: bool = False
     ) -> CLIPTextModelOutput:
-        """Text states and embeddings of whole texts.
+        """Return the states and embeddings of texts.
 
         Args:
-            input_ids: integers (B, L), see `CLIPTextModel`. The embedding is that of the first token with
-                `eos_token_id`, of the first token of all where there is none; with `eos_token_id` 2, of the
-                largest id, which learned tokens beyond the vocabulary would be.
-            output_hidden_states: return the states of all layers as well.
+            input_ids: integers (B, L), see `CLIPTextModel`. The embedding comes from the first token with
+                `eos_token_id`, or from the first token of the text if it has none; with `eos_token_id` 2,
+                from the largest id, which a learned token beyond the vocabulary would be.
+            output_hidden_states: also return the states of all layers.
 
-        Raises ValueError for ids and lengths out of range, TypeError for ids not integers.
+        Raises ValueError for ids and lengths out of range, TypeError for ids that are not integers.
         """
         ids = self._checked_ids(input_ids)
         eos = self.config.eos_token_id
-        places = (ids if eos == 2 else ids == eos).argmax(axis=1)  # the first of equals
+        places = (ids if eos == 2 else ids == eos).argmax(axis=1)  # the first of several
         if output_hidden_states:
             last, states = self.text_model.with_hidden_states(mx.array(ids))
         else:
@@ -317,5 +319,5 @@ class CLIPTextModelWithProjection(_CLIPTextEncoder):
 
     @classmethod
     def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
-        """Name of a file's tensor `key` here; None for position ids, which are no parameters."""
+        """Return the parameter name of a file's tensor `key`; None for position ids, no parameters."""
         return key if key.startswith("text_projection.") else super().rename_key(key, keys)

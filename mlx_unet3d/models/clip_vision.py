@@ -55,7 +55,7 @@ class CLIPVisionModelOutput(ModelOutput):
     Attributes:
         image_embeds: (B, P).
         last_hidden_state: (B, L, E) after the last layer; the class token first, then patches by rows.
-        hidden_states: where asked for, (B, L, E) before the first and after each layer; else None.
+        hidden_states: (B, L, E) before the first and after each layer; None unless `output_hidden_states`.
     """
 
     image_embeds: mx.array
@@ -90,7 +90,7 @@ class CLIPVisionTransformer(nn.Module):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = CLIPVisionEmbeddings(config)
-        self.pre_layrnorm = LayerNorm(width, eps=eps)  # so spelled in all files
+        self.pre_layrnorm = LayerNorm(width, eps=eps)  # spelled like this in all files
         self.encoder = CLIPEncoder(
             config.num_hidden_layers,
             width,
@@ -126,7 +126,7 @@ class CLIPVisionModelWithProjection(PretrainedModel):
         Args:
             pixel_values: normalized images (B, C, image_size, image_size), see `CLIPImageProcessor`; cast to
                 the dtype of the network.
-            output_hidden_states: return the states of all layers as well.
+            output_hidden_states: also return the states of all layers.
 
         Returns embeddings and states in the dtype of the network. Raises ValueError for another shape.
         """
@@ -149,7 +149,7 @@ class CLIPVisionModelWithProjection(PretrainedModel):
 
     @classmethod
     def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
-        """Name of a file's tensor `key` here; None for position ids, which are no parameters."""
+        """Return the parameter name of a file's tensor `key`; None for position ids, no parameters."""
         if key.startswith("visual_projection."):
             return key
         bare = key.removeprefix("vision_model.")

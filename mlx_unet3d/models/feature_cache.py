@@ -1,4 +1,4 @@
-"""Deep features of one step that serve the next ones as well (DeepCache, arXiv:2312.00858)."""
+"""Deep features of one step, reused in the next ones (DeepCache, arXiv:2312.00858)."""
 
 import mlx.core as mx
 
@@ -6,16 +6,17 @@ from ..scalars import as_count
 
 
 class FeatureCache:
-    """What the deep layers of a UNet made of a step, in place of running them in the steps after it.
+    """The output of a UNet's deep layers in one step, which stands for them in the next steps.
 
-    Give one to all forwards of a run, in their order. The result is no longer that of the plain run: the deep
-    features are those of up to `interval` - 1 steps ago.
+    Pass one cache to all forwards of a run, in order. The result is an approximation: the deep features are
+    up to `interval` - 1 steps old.
 
     Args:
-        interval: a full forward in every so many; at least 1, which keeps nothing.
-        depth: layers at the end of the up path, and the skips for them, that always run; at least 1.
+        interval: run all layers in every `interval`th forward; at least 1, which reuses nothing.
+        depth: number of layers at the end of the way up that always run, with the layers that make their
+            skips; at least 1.
 
-    Raises ValueError for other numbers.
+    Raises ValueError for numbers below 1.
     """
 
     def __init__(self, interval: int = 3, depth: int = 1):
@@ -28,10 +29,10 @@ class FeatureCache:
         self._age = 0
 
     def next(self) -> mx.array | None:
-        """The features for the next forward, or None where that is a full one."""
+        """Return the features for the next forward; None where it must run all layers."""
         self._age += 1
         return None if self._age >= self.interval else self._features
 
     def keep(self, features: mx.array) -> None:
-        """Take the features (B, F, H, W, C) of a full forward."""
+        """Store the features (B, F, H, W, C) of a full forward."""
         self._features, self._age = features, 0

@@ -4,8 +4,8 @@ Source: diffusers' `MotionAdapter` and `UNetMotionModel.from_unet2d`; Guo et al.
 """
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,19 +14,18 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..checkpoints.config import ModelConfig, key, naming
-from ..checkpoints.matching import Expected
 from ..checkpoints.shapes import Shapes
 from ..errors import CheckpointError
-from ..layers.blocks import Level, motion_module
+from ..layers.blocks import Level, entry, motion_module
 from ..layers.convolution import Conv2d
 from .loading import Checkpoint, Source, find_checkpoint
 from .pretrained import PretrainedModel
-from .video_unet_config import per_level
+from .video_unet_config import PerLayer, PerLevel, check_lengths, keys_per_level, layer_key, level_key
 
 STEM = "diffusion_pytorch_model"
 _MOTION = ".motion_modules."
 
-# Names in the files of AnimateDiff's authors, piece by piece, and here.
+# Parts of names in the files of AnimateDiff's authors, and here.
 _ORIGINAL = {
     "attention_blocks.0": "attn1",
     "attention_blocks.1": "attn2",
@@ -34,10 +33,17 @@ _ORIGINAL = {
     "norms.1": "norm2",
     "ff_norm": "norm3",
 }
-_ORIGINAL_NAME = re.compile(r"\.(attention_blocks\.[01]|norms\.[01]|ff_norm)(?=\.)")
-_OURS = {ours: original for original, ours in _ORIGINAL.items()}
 _MODULE = re.compile(r"(\.motion_modules\.\d+)")
-_OWN_NAME = re.compile(r"\.(attn[12]|norm[123])(?=\.|$)")
+
+# Keys of a `UNetMotionModel` that come from its motion adapter, and their names there.
+_ADAPTER_KEYS = {
+    "layers_per_block": "motion_layers_per_block",
+    "temporal_transformer_layers_per_block": "motion_transformer_layers_per_block",
+    "temporal_transformer_layers_per_mid_block": "motion_transformer_layers_per_mid_block",
+    "motion_num_attention_heads": "motion_num_attention_heads",
+    "motion_max_seq_length": "motion_max_seq_length",
+    "use_motion_mid_block": "use_motion_mid_block",
+}
 
 
 @dataclass
@@ -45,17 +51,13 @@ class MotionAdapterConfig(ModelConfig):
     """The keys of `config.json`; defaults are those of diffusers."""
 
     block_out_channels: tuple[int, ...] = key((320, 640, 1280, 1280), "channels a level", least=1)
-    motion_layers_per_block: int | tuple[int, ...] = key(
-        2, "motion modules of a down block, one number or one a level; up blocks have one more", least=1
-    )
-    motion_transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = key(
-        1, "transformer blocks of a module, one number, one a level, or one a level and layer", least=1
-    )
+    motion_layers_per_block: PerLevel = level_key(2, "modules of a down block; up blocks have one more")
+    motion_transformer_layers_per_block: PerLayer = layer_key(1, "transformer blocks of a module")
     motion_mid_block_layers_per_block: int = key(1, "motion modules of the mid block", least=1)
-    motion_transformer_layers_per_mid_block: int | tuple[int, ...] = key(
+    motion_transformer_layers_per_mid_block: PerLevel = key(
         1, "transformer blocks of the mid block's modules, one number or one a module", least=1
     )
-    motion_num_attention_heads: int | tuple[int, ...] = key(8, "heads, one number or one a level", least=1)
+    motion_num_attention_heads: PerLevel = level_key(8, "heads")
     motion_norm_num_groups: int = key(32, "groups of the group norms of a lone adapter", least=1)
     motion_max_seq_length: int = key(32, "positions, the most frames", least=1)
     use_motion_mid_block: bool = key(True, "motion modules in the mid block")
@@ -63,13 +65,7 @@ class MotionAdapterConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        levels = len(self.block_out_channels)
-        for name in ("motion_layers_per_block", "motion_num_attention_heads"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != levels:
-                raise ValueError(
-                    f"{name}={value} must have a number for each of the {levels} levels of block_out_channels"
-                )
+        check_lengths(self, keys_per_level(self), "block_out_channels")
         mid, modules = self.motion_transformer_layers_per_mid_block, self.motion_mid_block_layers_per_block
         if isinstance(mid, tuple) and len(mid) != modules:
             raise ValueError(
@@ -89,26 +85,13 @@ class MotionAdapter(PretrainedModel):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        config = self.config
-        widths = config.block_out_channels
-        count = len(widths)
-        layers, heads, depths = (
-            per_level(value, count)
-            for value in (
-                config.motion_layers_per_block,
-                config.motion_num_attention_heads,
-                config.motion_transformer_layers_per_block,
-            )
-        )
+        config, count = self.config, len(self.config.block_out_channels)
+        layers, depths = config.motion_layers_per_block, config.motion_transformer_layers_per_block
 
-        def block(i: int, modules: int, depth: int | tuple[int, ...]) -> nn.Module:
+        def block(i: int, modules: int, depth: PerLevel) -> nn.Module:
             level = Level(
-                channels=widths[i],
-                temb_channels=0,
-                heads=1,
-                dim_head=1,
-                cross_attention_dim=None,
-                motion_heads=heads[i],
+                config.block_out_channels[i],
+                motion_heads=entry(config.motion_num_attention_heads, i),
                 motion_layers=depth,
                 motion_positions=config.motion_max_seq_length,
                 norm_num_groups=config.motion_norm_num_groups,
@@ -118,22 +101,24 @@ class MotionAdapter(PretrainedModel):
             return made
 
         if config.conv_in_channels is not None:
-            self.conv_in = Conv2d(config.conv_in_channels, widths[0], 3, padding=1)
-        self.down_blocks = [block(i, layers[i], depths[i]) for i in range(count)]
-        self.up_blocks = [block(i, layers[i] + 1, _one_more(depths[i])) for i in reversed(range(count))]
+            self.conv_in = Conv2d(config.conv_in_channels, config.block_out_channels[0], 3, padding=1)
+        self.down_blocks = [block(i, entry(layers, i), entry(depths, i)) for i in range(count)]
+        self.up_blocks = [
+            block(i, entry(layers, i) + 1, _one_more(entry(depths, i))) for i in reversed(range(count))
+        ]
         if config.use_motion_mid_block:
             depth = config.motion_transformer_layers_per_mid_block
             self.mid_block = block(count - 1, config.motion_mid_block_layers_per_block, depth)
 
     @classmethod
     def rename_key(cls, key: str, keys: Collection[str]) -> str | None:
-        """Name of a file's tensor `key` here: the files of AnimateDiff's authors have other names."""
+        """Return the parameter name of a file's tensor `key`, which AnimateDiff's authors name otherwise."""
         return motion_name(key)
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, **options: Any) -> "MotionAdapter":
-        """See `PretrainedModel.from_pretrained`; a lone safetensors file, diffusers' or of AnimateDiff's
-        authors, is read as well, its config told by its shapes."""
+        """See `PretrainedModel.from_pretrained`. Also read a lone safetensors file, from diffusers or from
+        AnimateDiff's authors, and infer its config from its shapes."""
         if not Path(path_or_id).expanduser().is_file():
             return super().from_pretrained(path_or_id, **options)
         checkpoint = find_checkpoint(path_or_id, STEM, files=True)
@@ -143,43 +128,53 @@ class MotionAdapter(PretrainedModel):
 
 
 def motion_name(name: str) -> str | None:
-    """The name here of a tensor of a motion module, whosever names; None for a table of positions of the
-    authors' files, which is made by its formula."""
+    """Return the name here of a tensor of a motion module, from diffusers' or the authors' names; None for
+    the authors' tables of positions, which are computed by their formula."""
     if "pos_encoder" in name:
         return None
     name = name.replace(".temporal_transformer.", ".")
-    return _ORIGINAL_NAME.sub(lambda match: f".{_ORIGINAL[match[1]]}", name)
+    for theirs, ours in _ORIGINAL.items():
+        name = name.replace(f".{theirs}.", f".{ours}.")
+    return name
 
 
 def original_motion_name(name: str) -> str:
-    """The name that the files of AnimateDiff's authors have for a layer of a motion module."""
-    name = _MODULE.sub(r"\1.temporal_transformer", name)
-    return _OWN_NAME.sub(lambda match: f".{_OURS[match[1]]}", name)
+    """Return the name of a layer of a motion module in the files of AnimateDiff's authors."""
+    name = _MODULE.sub(r"\1.temporal_transformer", f"{name}.")
+    for theirs, ours in _ORIGINAL.items():
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return name.removesuffix(".")
+
+
+def motion_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Return the parameters of the motion modules of a network or adapter, by name."""
+    return {name: array for name, array in tree_flatten(model.parameters()) if _MOTION in name}
 
 
 def _one_more(depths: int | tuple[int, ...]) -> int | tuple[int, ...]:
-    """The numbers of an up block, which has a layer more: the last counts twice."""
+    """Return the numbers of an up block, which has one layer more: repeat the last."""
     return depths if isinstance(depths, int) else (*depths, depths[-1])
 
 
 def adapter_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config of a motion adapter: that of its folder, or what the shapes of a lone file tell.
+    """Return the config of a motion adapter: from its folder, or inferred from the shapes of a lone file.
 
     Raises CheckpointError for a file of something else.
     """
     if checkpoint.config:
         MotionAdapter.check_class_name(checkpoint.config, str(checkpoint.where / "config.json"))
         return {k: v for k, v in checkpoint.config.items() if k != "quantization"}
-    shapes = {
-        motion_name(key) or key: info.shape
-        for header in checkpoint.headers.values()
-        for key, info in header.tensors.items()
-    }
-    return infer_adapter(Shapes(str(checkpoint.where), shapes, checkpoint.layout))
+    return infer_adapter(_shapes(checkpoint, motion_name))
+
+
+def _shapes(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Shapes:
+    tensors = [item for header in checkpoint.headers.values() for item in header.tensors.items()]
+    shapes = {rename(name) or name: info.shape for name, info in tensors}
+    return Shapes(str(checkpoint.where), shapes, checkpoint.layout)
 
 
 def infer_adapter(shapes: Shapes) -> dict[str, Any]:
-    """What the shapes tell of the config of a motion adapter; a table of positions may have any name.
+    """Infer the config of a motion adapter from its shapes; a table of positions may have any name.
 
     Raises CheckpointError for a file of something else.
     """
@@ -215,12 +210,11 @@ def from_unet2d(
     variant: str | None = None,
     **hub: Any,
 ) -> Model:
-    """A `UNetMotionModel` of the weights of a 2-D UNet and of a motion adapter, read straight into one
-    network.
+    """Read the weights of a 2-D UNet and of a motion adapter straight into one `UNetMotionModel`.
 
     Args:
         unet: folder or hub id of a diffusers `UNet2DConditionModel` (Stable Diffusion 1, 2, XL and their
-            kin), or a lone safetensors file with its names, whose config is told by its shapes.
+            kin), or a lone safetensors file with its names, whose config is inferred from its shapes.
         motion_adapter: folder, hub id or lone safetensors file of one, or a loaded one; None for new modules,
             which change nothing until they are trained.
         dtype: float32, float16 or bfloat16 for all parameters; None takes the UNet's.
@@ -233,7 +227,7 @@ def from_unet2d(
     ConnectionError, CheckpointError as `from_pretrained`.
     """
     spatial = find_checkpoint(unet, STEM, variant=variant, files=True, **hub)
-    config = dict(spatial.config) or unet2d_config(spatial)
+    config = dict(spatial.config) or infer_unet2d(_shapes(spatial, str))
     name = config.get("_class_name", "UNet2DConditionModel")
     if name != "UNet2DConditionModel":
         raise CheckpointError(
@@ -241,7 +235,7 @@ def from_unet2d(
             "Stable Diffusion model"
         )
     if "quantization" in config:
-        raise CheckpointError(f"{spatial.where} is quantized; give the checkpoint that it was made of")
+        raise CheckpointError(f"{spatial.where} is quantized; give the checkpoint that it was made from")
     motion: Checkpoint | None = None
     adapter: Mapping[str, Any] | None = None
     if isinstance(motion_adapter, MotionAdapter):
@@ -255,32 +249,32 @@ def from_unet2d(
         model = cls(**motion_config(cls, config, adapter))
 
     expected = model.expected_tensors()
-    of_motion = {n: e for n, e in expected.items() if _MOTION in n}
-    of_unet = {n: e for n, e in expected.items() if _MOTION not in n}
+    of_motion = {name: tensor for name, tensor in expected.items() if _MOTION in name}
+    of_unet = {name: tensor for name, tensor in expected.items() if _MOTION not in name}
     own: dict[str, mx.array] = {}
     sources = [Source(spatial, of_unet)]
     if adapter is not None and adapter["conv_in_channels"] is not None:  # PIA widens conv_in
         kernel = of_unet["conv_in.weight"]
         narrow = (*kernel.shape[:-1], config.get("in_channels", 4))
-        of_unet["conv_in.weight"] = Expected(narrow, kernel.dtype, kernel.layout)
+        of_unet["conv_in.weight"] = replace(kernel, shape=narrow)
         of_motion["conv_in.weight"] = kernel
     if motion is not None:
         sources.append(Source(motion, of_motion, _without_bias_of_conv_in))
     else:
-        parameters = (model if motion_adapter is None else motion_adapter).parameters()
-        own = {n: array for n, array in tree_flatten(parameters) if n in of_motion}
+        given = dict(tree_flatten((model if motion_adapter is None else motion_adapter).parameters()))
+        own = {name: given[name] for name in of_motion if name in given}
     return model.load_checkpoints(sources, dtype, own)
 
 
 def _without_bias_of_conv_in(name: str, keys: Collection[str]) -> str | None:
-    """The UNet's bias is kept, as in diffusers."""
+    """Leave out the adapter's bias: the UNet's is kept, as in diffusers."""
     return None if name == "conv_in.bias" else motion_name(name)
 
 
 def motion_config(
     cls: type[PretrainedModel], config: Mapping[str, Any], adapter: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The config of the network from those of its parts.
+    """Return the config of the network from those of its parts.
 
     Raises ValueError where the adapter has other levels or layers than the UNet.
     """
@@ -298,47 +292,32 @@ def motion_config(
         made["num_attention_heads"] = config.get("attention_head_dim", 8)
     if adapter is not None:
         levels = len(made.get("down_block_types", cls.config_class.down_block_types))
-        of_unet, of_adapter = (
-            per_level(_as_tuple(value), levels)
-            for value in (config.get("layers_per_block", 2), adapter["motion_layers_per_block"])
-        )
-        if len(adapter["block_out_channels"]) != levels or of_unet != of_adapter:
+        widths = adapter["block_out_channels"]
+        of_unet, of_adapter = _as_tuple(config.get("layers_per_block", 2)), adapter["motion_layers_per_block"]
+        if len(widths) != levels or any(entry(of_unet, i) != entry(of_adapter, i) for i in range(levels)):
             raise ValueError(
-                f"the motion adapter has {of_adapter} layers in {len(adapter['block_out_channels'])} levels, "
-                f"the UNet {of_unet} in {levels}; take an adapter for this base model (Stable Diffusion 1.5, "
-                "SDXL)"
+                f"the motion adapter has {of_adapter} layers in {len(widths)} levels, the UNet {of_unet} in "
+                f"{levels}; take an adapter for this base model (Stable Diffusion 1.5, SDXL)"
             )
-        made |= dict(
-            motion_num_attention_heads=adapter["motion_num_attention_heads"],
-            motion_max_seq_length=adapter["motion_max_seq_length"],
-            use_motion_mid_block=adapter["use_motion_mid_block"],
-            layers_per_block=adapter["motion_layers_per_block"],
-            temporal_transformer_layers_per_mid_block=adapter["motion_transformer_layers_per_mid_block"],
-            temporal_transformer_layers_per_block=adapter["motion_transformer_layers_per_block"],
-        )
+        made |= {name: adapter[theirs] for name, theirs in _ADAPTER_KEYS.items()}
         if adapter["conv_in_channels"]:
             made["in_channels"] = adapter["conv_in_channels"]
     return {name: _as_tuple(value) for name, value in made.items()}
 
 
 def adapter_of(config: Any) -> dict[str, Any]:
-    """The config of the motion adapter within a `UNetMotionModel` of a config.
+    """Return the config of the motion adapter within a `UNetMotionModel`.
 
     Raises ValueError for modules that no adapter can hold: other numbers of transformer blocks on the way up.
     """
     for name in ("reverse_temporal_transformer_layers_per_block", "reverse_motion_num_attention_heads"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name}={getattr(config, name)} has no place in a motion adapter")
-    return dict(
+    shared = {theirs: config[name] for name, theirs in _ADAPTER_KEYS.items() if config[name] is not None}
+    return shared | dict(
         block_out_channels=config.block_out_channels,
-        motion_layers_per_block=config.layers_per_block,
-        motion_transformer_layers_per_block=config.temporal_transformer_layers_per_block,
         motion_mid_block_layers_per_block=config.mid_block_layers,
-        motion_transformer_layers_per_mid_block=config.temporal_transformer_layers_per_mid_block or 1,
-        motion_num_attention_heads=config.motion_num_attention_heads,
         motion_norm_num_groups=config.norm_num_groups,
-        motion_max_seq_length=config.motion_max_seq_length,
-        use_motion_mid_block=config.use_motion_mid_block,
     )
 
 
@@ -346,18 +325,12 @@ def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
-def unet2d_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the shapes of a lone file with diffusers' names tell of the config of its 2-D UNet.
+def infer_unet2d(shapes: Shapes) -> dict[str, Any]:
+    """Infer the config of a 2-D UNet from its shapes, under diffusers' names.
 
     Heads have 64 channels where text has 1,024 or more (Stable Diffusion 2, XL); else there are 8.
-    Raises CheckpointError for other files.
+    Raises CheckpointError for other shapes.
     """
-    shapes = {k: info.shape for header in checkpoint.headers.values() for k, info in header.tensors.items()}
-    return infer_unet2d(Shapes(str(checkpoint.where), shapes, checkpoint.layout))
-
-
-def infer_unet2d(shapes: Shapes) -> dict[str, Any]:
-    """What the shapes tell of the config of a 2-D UNet, see `unet2d_config`."""
     levels = shapes.count("down_blocks.{}.resnets.0.conv1.weight")
     if not levels or "conv_in.weight" not in shapes:
         raise CheckpointError(

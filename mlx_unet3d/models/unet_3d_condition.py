@@ -4,32 +4,25 @@ Source: diffusers' class of that name (documentation of 0.23, numerics of 0.42).
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from ..checkpoints.config import key
 from ..checkpoints.originals import unet_layer_names
-from ..layers.blocks import (
-    CrossAttnDownBlock3D,
-    CrossAttnUpBlock3D,
-    DownBlock3D,
-    Level,
-    UNetMidBlock3DCrossAttn,
-    UpBlock3D,
-)
+from ..layers.blocks import UNetMidBlock3DCrossAttn
 from ..layers.conditions import Conditions
 from ..layers.text_context import TextContext
 from ..layers.transformers import TransformerTemporalModel
 from .feature_cache import FeatureCache
-from .video_unet import Context, Levels, VideoUNet, VideoUNetOutput, as_timestep, mask_bias
-from .video_unet_config import VideoUNetConfig, block_types, check_levels
+from .video_unet import Inputs, VideoUNet, VideoUNetOutput, as_timestep, check_input, make_levels, mask_bias
+from .video_unet_config import VideoUNetConfig, block_types
 
 # `transformer_in` always has this many heads, of attention_head_dim channels each.
-TRANSFORMER_IN_HEADS = 8
+_TRANSFORMER_IN_HEADS = 8
 
-DOWN_BLOCKS, UP_BLOCKS = block_types((DownBlock3D, CrossAttnDownBlock3D), (UpBlock3D, CrossAttnUpBlock3D))
+DOWN_BLOCKS, UP_BLOCKS = block_types("3D")
 
 # Keys of early ModelScope configs, which later became fixed, with the values that this network has.
 _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
@@ -87,26 +80,16 @@ class UNet3DConditionConfig(VideoUNetConfig):
                 f"num_attention_heads={self.num_attention_heads}: the number of heads follows from "
                 "attention_head_dim (channels of a head) in this network; leave it None"
             )
-        check_levels(self)
 
 
-def levels_of_3d(config: Any) -> Levels:
-    """The levels of UNet3DConditionModel and I2VGenXLUNet, whose heads have `attention_head_dim` channels."""
-    dim_head = config.attention_head_dim
-    down = tuple(
-        Level(
-            channels=width,
-            temb_channels=4 * config.block_out_channels[0],
-            heads=width // dim_head,
-            dim_head=dim_head,
-            cross_attention_dim=config.cross_attention_dim,
-            norm_num_groups=config.norm_num_groups,
-            norm_eps=config.get("norm_eps", 1e-5),
-            act_fn=config.get("act_fn", "silu"),
-        )
-        for width in config.block_out_channels
+def transformer_in(config: Any) -> TransformerTemporalModel:
+    """Return the attention among frames that follows `conv_in` in UNet3DConditionModel and I2VGenXLUNet."""
+    return TransformerTemporalModel(
+        _TRANSFORMER_IN_HEADS,
+        config.attention_head_dim,
+        config.block_out_channels[0],
+        config.norm_num_groups,
     )
-    return Levels(down, down[-1], down[::-1])
 
 
 @dataclass
@@ -125,21 +108,8 @@ class UNet3DConditionModel(VideoUNet):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        config = self.config
         self._build(
-            levels_of_3d(config),
-            UNetMidBlock3DCrossAttn,
-            layers=(config.layers_per_block,) * len(config.block_out_channels),
-            in_channels=config.in_channels,
-            downsample_padding=config.downsample_padding,
-            mid_scale=config.mid_block_scale_factor,
-            time_cond_proj_dim=config.time_cond_proj_dim,
-            transformer_in=TransformerTemporalModel(
-                TRANSFORMER_IN_HEADS,
-                config.attention_head_dim,
-                config.block_out_channels[0],
-                config.norm_num_groups,
-            ),
+            make_levels(self.config), UNetMidBlock3DCrossAttn, transformer_in=transformer_in(self.config)
         )
 
     def __call__(
@@ -193,40 +163,17 @@ class UNet3DConditionModel(VideoUNet):
         x = self._run(sample, encoder_hidden_states, inputs, feature_cache)
         return UNet3DConditionOutput(sample=x) if return_dict else (x,)
 
-    def _prepare(
-        self, sample: mx.array, context: Context | None, inputs: dict[str, Any]
-    ) -> tuple[mx.array, Conditions]:
-        self._check_sample(sample)
-        batch, frames, dtype = sample.shape[0], sample.shape[2], sample.dtype
-        return sample, Conditions(
-            batch=batch,
-            num_frames=frames,
-            temb=self._embed_time(inputs["timestep"], batch, dtype, inputs["timestep_cond"]),
-            context=self._check_context(context, (batch,), dtype),
-            context_mask=self._context_bias(inputs["attention_mask"], context, dtype),
-            cross_attention_kwargs=inputs["cross_attention_kwargs"],
-            freeu=self.freeu,
-            chunks=self.chunks,
-        )
-
-    def _context_bias(
-        self, mask: mx.array | None, context: Context | None, dtype: mx.Dtype
-    ) -> mx.array | None:
-        """(B, L) of 1 and 0 -> (B, 1, L) to add to scores."""
+    def _prepare(self, x: mx.array, cond: Conditions, inputs: Inputs) -> tuple[mx.array, Conditions]:
+        mask = inputs["attention_mask"]
         if mask is None:
-            return None
-        if self.config.cross_attention_dim is None:
+            return x, cond
+        if cond.context is None:
             raise ValueError(
                 "attention_mask: this network does not attend to text (cross_attention_dim=None)"
             )
-        states = context.states if isinstance(context, TextContext) else context
-        if tuple(mask.shape) != tuple(states.shape[:2]):
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}; it must be {tuple(states.shape[:2])}, "
-                "one entry a text token"
-            )
-        return mask_bias(mask, dtype)
+        check_input("attention_mask", mask, cond.context_states.shape[:2], note=", one entry a text token")
+        return x, replace(cond, context_mask=mask_bias(mask, x.dtype))
 
     def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
-        """Those of ModelScope's original network."""
+        """Return the names of layers in ModelScope's original network."""
         return unet_layer_names(paths, self.config.layers_per_block)

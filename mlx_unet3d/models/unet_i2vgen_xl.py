@@ -4,7 +4,7 @@ Source: diffusers' class of that name; Zhang et al., arXiv:2311.04145. Letters a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,15 +16,13 @@ from ..layers.attention import Attention
 from ..layers.blocks import UNetMidBlock3DCrossAttn
 from ..layers.conditions import Conditions
 from ..layers.convolution import Conv2d
-from ..layers.embeddings import timestep_sinusoid
 from ..layers.feed_forward import FeedForward
 from ..layers.normalization import LayerNorm
 from ..layers.text_context import TextContext
-from ..layers.transformers import TransformerTemporalModel
 from .feature_cache import FeatureCache
-from .unet_3d_condition import DOWN_BLOCKS, TRANSFORMER_IN_HEADS, UP_BLOCKS, levels_of_3d
-from .video_unet import Context, VideoUNet, VideoUNetOutput, as_timestep
-from .video_unet_config import VideoUNetConfig, check_levels
+from .unet_3d_condition import DOWN_BLOCKS, UP_BLOCKS, transformer_in
+from .video_unet import Inputs, VideoUNet, VideoUNetOutput, as_timestep, check_input, make_levels
+from .video_unet_config import VideoUNetConfig
 
 LATENT_CHANNELS = 4  # of the image's latents, whatever in_channels is
 _POOLED = 32  # height and width of the image's latents in the context, before they are halved twice
@@ -43,10 +41,6 @@ class I2VGenXLUNetConfig(VideoUNetConfig):
     attention_head_dim: int = key(64, "channels of an attention head, at most the narrowest block's", least=1)
     num_attention_heads: int | tuple[int, ...] | None = key(None, "without effect, as in diffusers")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_levels(self)
-
 
 class I2VGenXLTransformerTemporalEncoder(nn.Module):
     """Attention among frames and a feed-forward, of which only the first is normalized; diffusers' class."""
@@ -64,20 +58,22 @@ class I2VGenXLTransformerTemporalEncoder(nn.Module):
 
 
 class AdaptiveAvgPool2d(nn.Module):
-    """Means over the bins in which torch cuts (N, H, W, C) into (N, size, size, C); bins overlap, or repeat
-    pixels."""
+    """Means over the bins into which torch divides (N, H, W, C), -> (N, size, size, C).
+
+    Bins overlap where `size` does not divide a length, and repeat pixels where it is larger.
+    """
 
     def __init__(self, size: int):
         super().__init__()
         self.size = size
 
     def __call__(self, x: mx.array) -> mx.array:
-        for axis in (1, 2):
-            length = x.shape[axis]
-            bins = [(i * length // self.size, -(-(i + 1) * length // self.size)) for i in range(self.size)]
-            parts = [mx.take(x, mx.arange(*ends), axis=axis).mean(axis=axis) for ends in bins]
-            x = mx.stack(parts, axis=axis)
-        return x
+        rows, columns = (
+            [slice(i * n // self.size, -(-(i + 1) * n // self.size)) for i in range(self.size)]
+            for n in x.shape[1:3]
+        )
+        x = mx.stack([x[:, r].mean(axis=1) for r in rows], axis=1)
+        return mx.stack([x[:, :, c].mean(axis=2) for c in columns], axis=2)
 
 
 def _in_turn(layers: Sequence[nn.Module], x: mx.array) -> mx.array:
@@ -104,20 +100,13 @@ class I2VGenXLUNet(VideoUNet):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.config
-        c, latent, width, dim = (
-            config.in_channels,
-            LATENT_CHANNELS,
-            config.block_out_channels[0],
-            config.cross_attention_dim,
-        )
+        c, latent = config.in_channels, LATENT_CHANNELS
+        width, dim = config.block_out_channels[0], config.cross_attention_dim
         self._build(
-            levels_of_3d(config),
+            make_levels(config),
             UNetMidBlock3DCrossAttn,
-            layers=(config.layers_per_block,) * len(config.block_out_channels),
-            in_channels=2 * c,
-            transformer_in=TransformerTemporalModel(
-                TRANSFORMER_IN_HEADS, config.attention_head_dim, width, config.norm_num_groups
-            ),
+            image_channels=c,
+            transformer_in=transformer_in(config),
             image_latents_proj_in=[
                 Conv2d(latent, 4 * c, 3, padding=1),
                 SiLU(),
@@ -202,41 +191,19 @@ class I2VGenXLUNet(VideoUNet):
         image = _in_turn(self.context_embedding, image_embeddings.reshape(batch, dim))
         return mx.concatenate([text, latents, image.reshape(batch, self.config.in_channels, dim)], axis=1)
 
-    def _prepare(
-        self, sample: mx.array, context: Context | None, inputs: dict[str, Any]
-    ) -> tuple[mx.array, Conditions]:
-        self._check_sample(sample)
-        batch, _, frames, height, width = sample.shape
-        dtype = sample.dtype
-        latents, wanted = inputs["image_latents"], (batch, LATENT_CHANNELS, frames, height, width)
-        if tuple(latents.shape) != wanted or latents.dtype != dtype:
-            raise ValueError(
-                f"image_latents are {latents.dtype} {tuple(latents.shape)}; they must be {dtype} {wanted}"
-            )
-        context = self._check_context(context, (batch,), dtype)
+    def _prepare(self, x: mx.array, cond: Conditions, inputs: Inputs) -> tuple[mx.array, Conditions]:
+        batch, frames, height, width, _ = x.shape
+        latents, context = inputs["image_latents"], cond.context
+        check_input("image_latents", latents, (batch, LATENT_CHANNELS, frames, height, width), x.dtype)
         if not isinstance(context, TextContext):
             context = self._context(context, latents, inputs["image_embeddings"])
-        fps = inputs["fps"].reshape(-1)
-        if fps.size not in (1, batch):
-            raise ValueError(
-                f"fps has shape {tuple(inputs['fps'].shape)}; it must be one number or ({batch},)"
-            )
-        sinusoid = timestep_sinusoid(mx.broadcast_to(fps, (batch,)), self.config.block_out_channels[0])
-        temb = self._embed_time(inputs["timestep"], batch, dtype, inputs["timestep_cond"])
-        cond = Conditions(
-            batch=batch,
-            num_frames=frames,
-            temb=temb + _in_turn(self.fps_embedding, sinusoid.astype(dtype)),
-            context=context,
-            cross_attention_kwargs=inputs["cross_attention_kwargs"],
-            freeu=self.freeu,
-            chunks=self.chunks,
-        )
-        return mx.concatenate([sample, self._encode_image(latents)], axis=1), cond
+        fps = self._sinusoid("fps", inputs["fps"], batch, x.dtype)
+        cond = replace(cond, temb=cond.temb + _in_turn(self.fps_embedding, fps), context=context)
+        return mx.concatenate([x, self._encode_image(latents)], axis=-1), cond
 
     def _encode_image(self, latents: mx.array) -> mx.array:
-        """Latents of the image (B, 4, F, H, W) -> what stands beside the sample, (B, in_channels, F, H,
-        W)."""
+        """Latents of the image (B, 4, F, H, W) -> the channels beside the sample's, (B, F, H, W,
+        in_channels)."""
         batch, _, frames, height, width = latents.shape
         # (B, C, F, H, W) -> (N, H, W, C)
         x = latents.transpose(0, 2, 3, 4, 1).reshape(batch * frames, height, width, -1)
@@ -244,5 +211,5 @@ class I2VGenXLUNet(VideoUNet):
         # (N, H, W, C) -> (B*H*W, F, C)
         x = x.reshape(batch, frames, height * width, -1).transpose(0, 2, 1, 3)
         x = self.image_latents_temporal_encoder(x.reshape(batch * height * width, frames, -1))
-        # (B*H*W, F, C) -> (B, C, F, H, W)
-        return x.reshape(batch, height, width, frames, -1).transpose(0, 4, 3, 1, 2)
+        # (B*H*W, F, C) -> (B, F, H, W, C)
+        return x.reshape(batch, height, width, frames, -1).transpose(0, 3, 1, 2, 4)

@@ -4,34 +4,25 @@ Source: diffusers' class of that name; Guo et al., arXiv:2307.04725. Letters as 
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..checkpoints.config import key
-from ..layers.blocks import (
-    CrossAttnDownBlockMotion,
-    CrossAttnUpBlockMotion,
-    DownBlockMotion,
-    Level,
-    UNetMidBlock2DCrossAttn,
-    UNetMidBlockCrossAttnMotion,
-    UpBlockMotion,
-)
+from ..layers.blocks import UNetMidBlock2DCrossAttn, UNetMidBlockCrossAttnMotion, entry
 from ..layers.conditions import Conditions
 from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
 from ..layers.free_noise import FreeNoise
 from ..layers.text_context import TextContext
 from .feature_cache import FeatureCache
 from .ip_adapter import IPAdapterMixin
-from .motion_adapter import MotionAdapter, adapter_of, from_unet2d, original_motion_name
-from .video_unet import Context, Levels, VideoUNet, VideoUNetOutput, as_timestep, mask_bias
-from .video_unet_config import VideoUNetConfig, block_types, check_levels, per_level
+from .motion_adapter import MotionAdapter, adapter_of, from_unet2d, motion_parameters, original_motion_name
+from .video_unet import Inputs, VideoUNet, VideoUNetOutput, as_timestep, make_levels, mask_bias
+from .video_unet_config import PerLayer, PerLevel, VideoUNetConfig, block_types, layer_key, level_key
 
-_DOWN, _UP = block_types((DownBlockMotion, CrossAttnDownBlockMotion), (UpBlockMotion, CrossAttnUpBlockMotion))
+_DOWN, _UP = block_types("Motion")
 
 
 @dataclass
@@ -40,48 +31,34 @@ class UNetMotionConfig(VideoUNetConfig):
 
     down_block_types: tuple[str, ...] = _DOWN
     up_block_types: tuple[str, ...] = _UP
-    layers_per_block: int | tuple[int, ...] = key(
-        2, "resnets of a down block, one number or one a level; up blocks have one more", least=1
-    )
+    layers_per_block: PerLevel = level_key(2, "resnets of a down block; up blocks have one more")
     downsample_padding: int = key(1, "0 or 1; of the halving convolutions")
     mid_block_scale_factor: float = key(1, "divides the outputs of the resnets of the mid block")
     act_fn: str = key("silu", '"silu", "swish", "mish", "gelu" or "relu"; of resnets and the time embedding')
     norm_num_groups: int = key(32, "groups of the group norms, of motion modules too", least=1)
     norm_eps: float = key(1e-5, "of the group norms (transformers and motion modules keep 1e-6)")
-    cross_attention_dim: int | tuple[int, ...] = key(
-        1280, "D, channels of the text states, one number or one a level", least=1
+    cross_attention_dim: PerLevel = level_key(1280, "D, channels of the text states")
+    transformer_layers_per_block: PerLayer = layer_key(1, "blocks of a spatial transformer")
+    reverse_transformer_layers_per_block: PerLayer | None = layer_key(
+        None, "the same on the way up, coarsest first (None: the same numbers)"
     )
-    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = key(
-        1, "blocks of a spatial transformer: one number, one a level, or one a level and layer", least=1
+    temporal_transformer_layers_per_block: PerLayer = layer_key(1, "blocks of a motion module")
+    reverse_temporal_transformer_layers_per_block: PerLayer | None = layer_key(
+        None, "the same on the way up, coarsest first (None: the same numbers)"
     )
-    reverse_transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] | None = key(
-        None, "the same on the way up, coarsest first; None for the same numbers", least=1
-    )
-    temporal_transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = key(
-        1, "blocks of a motion module: one number, one a level, or one a level and layer", least=1
-    )
-    reverse_temporal_transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] | None = key(
-        None, "the same on the way up, coarsest first; None for the same numbers", least=1
-    )
-    transformer_layers_per_mid_block: int | tuple[int, ...] | None = key(
+    transformer_layers_per_mid_block: PerLevel | None = key(
         None,
-        "blocks of the mid block's transformers, one number or one a layer; None for the last level's",
+        "blocks of the mid block's transformers, one number or one a layer; None: as the last level",
         least=1,
     )
-    temporal_transformer_layers_per_mid_block: int | tuple[int, ...] | None = key(
+    temporal_transformer_layers_per_mid_block: PerLevel | None = key(
         1, "blocks of the mid block's motion modules, one number or one a layer", least=1
     )
     use_linear_projection: bool = key(False, "how files store the projections around spatial transformers")
-    num_attention_heads: int | tuple[int, ...] = key(
-        8, "heads of spatial transformers, one number or one a level", least=1
-    )
+    num_attention_heads: PerLevel = level_key(8, "heads of spatial transformers")
     motion_max_seq_length: int = key(32, "positions of the motion modules, the most frames", least=1)
-    motion_num_attention_heads: int | tuple[int, ...] = key(
-        8, "heads of motion modules, one number or one a level", least=1
-    )
-    reverse_motion_num_attention_heads: int | tuple[int | tuple[int, ...], ...] | None = key(
-        None, "without effect, as in diffusers"
-    )
+    motion_num_attention_heads: PerLevel = level_key(8, "heads of motion modules")
+    reverse_motion_num_attention_heads: PerLayer | None = key(None, "without effect, as in diffusers")
     use_motion_mid_block: bool = key(True, "motion modules in the mid block")
     mid_block_layers: int = key(1, "transformers of the mid block; it has one more resnet", least=1)
     encoder_hid_dim: int | None = key(None, "without effect, as in diffusers")
@@ -89,34 +66,25 @@ class UNetMotionConfig(VideoUNetConfig):
         None, 'None; "ip_image_proj" while an IP-Adapter is loaded, without effect of its own'
     )
     addition_embed_type: str | None = key(None, '"text_time" for the conditions of SDXL, or None')
-    addition_time_embed_dim: int | None = key(
-        None, "channels of the sinusoid of each time id of SDXL", least=1
-    )
+    addition_time_embed_dim: int | None = key(None, "channels of each time id's sinusoid (SDXL)", least=1)
     projection_class_embeddings_input_dim: int | None = key(
-        None, "channels of pooled text and time ids of SDXL together", least=1
+        None, "channels of pooled text and time ids together (SDXL)", least=1
     )
     time_cond_proj_dim: int | None = key(None, "channels of `timestep_cond`; None for none", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        lists = (
-            "layers_per_block",
-            "cross_attention_dim",
-            "num_attention_heads",
-            "motion_num_attention_heads",
-        )
-        numbers = ("transformer_layers_per_block", "temporal_transformer_layers_per_block")
-        check_levels(self, *lists, *numbers, *(f"reverse_{name}" for name in numbers))
-        for name in numbers:
-            nested = per_level(getattr(self, name), 1)
-            if any(isinstance(n, tuple) for n in nested) and getattr(self, f"reverse_{name}") is None:
+        for name in ("transformer_layers_per_block", "temporal_transformer_layers_per_block"):
+            value = getattr(self, name)
+            nested = isinstance(value, tuple) and any(isinstance(n, tuple) for n in value)
+            if nested and getattr(self, f"reverse_{name}") is None:
                 raise ValueError(
-                    f"{name}={nested} has a number a layer; give reverse_{name} as well, with one number "
+                    f"{name}={value} has a number a layer; give reverse_{name} as well, with one number "
                     "more a level"
                 )
         if self.addition_embed_type not in (None, "text_time"):
             raise ValueError(
-                f"addition_embed_type={self.addition_embed_type!r} is not known; use 'text_time' or None"
+                f"addition_embed_type={self.addition_embed_type!r} is unknown; use 'text_time' or None"
             )
         needed = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
         if self.addition_embed_type == "text_time" and None in needed:
@@ -139,30 +107,52 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
 
     config_class = UNetMotionConfig
     class_names = ("UNetMotionModel",)
+    takes_context_per_frame = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.free_noise: FreeNoise | None = None
         config = self.config
-        mid_layers = config.transformer_layers_per_mid_block
+        levels = make_levels(
+            config,
+            transformer_layers=config.transformer_layers_per_block,
+            motion_heads=config.motion_num_attention_heads,
+            motion_layers=config.temporal_transformer_layers_per_block,
+            motion_positions=config.motion_max_seq_length,
+        )
+        mid_layers, mid_motion = (
+            config.transformer_layers_per_mid_block,
+            config.temporal_transformer_layers_per_mid_block,
+        )
         if mid_layers is None:
-            last = per_level(config.transformer_layers_per_block, 1)[-1]
+            last = levels[-1].transformer_layers
             mid_layers = last if isinstance(last, int) else 1
-        levels = _levels(config, mid_layers)
+        up_spatial, up_motion = (
+            config.reverse_transformer_layers_per_block,
+            config.reverse_temporal_transformer_layers_per_block,
+        )
+        up_levels = [
+            replace(
+                level,
+                transformer_layers=level.transformer_layers if up_spatial is None else entry(up_spatial, i),
+                motion_layers=level.motion_layers if up_motion is None else entry(up_motion, i),
+            )
+            for i, level in enumerate(reversed(levels))
+        ]
         before = {}
         if config.addition_embed_type is not None:
             before["add_embedding"] = TimestepEmbedding(
-                config.projection_class_embeddings_input_dim, 4 * config.block_out_channels[0]
+                config.projection_class_embeddings_input_dim, levels[0].temb_channels
             )
         self._build(
             levels,
             UNetMidBlockCrossAttnMotion if config.use_motion_mid_block else UNetMidBlock2DCrossAttn,
-            layers=per_level(config.layers_per_block, len(config.block_out_channels)),
-            in_channels=config.in_channels,
-            downsample_padding=config.downsample_padding,
-            mid_layers=config.mid_block_layers,
-            mid_scale=config.mid_block_scale_factor,
-            time_cond_proj_dim=config.time_cond_proj_dim,
+            mid_level=replace(
+                levels[-1],
+                transformer_layers=mid_layers,
+                motion_layers=1 if mid_motion is None else mid_motion,
+            ),
+            up_levels=up_levels,
             **before,
         )
 
@@ -217,46 +207,40 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
         x = self._run(sample, context, inputs, feature_cache)
         return UNetMotionOutput(sample=x) if return_dict else (x,)
 
-    def _prepare(
-        self, sample: mx.array, context: Context | None, inputs: dict[str, Any]
-    ) -> tuple[mx.array, Conditions]:
-        self._check_sample(sample)
-        batch, frames, dtype = sample.shape[0], sample.shape[2], sample.dtype
-        most = self.config.motion_max_seq_length
+    def _check_sample(self, sample: mx.array) -> None:
+        super()._check_sample(sample)
+        most, frames = self.config.motion_max_seq_length, sample.shape[2]
         if frames > most and self.free_noise is None:
             raise ValueError(
                 f"num_frames={frames} exceeds the motion module's {most} positions; use num_frames <= "
                 f"{most}, or windows of at most {most} frames: enable_free_noise(), or the setting "
                 "context_windows of a pipeline"
             )
-        temb = self._embed_time(inputs["timestep"], batch, dtype, inputs["timestep_cond"])
+
+    def _prepare(self, x: mx.array, cond: Conditions, inputs: Inputs) -> tuple[mx.array, Conditions]:
+        temb = cond.temb
         if "add_embedding" in self:
-            temb = temb + self._embed_text_time(inputs["added"] or {}, batch, dtype)
-        context = self._check_context(context, (batch, batch * frames), dtype)
-        return sample, Conditions(
-            batch=batch,
-            num_frames=frames,
+            temb = temb + self._embed_text_time(inputs["added"] or {}, cond.batch, x.dtype)
+        return x, replace(
+            cond,
             temb=temb,
-            context=self._beside_images(context, inputs["added"], batch),
-            pixel_mask=self._pixel_bias(inputs["attention_mask"], sample),
-            cross_attention_kwargs=inputs["cross_attention_kwargs"],
-            freeu=self.freeu,
+            context=self._beside_images(cond.context, inputs["added"], cond.batch),
+            pixel_mask=self._pixel_bias(inputs["attention_mask"], x),
             free_noise=self.free_noise,
-            chunks=self.chunks,
         )
 
-    def _pixel_bias(self, mask: mx.array | None, sample: mx.array) -> mx.array | None:
+    def _pixel_bias(self, mask: mx.array | None, x: mx.array) -> mx.array | None:
         """(N, H*W) of 1 and 0 -> (N, 1, H*W) to add to scores."""
         if mask is None:
             return None
-        batch, _, frames, height, width = sample.shape
+        batch, frames, height, width, _ = x.shape
         wanted, levels = (batch * frames, height * width), len(self.config.block_out_channels)
         if tuple(mask.shape) != wanted or levels > 1:
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}, this network {levels} levels; a mask must be "
                 f"{wanted}, one entry a pixel, and fits networks of one level only: leave it out for others"
             )
-        return mask_bias(mask, sample.dtype)
+        return mask_bias(mask, x.dtype)
 
     def _embed_text_time(self, added: dict[str, mx.array], batch: int, dtype: mx.Dtype) -> mx.array:
         """Pooled text (B, E) and time ids (B, n) of SDXL -> (B, T)."""
@@ -268,8 +252,7 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
                 )
         text, ids = added["text_embeds"], added["time_ids"]
         dim, total = self.config.addition_time_embed_dim, self.config.projection_class_embeddings_input_dim
-        fits = text.ndim == 2 and text.shape[0] == batch and text.size + ids.size * dim == batch * total
-        if not fits:
+        if text.ndim != 2 or text.shape[0] != batch or text.size + ids.size * dim != batch * total:
             raise ValueError(
                 f"text_embeds has shape {tuple(text.shape)} and time_ids {tuple(ids.shape)}; they must be "
                 f"({batch}, E) and ({batch}, n) with E + {dim} n = {total}, "
@@ -306,28 +289,16 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
 
     # AnimateDiff's parts.
 
-    @classmethod
-    def from_unet2d(
-        cls,
-        unet: str | Path,
-        motion_adapter: str | Path | MotionAdapter | None = None,
-        *,
-        dtype: mx.Dtype | None = None,
-        variant: str | None = None,
-        **hub: Any,
-    ) -> "UNetMotionModel":
-        """A Stable Diffusion UNet with motion modules; see `motion_adapter.from_unet2d`."""
-        return from_unet2d(cls, unet, motion_adapter, dtype=dtype, variant=variant, **hub)
+    from_unet2d = classmethod(from_unet2d)
 
     def motion_adapter(self) -> MotionAdapter:
-        """The motion modules as an adapter of their own, which shares their arrays.
+        """Return the motion modules as an adapter of their own, which shares their arrays.
 
         Raises ValueError for modules that no adapter can hold: other numbers of transformer blocks on the way
-            up.
+        up.
         """
         adapter = MotionAdapter(**adapter_of(self.config))
-        own = [(k, a) for k, a in tree_flatten(self.parameters()) if ".motion_modules." in k]
-        adapter.load_weights(own, strict=True)
+        adapter.load_weights(list(motion_parameters(self).items()), strict=True)
         return adapter.eval()
 
     def save_motion_modules(self, folder: str | Path, **options: Any) -> list[Path]:
@@ -341,13 +312,11 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
     def load_motion_modules(self, motion_adapter: MotionAdapter) -> None:
         """Replace the motion modules by those of an adapter, in the dtype of this network.
 
-        ValueError where its modules are others; nothing is changed then.
+        Raises ValueError where the adapter has other modules; nothing is changed then.
         """
-        own = {k: a for k, a in tree_flatten(self.parameters()) if ".motion_modules." in k}
-        given = {k: a for k, a in tree_flatten(motion_adapter.parameters()) if ".motion_modules." in k}
-        differing = sorted(own.keys() ^ given.keys()) or sorted(
-            k for k in own if own[k].shape != given[k].shape
-        )
+        own, given = motion_parameters(self), motion_parameters(motion_adapter)
+        names = sorted(own.keys() | given.keys())
+        differing = [k for k in names if k not in own or k not in given or own[k].shape != given[k].shape]
         if differing:
             raise ValueError(
                 f"the motion adapter does not fit this network: {len(differing)} of its parameters differ, "
@@ -356,7 +325,7 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
         self.load_weights([(k, a.astype(own[k].dtype)) for k, a in given.items()], strict=False)
 
     def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
-        """The names of AnimateDiff's authors, who wrote the files of motion LoRAs."""
+        """Return the names of layers in the files of AnimateDiff's authors, such as their motion LoRAs."""
         names = {original_motion_name(path): path for path in paths if ".motion_modules." in path}
         outs = {name.removesuffix(".0"): path for name, path in names.items() if name.endswith("to_out.0")}
         return names | outs
@@ -368,41 +337,3 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
             for module in block.get("motion_modules", ()):
                 module.unfreeze()
                 module.freeze(keys=["pe"])  # the positions are constants
-
-
-def _levels(config: UNetMotionConfig, mid_layers: int | tuple[int, ...]) -> Levels:
-    count = len(config.block_out_channels)
-
-    def level(i: int, spatial: Any, motion: Any) -> Level:
-        width, heads = config.block_out_channels[i], per_level(config.num_attention_heads, count)[i]
-        return Level(
-            channels=width,
-            temb_channels=4 * config.block_out_channels[0],
-            heads=heads,
-            dim_head=width // heads,
-            cross_attention_dim=per_level(config.cross_attention_dim, count)[i],
-            transformer_layers=spatial,
-            use_linear_projection=config.use_linear_projection,
-            motion_heads=per_level(config.motion_num_attention_heads, count)[i],
-            motion_layers=motion,
-            motion_positions=config.motion_max_seq_length,
-            norm_num_groups=config.norm_num_groups,
-            norm_eps=config.norm_eps,
-            act_fn=config.act_fn,
-        )
-
-    spatial = per_level(config.transformer_layers_per_block, count)
-    motion = per_level(config.temporal_transformer_layers_per_block, count)
-    up_spatial, up_motion = (
-        numbers[::-1] if reverse is None else per_level(reverse, count)
-        for numbers, reverse in (
-            (spatial, config.reverse_transformer_layers_per_block),
-            (motion, config.reverse_temporal_transformer_layers_per_block),
-        )
-    )
-    mid_motion = config.temporal_transformer_layers_per_mid_block
-    return Levels(
-        tuple(level(i, spatial[i], motion[i]) for i in range(count)),
-        level(count - 1, mid_layers, 1 if mid_motion is None else mid_motion),
-        tuple(level(count - 1 - i, up_spatial[i], up_motion[i]) for i in range(count)),
-    )

@@ -1,5 +1,4 @@
-"""The options that all video UNets share: compilation, FreeU, convolutions, and the chunks in which they
-run."""
+"""The options that all video UNets share: compilation, FreeU, convolutions and chunking."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from ..compilation import CompiledForward
 from ..layers.adapted import walk
-from ..layers.chunking import WHOLE, Chunks
+from ..layers.chunking import NO_CHUNKS, Chunks
 from ..layers.convolution import set_convolution
 from ..layers.freeu import FreeU
 from ..layers.text_context import TextContext
@@ -19,38 +18,37 @@ from ..layers.transformers import BasicTransformerBlock
 from ..scalars import as_count
 
 Context = mx.array | TextContext
-"""Text or image states (B, L, D), or those with the keys and values that layers made of them."""
+"""Text or image states (B, L, D), or a `TextContext` that also holds their keys and values."""
 
 
 class UNetOptions(nn.Module):
-    """A mixin for a network with `_forward(sample, context, ...)`; its layers are given `freeu` and
-    `chunks`."""
+    """A mixin for a network with `_forward(sample, context, ...)`, which passes `freeu` and `chunks` to its
+    layers."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.freeu: FreeU | None = None
-        self.chunks: Chunks = WHOLE
+        self.chunks: Chunks = NO_CHUNKS
         self._compiled: CompiledUNet | None = None
 
     def compile(self) -> None:
-        """Run forwards as traces of `mx.compile`, which fuse all chains of element-wise operations.
+        """Run forwards compiled by `mx.compile`, which fuses all chains of element-wise operations.
 
-        Those of the layers are fused either way. The rest is in adapters beside the weights, in FreeU and
-        in processors of your own; without these it only takes longer to start. A trace is made
-        for each shape and dtype at its first call. Changes of weights, adapters, quantization, processors and
-        options are seen: they are part of what a trace is kept by. Processors of your own must neither
-        evaluate arrays nor keep them. Results are the plain forward's, up to rounding.
+        The built-in layers are fused either way, so this only helps with adapters beside the weights, FreeU
+        or custom processors. The first call with a new shape or dtype traces the network. Changes of weights,
+        adapters, quantization, processors and options take effect. Custom processors must neither evaluate
+        arrays nor keep them. Results equal those of the plain forward up to rounding.
         """
         self._compiled = CompiledUNet(self)
 
     def uncompile(self) -> None:
-        """Run plain forwards again."""
+        """Undo `compile`."""
         self._compiled = None
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """FreeU (arXiv:2309.11497): `s1`, `s2` scale low frequencies of the skips of the two coarsest up
-        blocks, `b1`, `b2` half of their backbone channels. For video: 0.9, 0.2, 1.2, 1.4. A zero among
-        them disables it, as in diffusers."""
+        """Enable FreeU (arXiv:2309.11497) in the two coarsest up blocks: `s1`, `s2` scale low frequencies of
+        the skips, `b1`, `b2` half of the backbone channels. For video: 0.9, 0.2, 1.2, 1.4. A zero among them
+        disables FreeU, as in diffusers."""
         factors = (s1, s2, b1, b2)
         if not all(np.isfinite(f) for f in factors):
             raise ValueError(f"FreeU factors (s1, s2, b1, b2)={factors} must be finite numbers")
@@ -63,14 +61,15 @@ class UNetOptions(nn.Module):
     def set_convolution(self, mode: str) -> None:
         """Set "fast" or "precise" 3x3 convolutions on a Mac's GPU.
 
-        "precise" takes direct sums accumulated in float32 where MLX would take Winograd's, which rounds each
-        to 0.7 % in float16 and to 6 % in bfloat16. "auto", the default, is precise in bfloat16 and else fast.
-        No difference elsewhere. ValueError for other modes.
+        "precise" computes direct sums, accumulated in float32, where MLX would use Winograd's algorithm,
+        whose rounding error is 0.7 % a layer in float16 and 6 % in bfloat16. "auto", the default, is precise
+        in bfloat16 and fast in other dtypes. The modes do not differ on other devices. Raises ValueError for
+        other modes.
         """
         set_convolution(self.modules(), mode)
 
     def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
-        """Run feed-forwards on chunks, to save memory; the result stays the same.
+        """Run feed-forwards a chunk at a time to save memory; the result stays the same.
 
         Args:
             chunk_size: size of a chunk, 1 for None or 0; must divide the axis in every block, or the
@@ -83,7 +82,7 @@ class UNetOptions(nn.Module):
         self._set_chunking(as_count("chunk_size", chunk_size or 1, also=", or None"), dim)
 
     def disable_forward_chunking(self) -> None:
-        """Run feed-forwards at once again."""
+        """Undo `enable_forward_chunking`."""
         self._set_chunking(None, 0)
 
     def _set_chunking(self, size: int | None, dim: int) -> None:
@@ -92,31 +91,31 @@ class UNetOptions(nn.Module):
                 module.set_chunk_feed_forward(size, dim)
 
     def enable_frame_chunking(self, frames: int = 1) -> None:
-        """Take `frames` frames at a time through spatial layers (resnets, resampling, spatial transformers),
-        to save memory; the result stays the same.
+        """Run spatial layers (resnets, resampling, spatial transformers) on `frames` frames at a time to save
+        memory; the result stays the same.
 
-        ValueError for less than 1.
+        Raises ValueError for less than 1.
         """
         self.chunks = dataclasses.replace(self.chunks, frames=frames)
 
     def disable_frame_chunking(self) -> None:
-        """Take all frames at once again."""
+        """Undo `enable_frame_chunking`."""
         self.chunks = dataclasses.replace(self.chunks, frames=None)
 
     def enable_pixel_chunking(self, pixels: int = 64) -> None:
-        """Take `pixels` pixels of all frames at a time through temporal layers, to save memory.
+        """Run temporal layers on `pixels` pixels of all frames at a time to save memory.
 
-        The result stays the same up to rounding: the statistics of group norms, which run over all pixels,
-        are taken first. ValueError for less than 1.
+        The result stays the same up to rounding: group norms still take their statistics over all pixels.
+        Raises ValueError for less than 1.
         """
         self.chunks = dataclasses.replace(self.chunks, pixels=pixels)
 
     def disable_pixel_chunking(self) -> None:
-        """Take all pixels at once again."""
+        """Undo `enable_pixel_chunking`."""
         self.chunks = dataclasses.replace(self.chunks, pixels=None)
 
     def check_cache_depth(self, depth: int) -> None:
-        """ValueError for a `depth` of a `FeatureCache` that does not suit this network."""
+        """Raise ValueError for a `FeatureCache.depth` that leaves no layer of this network to save."""
         most = sum(len(block.resnets) for block in self.up_blocks) - 1
         if as_count("depth", depth) > most:
             raise ValueError(
@@ -126,7 +125,7 @@ class UNetOptions(nn.Module):
 
 
 class CompiledUNet(CompiledForward):
-    """The compiled `_forward` of a network; keys and values of a `TextContext` are inputs of the trace."""
+    """The compiled `_forward` of a network. Keys and values of a `TextContext` are inputs of the trace."""
 
     def __init__(self, unet: UNetOptions):
         super().__init__(unet)
@@ -138,8 +137,8 @@ class CompiledUNet(CompiledForward):
             return super().__call__(sample, context, *others)
         with self._lock:
             if context not in self._projected:
-                # Making a graph runs none of it, but has the context make all keys and values.
-                self._unet._forward(sample, context, *others[:-1])  # no features: all layers
+                # Building the graph computes nothing, but makes the context project all keys and values.
+                self._unet._forward(sample, context, *others[:-1])  # without features: all layers run
                 mx.eval(context.take_apart())
                 self._projected.add(context)
         return super().__call__(sample, context.take_apart(), *others)

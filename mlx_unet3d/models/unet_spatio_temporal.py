@@ -4,31 +4,21 @@ Source: diffusers' class of that name; Blattmann et al., arXiv:2311.15127. Lette
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from ..checkpoints.config import key
-from ..layers.blocks import (
-    CrossAttnDownBlockSpatioTemporal,
-    CrossAttnUpBlockSpatioTemporal,
-    DownBlockSpatioTemporal,
-    Level,
-    UNetMidBlockSpatioTemporal,
-    UpBlockSpatioTemporal,
-)
+from ..layers.blocks import UNetMidBlockSpatioTemporal
 from ..layers.conditions import Conditions
 from ..layers.embeddings import TimestepEmbedding, timestep_sinusoid
 from ..layers.text_context import TextContext
 from .feature_cache import FeatureCache
-from .video_unet import Context, Levels, VideoUNet, VideoUNetOutput, as_timestep
-from .video_unet_config import VideoUNetConfig, block_types, check_levels, per_level
+from .video_unet import Inputs, VideoUNet, VideoUNetOutput, as_timestep, check_input, make_levels
+from .video_unet_config import PerLayer, PerLevel, VideoUNetConfig, block_types, layer_key, level_key
 
-_DOWN, _UP = block_types(
-    (DownBlockSpatioTemporal, CrossAttnDownBlockSpatioTemporal),
-    (UpBlockSpatioTemporal, CrossAttnUpBlockSpatioTemporal),
-)
+_DOWN, _UP = block_types("SpatioTemporal")
 
 
 @dataclass
@@ -42,31 +32,11 @@ class UNetSpatioTemporalConditionConfig(VideoUNetConfig):
     projection_class_embeddings_input_dim: int = key(
         768, "channels of the sinusoids of all time ids", least=1
     )
-    layers_per_block: int | tuple[int, ...] = key(
-        2, "resnets of a down block, one number or one a level; up blocks have one more", least=1
-    )
-    cross_attention_dim: int | tuple[int, ...] = key(
-        1024, "D, channels of the image embedding, one number or one a level", least=1
-    )
-    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = key(
-        1,
-        "pairs of transformer blocks of a layer, one number, one a level, or one a level and layer",
-        least=1,
-    )
-    num_attention_heads: int | tuple[int, ...] = key(
-        (5, 10, 20, 20), "heads, one number or one a level", least=1
-    )
+    layers_per_block: PerLevel = level_key(2, "resnets of a down block; up blocks have one more")
+    cross_attention_dim: PerLevel = level_key(1024, "D, channels of the image embedding")
+    transformer_layers_per_block: PerLayer = layer_key(1, "pairs of transformer blocks of a transformer")
+    num_attention_heads: PerLevel = level_key((5, 10, 20, 20), "heads of the transformers")
     num_frames: int = key(25, "frames of the training clips; only pipelines look at it", least=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        lists = (
-            "layers_per_block",
-            "cross_attention_dim",
-            "num_attention_heads",
-            "transformer_layers_per_block",
-        )
-        check_levels(self, *lists)
 
 
 @dataclass
@@ -82,38 +52,16 @@ class UNetSpatioTemporalConditionModel(VideoUNet):
 
     config_class = UNetSpatioTemporalConditionConfig
     class_names = ("UNetSpatioTemporalConditionModel",)
+    channel_axis = 2
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.config
-        widths = config.block_out_channels
-        heads, contexts, depths, layers = (
-            per_level(value, len(widths))
-            for value in (
-                config.num_attention_heads,
-                config.cross_attention_dim,
-                config.transformer_layers_per_block,
-                config.layers_per_block,
-            )
-        )
-        down = tuple(
-            Level(
-                channels=width,
-                temb_channels=4 * widths[0],
-                heads=heads[i],
-                dim_head=width // heads[i],
-                cross_attention_dim=contexts[i],
-                transformer_layers=depths[i],
-            )
-            for i, width in enumerate(widths)
-        )
-        embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, 4 * widths[0])
+        total, width = config.projection_class_embeddings_input_dim, config.block_out_channels[0]
         self._build(
-            Levels(down, down[-1], down[::-1]),
+            make_levels(config, transformer_layers=config.transformer_layers_per_block),
             UNetMidBlockSpatioTemporal,
-            layers=layers,
-            in_channels=config.in_channels,
-            add_embedding=embedding,
+            add_embedding=TimestepEmbedding(total, 4 * width),
         )
 
     def __call__(
@@ -161,31 +109,15 @@ class UNetSpatioTemporalConditionModel(VideoUNet):
             down_residuals=down_block_additional_residuals,
             mid_residuals=mid_block_additional_residual,
         )
-        x = self._run(sample, encoder_hidden_states, inputs, feature_cache).transpose(0, 2, 1, 3, 4)
+        x = self._run(sample, encoder_hidden_states, inputs, feature_cache)
         return UNetSpatioTemporalConditionOutput(sample=x) if return_dict else (x,)
 
-    def _prepare(
-        self, sample: mx.array, context: Context | None, inputs: dict[str, Any]
-    ) -> tuple[mx.array, Conditions]:
-        self._check_sample(sample, axis=2)
-        batch, frames, dtype = *sample.shape[:2], sample.dtype
+    def _prepare(self, x: mx.array, cond: Conditions, inputs: Inputs) -> tuple[mx.array, Conditions]:
         image_only = inputs["image_only"]
-        if image_only is not None and tuple(image_only.shape) != (batch, frames):
-            raise ValueError(
-                f"image_only_indicator has shape {tuple(image_only.shape)}; it must be ({batch}, {frames})"
-            )
-        cond = Conditions(
-            batch=batch,
-            num_frames=frames,
-            temb=self._embed_time(inputs["timestep"], batch, dtype)
-            + self._embed_ids(inputs["added_time_ids"], batch, dtype),
-            context=self._check_context(context, (batch,), dtype),
-            image_only=image_only,
-            cross_attention_kwargs=inputs["cross_attention_kwargs"],
-            freeu=self.freeu,
-            chunks=self.chunks,
-        )
-        return sample.transpose(0, 2, 1, 3, 4), cond  # (B, F, C, H, W) -> (B, C, F, H, W)
+        if image_only is not None:
+            check_input("image_only_indicator", image_only, (cond.batch, cond.num_frames))
+        temb = cond.temb + self._embed_ids(inputs["added_time_ids"], cond.batch, x.dtype)
+        return x, replace(cond, temb=temb, image_only=image_only)
 
     def _embed_ids(self, ids: mx.array, batch: int, dtype: mx.Dtype) -> mx.array:
         """Time ids (B, n) -> (B, T)."""
