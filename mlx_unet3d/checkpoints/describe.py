@@ -12,7 +12,7 @@ from .headers import TensorInfo, read_header
 from .matching import file_format
 from .pickles import read_pickle
 from .quantization import from_config
-from .source import variant_of, weight_files
+from .weight_files import variant_of, weight_files
 
 # Stems of weight files: diffusers' and transformers'.
 _STEMS = ("diffusion_pytorch_model", "model")
