@@ -218,7 +218,14 @@ class LoRAMixin:
         return parse_lora(file, self.lora_component, names | {flat(path): path for path in layers})
 
     def layers_of_list(self, file: AdapterFile) -> dict[tuple[str, ...], str]:
-        """Find the lists of layers that a file without names can be for, and the classes that each is of."""
+        """Find the lists of layers that a file without names can be for, and the classes of each.
+
+        There are none where the file is named after the other network, as trainers do: 300_text_encoder.pt.
+        """
+        stem = "" if file.path is None else file.path.stem
+        other = "text_encoder" if self.lora_component == "unet" else "unet"
+        if stem.endswith(other):
+            return {}
         return layers_of_list(self, self._adaptable(), list(file.tensors.values()), is_change_of)
 
     def _parse_list(self, file: AdapterFile) -> dict[str, LayerLoRA]:
@@ -228,12 +235,13 @@ class LoRAMixin:
             raise CheckpointError(
                 f"{file.name} is a list of {count} tensors without names, which must be an up and a down of "
                 f"each layer of the {self.lora_component}, here {len(self._adaptable())}, or of those inside "
-                "modules of some classes; it is for another network"
+                "modules of some classes; no set of classes has layers of these shapes in this order, so it "
+                "is for another network, or cut short"
             )
         if len(found) > 1:
             raise CheckpointError(
                 f"{file.name} is a list of {count} tensors without names, which can be for the layers in "
-                f"{' or in '.join(found.values())}; give a file with names"
+                f"{' or in '.join(list(found.values())[:4])}; give a file with names"
             )
         (paths,) = found
         arrays = iter(file.tensors.values())
