@@ -153,7 +153,7 @@ class CLIPTokenizer:
         }
         for name, content in contents.items():
             write_text(folder / name, content)
-        # Those of an earlier tokenizer in this folder would be read first.
+        # Files of an earlier tokenizer in this folder would be read first.
         for name in set(FILES) - set(contents):
             (folder / name).unlink(missing_ok=True)
         return [folder / name for name in contents]

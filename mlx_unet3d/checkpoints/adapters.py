@@ -152,7 +152,7 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def learned_token(file: AdapterFile, token: str | None) -> tuple[str, mx.array]:
     """Return the name and the embeddings (T, E) of a textual inversion (arXiv:2208.01618).
 
-    diffusers' files have the name as their key. Those of the web UI have "*", and the name beside it, or
+    diffusers' files have the name as their key. Files of the web UI have "*", and the name beside it, or
     "emb_params" and need `token`. CheckpointError for a file that is none, ValueError where `token` lacks.
     """
     if len(file.tensors) != 1:

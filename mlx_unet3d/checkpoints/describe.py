@@ -1,4 +1,4 @@
-"""What a checkpoint folder is, told from its configs and headers alone."""
+"""Describe a checkpoint folder from its configs and headers alone."""
 
 import math
 from collections import Counter
