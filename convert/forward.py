@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_unet3d.checkpoints import to_mlx
-from mlx_unet3d.checkpoints.source import variant_of
+from mlx_unet3d.checkpoints.weight_files import variant_of
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.models.pretrained import PretrainedModel
 

@@ -23,7 +23,7 @@ from mlx_unet3d.checkpoints.matching import Expected, file_format, majority_dtyp
 from mlx_unet3d.checkpoints.pickles import is_pickle
 from mlx_unet3d.checkpoints.prefixes import unwrapped
 from mlx_unet3d.checkpoints.quantization import to_config
-from mlx_unet3d.checkpoints.source import has_weights
+from mlx_unet3d.checkpoints.weight_files import has_weights
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.models.pretrained import PretrainedModel

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_unet3d import __version__
-from mlx_unet3d.checkpoints.source import LOGIN, is_broken_connection
+from mlx_unet3d.checkpoints.hub import LOGIN, is_broken_connection
 
 
 def check_upload(repo: str, *, force: bool = False, token: str | bool | None = None) -> None:

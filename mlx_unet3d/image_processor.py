@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from .atomic import write_text
-from .checkpoints import read_component_config
+from .checkpoints import Hub, read_component_config, takes_hub
 from .checkpoints.config import ModelConfig, key, naming
 from .media import to_uint8
 
@@ -175,19 +175,20 @@ class CLIPImageProcessor:
         self.config = CLIPImageProcessorConfig(*args, **kwargs)
 
     @classmethod
+    @takes_hub
     def from_pretrained(
-        cls, path_or_id: str | Path, *, subfolder: str | None = None, **hub: Any
+        cls, path_or_id: str | Path, *, subfolder: str | None = None, hub: Hub
     ) -> "CLIPImageProcessor":
         """Read `preprocessor_config.json` of a folder or hub id.
 
         Args:
             path_or_id: a folder, or a hub id.
             subfolder: "feature_extractor" or "image_processor" for the folder of a pipeline.
-            hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+            revision, local_files_only, token, cache_dir, hub: see `checkpoints.Hub`.
 
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
         """
-        content = read_component_config(path_or_id, CONFIG_NAME, subfolder=subfolder, **hub)
+        content = read_component_config(path_or_id, CONFIG_NAME, subfolder=subfolder, hub=hub)
         with naming(Path(path_or_id) / (subfolder or "") / CONFIG_NAME):
             return cls(**CLIPImageProcessorConfig.from_dict(content))
 

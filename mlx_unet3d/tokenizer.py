@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from .atomic import write_text
-from .checkpoints import find_folder
+from .checkpoints import Hub, find_folder, takes_hub
 from .checkpoints.config import naming
 from .errors import CheckpointError
 from .scalars import as_count
@@ -103,15 +103,9 @@ class CLIPTokenizer:
                 raise CheckpointError(f"{name}={content!r} cannot be a token; {CURE}")
 
     @classmethod
+    @takes_hub
     def from_pretrained(
-        cls,
-        path_or_id: str | Path,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
+        cls, path_or_id: str | Path, *, subfolder: str | None = None, hub: Hub
     ) -> "CLIPTokenizer":
         """Load a folder with `tokenizer.json`, or with `vocab.json` and `merges.txt`.
 
@@ -122,24 +116,13 @@ class CLIPTokenizer:
         Args:
             path_or_id: folder, or hub id `owner/name`.
             subfolder: "tokenizer" for the folder of a pipeline.
-            revision: branch, tag or commit on the hub.
-            local_files_only: look in the hub's cache and nowhere else.
-            token: hub token.
-            cache_dir: the hub's cache; None is its usual place.
+            revision, local_files_only, token, cache_dir, hub: see `checkpoints.Hub`.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: see `find_folder`.
             CheckpointError: the files are damaged, or not those of a CLIP tokenizer.
         """
-        folder = find_folder(
-            path_or_id,
-            subfolder=subfolder,
-            revision=revision,
-            local_files_only=local_files_only,
-            token=token,
-            cache_dir=cache_dir,
-            files=FILES,
-        )
+        folder = find_folder(path_or_id, subfolder=subfolder, hub=hub, files=FILES)
         with naming(folder):
             return cls(**read_tokenizer(folder))
 
@@ -170,7 +153,7 @@ class CLIPTokenizer:
         }
         for name, content in contents.items():
             write_text(folder / name, content)
-        # Those of an earlier tokenizer in this folder would be read first.
+        # Files of an earlier tokenizer in this folder would be read first.
         for name in set(FILES) - set(contents):
             (folder / name).unlink(missing_ok=True)
         return [folder / name for name in contents]

@@ -53,7 +53,7 @@ _NO_LIMIT = 10**6
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """The arguments of `CLIPTokenizer` that the files of a folder say; see its `from_pretrained`.
+    """Read the arguments of `CLIPTokenizer` from the files of a folder; see its `from_pretrained`.
 
     Raises:
         FileNotFoundError: there is no vocabulary.
@@ -84,7 +84,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def content_of(token: str | AddedToken) -> str:
-    """The text that a token stands for."""
+    """Return the text of a token."""
     return token if isinstance(token, str) else token.content
 
 

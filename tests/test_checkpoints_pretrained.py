@@ -107,8 +107,9 @@ def test_mixed_dtypes_load_as_the_most_common(toy, tmp_path):
     tensors = {name: array.astype(mx.float16) for name, array in tensors.items()}
     tensors["to_q.bias"] = tensors["to_q.bias"].astype(mx.float32)
     write(tmp_path, tensors)
-    with pytest.warns(UserWarning, match=r"16 bytes of F32.*loading all as mlx.core.float16"):
+    with pytest.warns(UserWarning, match=r"16 bytes of F32.*loading all as mlx.core.float16") as warned:
         loaded = Toy.from_pretrained(tmp_path)
+    assert warned[0].filename == __file__
     assert {array.dtype for array in parameters(loaded).values()} == {mx.float16}
     assert Toy.from_pretrained(tmp_path, dtype=mx.float32).dtype == mx.float32
 

@@ -1,13 +1,18 @@
 """Finding checkpoints: folders, the hub's cache, variants, shards and their indexes."""
 
+import dataclasses
+import inspect
 import json
 from types import SimpleNamespace
 
 import huggingface_hub
 import mlx.core as mx
 import pytest
+from mlx_unet3d import CLIPTokenizer, UNet3DConditionModel
 from huggingface_hub import errors
 from mlx_unet3d.checkpoints import (
+    DEMO,
+    Hub,
     find_folder,
     read_component_config,
     read_json,
@@ -15,6 +20,8 @@ from mlx_unet3d.checkpoints import (
     write_safetensors,
 )
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.image_processor import CLIPImageProcessor
+from mlx_unet3d.memory import read_networks
 
 STEM = "diffusion_pytorch_model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -304,3 +311,34 @@ def test_read_json(tmp_path):
         read_json(path)
     path.write_text('{"a": 1}')
     assert read_json(path) == {"a": 1}
+
+
+PUBLIC = (
+    find_folder,
+    read_component_config,
+    UNet3DConditionModel.from_pretrained,
+    UNet3DConditionModel.load_config,
+    CLIPTokenizer.from_pretrained,
+    CLIPImageProcessor.from_pretrained,
+    read_networks,
+)
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__qualname__)
+def test_arguments_of_the_hub(function):
+    """They are those of diffusers, stand in the signature, and nothing else is taken."""
+    parameters = inspect.signature(function).parameters
+    for setting in dataclasses.fields(Hub):
+        assert parameters[setting.name].default == setting.default
+        assert parameters[setting.name].annotation == setting.type
+    with pytest.raises(TypeError, match="unexpected keyword argument 'revison'"):
+        function(DEMO, *["x"] * (function is read_component_config), revison="main")
+    with pytest.raises(TypeError, match=r"takes hub= or revision=, not both"):
+        function(DEMO, *["x"] * (function is read_component_config), revision="main", hub=Hub())
+    for given in ({"revision": "main"}, {"hub": Hub(revision="main")}):
+        with pytest.raises(ValueError, match="revision='main' is for hub ids"):
+            function(DEMO, *["x"] * (function is read_component_config), **given)
+
+
+def test_a_token_is_never_shown():
+    assert "secret" not in repr(Hub(token="secret"))

@@ -156,7 +156,7 @@ def archive(program, root="archive", data=True, **more):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as made:
         made.writestr(f"{root}/data.pkl", program)
-        for name, content in ({"data/0": bytes(24)} if data else {}).items():
+        for name, content in {"version": b"3", **({"data/0": bytes(24)} if data else {})}.items():
             made.writestr(f"{root}/{name}", content)
         for name, content in more.items():
             made.writestr(name, content)
@@ -512,6 +512,9 @@ ADAPTERS = {
     "pickle: prefixed archive": b"PK\3\4" + bytes(60) + archive(PICKLE),
     "pickle: outside": archive(PICKLE, **{"other/x": b"1"}),
     "pickle: capitals": archive(PICKLE, **{"ARCHIVE/data.pkl": PICKLE}),
+    "pickle: TorchScript": archive(PICKLE, **{"archive/constants.pkl": b""}),
+    "pickle: byte order": archive(PICKLE, **{"archive/byteorder": b"\xff" * 1000}),
+    "pickle: a version of the future": archive(PICKLE, **{"archive/.data/version": b"9" * 1000}),
     "pickle: two": archive(PICKLE, **{"other/data.pkl": PICKLE}),
     "pickle: no root": archive(PICKLE, root=""),
     "pickle: name of control characters": archive(PICKLE, root=f"{DIRTY}/a"),

@@ -170,7 +170,7 @@ def zipped(body, compression=zipfile.ZIP_STORED, **entries):
         (folder / WEIGHTS).unlink()
         with zipfile.ZipFile(folder / f"{STEM}.bin", "w", compression) as archive:
             archive.writestr("archive/data.pkl", program(body() if callable(body) else body))
-            for name, content in ({"data/0": bytes(24)} | entries).items():
+            for name, content in ({"data/0": bytes(24), "version": b"3"} | entries).items():
                 archive.writestr(f"archive/{name}", content)
 
     return change
@@ -591,6 +591,7 @@ def repeated(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", program(one + b"q\0s" + names))
         archive.writestr("archive/data/0", bytes(240_000))
+        archive.writestr("archive/version", b"3")
 
 
 def half_a_character(path):
@@ -598,6 +599,7 @@ def half_a_character(path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", program(body))
         archive.writestr("archive/data/0", bytes(24))
+        archive.writestr("archive/version", b"3")
 
 
 LORAS = {
@@ -816,6 +818,7 @@ def as_zip(body):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", program(body))
         archive.writestr("archive/byteorder", b"little")
+        archive.writestr("archive/version", b"3")
         for key, array in enumerate(ARRAYS.values()):
             archive.writestr(f"archive/data/{key}", array.tobytes())
     return file.getvalue()

@@ -61,14 +61,16 @@ DATA = np.arange(6, dtype="<f4").tobytes()
 
 
 def write_zip(
-    path: Path, body: bytes, data=(("0", DATA),), compression=zipfile.ZIP_STORED, **entries: bytes
+    path: Path, body: bytes, data=(("0", DATA),), compression=zipfile.ZIP_STORED, **entries: bytes | None
 ) -> Path:
+    entries = {"version": b"3\n", **entries}
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", program(body))
         for key, content in data:
             archive.writestr(f"archive/data/{key}", content)
         for name, content in entries.items():
-            archive.writestr(f"archive/{name}", content)
+            if content is not None:
+                archive.writestr(f"archive/{name}", content)
     return path
 
 
@@ -238,6 +240,27 @@ DAMAGED = {
         "compressed",
     ),
     "big-endian": (lambda p: write_zip(p, dictionary(w=tensor()), byteorder=b"big"), "big-endian"),
+    "unknown byte order": (
+        lambda p: write_zip(p, dictionary(w=tensor()), byteorder=b"Little"),
+        "the unknown byte order 'Little'",
+    ),
+    "no version": (lambda p: write_zip(p, dictionary(w=tensor()), version=None), "no member 'version'"),
+    **{
+        f"version {text!r}": (
+            lambda p, text=text: write_zip(p, dictionary(w=tensor()), version=text),
+            "version .* of torch's format; it must be 1 to 10",
+        )
+        for text in (b"", b"0", b"11\n", b"-1", b"0x3", b"three", b"\xff", b"9" * 5000)
+    },
+    "the first version counts": (
+        lambda p: write_zip(p, dictionary(w=tensor()), **{".data/version": b"99"}),
+        "version '99'",
+    ),
+    "alignment": (
+        lambda p: write_zip(p, dictionary(w=tensor()), **{".storage_alignment": b"x"}),
+        "damaged",
+    ),
+    "TorchScript": (lambda p: write_zip(p, dictionary(w=tensor()), **{"constants.pkl": b""}), "TorchScript"),
     "another zip": (lambda p: zipfile.ZipFile(p, "w").writestr("letter.txt", "hello"), "data.pkl"),
     "legacy big-endian": (
         lambda p: write_legacy(p, little=False),
@@ -310,6 +333,49 @@ def rebuilt(path: Path, *more: tuple[str, bytes], before: bytes = b"", behind: b
             archive.writestr(name, content)
     path.write_bytes(before + path.read_bytes() + behind)
     return path
+
+
+def members(path: Path, *contents: tuple[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents:
+            archive.writestr(name, content)
+    return path
+
+
+PICKLE, VERSION, NUMBERS = ("data.pkl", program(dictionary(w=tensor()))), ("version", b"3"), ("data/0", DATA)
+OUTSIDE = {
+    "other folder first": [("b/x", b""), *((f"a/{name}", c) for name, c in (PICKLE, VERSION, NUMBERS))],
+    "version elsewhere": [("a/data.pkl", PICKLE[1]), ("b/version", b"3"), ("a/data/0", DATA)],
+    "numbers elsewhere": [("a/data.pkl", PICKLE[1]), ("a/version", b"3"), ("b/data/0", DATA)],
+    "pickle elsewhere": [("a/version", b"3"), ("b/data.pkl", PICKLE[1]), ("a/data/0", DATA)],
+    "folder inside": [(f"a/b/{name}", c) for name, c in (PICKLE, VERSION, NUMBERS)],
+    "two capitals": [("A/data.pkl", PICKLE[1]), ("a/version", b"3"), ("a/data/0", DATA)],
+    "no folder": [("x", b""), *((f"a/{name}", c) for name, c in (PICKLE, VERSION, NUMBERS))],
+    "notes of macOS": [
+        *((f"a/{name}", c) for name, c in (PICKLE, VERSION, NUMBERS)),
+        ("__MACOSX/a/._x", b""),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_all_members_lie_in_the_folder_of_the_first(tmp_path, name):
+    with pytest.raises(CheckpointError, match=r"lies outside|has no data"):
+        read_pickle(members(tmp_path / "x.bin", *OUTSIDE[name]))
+
+
+@pytest.mark.parametrize("text", [b"1", b"10", b" 3", b"+3", b"3 of torch", b"3\0"])
+def test_versions_that_torch_reads(tmp_path, text):
+    assert read_pickle(write_zip(tmp_path / "x.bin", dictionary(w=tensor()), version=text)).tensors
+
+
+def test_members_are_found_in_any_case(tmp_path):
+    """As torch has it."""
+    path = members(tmp_path / "x.bin", ("a/DATA.PKL", PICKLE[1]), ("a/Version", b"3"), ("a/data/0", DATA))
+    assert read_pickle(path).tensors["w"].shape == (2, 3)
+    path = members(path, *((f"a/{n}", c) for n, c in (PICKLE, VERSION, NUMBERS, ("ByteOrder", b"big"))))
+    with pytest.raises(CheckpointError, match="big-endian"):
+        read_pickle(path)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -75,7 +75,7 @@ _OTHER_KINDS = {
 
 @dataclass
 class LayerLoRA:
-    """What a file holds for one layer: arrays as torch lays them out, and the names of their keys.
+    """The entries of a file for one layer: arrays as torch lays them out, and the names of their keys.
 
     Attributes:
         down, up, alpha, up_bias: of a low-rank change; `stable` for loralib's layout.
@@ -105,7 +105,7 @@ def flat(name: str) -> str:
 
 
 def is_list(file: AdapterFile) -> bool:
-    """Whether the file is a list of tensors without names."""
+    """Return True for a list of tensors without names."""
     return bool(file.tensors) and all(key.isdecimal() for key in file.tensors)
 
 
@@ -115,7 +115,7 @@ def components_of(file: AdapterFile) -> set[str]:
 
 
 def parse_lora(file: AdapterFile, component: str, names: Mapping[str, str]) -> dict[str, LayerLoRA]:
-    """What a file holds for the layers of one network.
+    """Read the entries of a file for the layers of one network.
 
     Args:
         component: "unet" or "text_encoder"; keys for another are passed over.

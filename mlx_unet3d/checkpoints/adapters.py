@@ -23,6 +23,7 @@ import mlx.core as mx
 from ..errors import CheckpointError
 from .config import naming, read_json
 from .headers import read_header, read_tensor
+from .hub import Hub, takes_hub
 from .pickles import is_pickle, read_pickle
 from .source import find_folder
 
@@ -60,12 +61,14 @@ class AdapterFile:
         return "the adapter" if self.path is None else str(self.path)
 
 
+@takes_hub
 def read_adapter(
     source: "str | Path | Mapping[str, mx.array] | AdapterFile",
     *,
     weight_name: str | None = None,
     names: Collection[str] = (*LORA_NAMES, *CUSTOM_DIFFUSION_NAMES),
-    **hub: Any,
+    subfolder: str | None = None,
+    hub: Hub,
 ) -> AdapterFile:
     """Read a file of adapters: safetensors, or a torch pickle as data.
 
@@ -73,7 +76,8 @@ def read_adapter(
         source: the file, a folder or hub id that holds it, or the arrays themselves. A hub id may go on with
             the folder or the file in it: OWNER/NAME/FOLDER/FILE.
         weight_name: the file's name in the folder; None for the first of `names`.
-        hub: `revision`, `subfolder`, `local_files_only`, `token`, `cache_dir`, see `find_folder`.
+        subfolder: the folder of the file inside a folder or hub id.
+        revision, local_files_only, token, cache_dir, hub: see `Hub`.
 
     Raises:
         FileNotFoundError: there is none; CheckpointError: it is damaged.
@@ -87,13 +91,13 @@ def read_adapter(
         if not path.is_dir() and isinstance(source, str):
             source, inside, name = inside_hub(source)
             if inside is not None:
-                hub["subfolder"] = "/".join(part for part in (hub.get("subfolder"), inside) if part)
+                subfolder = "/".join(part for part in (subfolder, inside) if part)
             weight_name = weight_name if name is None else name
         if path.suffix in _SUFFIXES and source == str(path):
             raise FileNotFoundError(f"{path} does not exist; give an existing file, a folder or a hub id")
         wanted = [weight_name] if weight_name is not None else list(names)
         try:
-            folder = find_folder(source, files=(*wanted, "adapter_config.json"), **hub)
+            folder = find_folder(source, files=(*wanted, "adapter_config.json"), subfolder=subfolder, hub=hub)
         except FileNotFoundError as error:
             if source == str(path):
                 raise
@@ -119,7 +123,7 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def inside_hub(source: str) -> tuple[str, str | None, str | None]:
-    """The hub id, the folder and the file of OWNER/NAME/FOLDER/FILE, the last two None where absent."""
+    """Split OWNER/NAME/FOLDER/FILE into hub id, folder and file, the last two None where absent."""
     owner, _, rest = source.partition("/")
     name, _, inside = rest.partition("/")
     if not inside or owner in ("", ".", "..", "~"):
@@ -146,9 +150,9 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def learned_token(file: AdapterFile, token: str | None) -> tuple[str, mx.array]:
-    """The name and the embeddings (T, E) of a textual inversion (arXiv:2208.01618).
+    """Return the name and the embeddings (T, E) of a textual inversion (arXiv:2208.01618).
 
-    diffusers' files have the name as their key. Those of the web UI have "*", and the name beside it, or
+    diffusers' files have the name as their key. Files of the web UI have "*", and the name beside it, or
     "emb_params" and need `token`. CheckpointError for a file that is none, ValueError where `token` lacks.
     """
     if len(file.tensors) != 1:
@@ -175,7 +179,7 @@ def learned_token(file: AdapterFile, token: str | None) -> tuple[str, mx.array]:
 
 
 def _is_text(key: str) -> bool:
-    """Whether it is valid Unicode; pickles can hold half a character."""
+    """Return True for valid Unicode; pickles can hold half a character."""
     try:
         key.encode()
     except UnicodeEncodeError:
@@ -184,5 +188,5 @@ def _is_text(key: str) -> bool:
 
 
 def is_custom_diffusion(file: AdapterFile) -> bool:
-    """Whether it is a file of Custom Diffusion."""
+    """Return True for a file of Custom Diffusion."""
     return any("custom_diffusion" in key for key in file.tensors)

@@ -18,7 +18,7 @@ Config = TypeVar("Config", bound="ModelConfig")
 
 _MAX_TEXT_BYTES = 100_000_000  # the largest vocabularies have a tenth of that
 _LARGEST = 2**31 - 1  # MLX shapes are int32
-# What values of a wrong kind or size may raise in the code that takes them.
+# Errors that values of a wrong kind or size may raise in the code that takes them.
 _MISFITS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -139,7 +139,7 @@ _PLAIN = (bool, int, float, str)
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value of a JSON file, with tuples for its lists, is of an annotated type."""
+    """Return True where a value of a JSON file, with tuples for its lists, is of an annotated type."""
     if hint in (None, types.NoneType):
         return value is None
     if hint is float:
@@ -178,8 +178,10 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def disguise(start: bytes) -> str | None:
-    """What a file is instead of what its name says, and the cure, by its first bytes; None if neither a
-    git-lfs pointer nor a web page."""
+    """Recognise a git-lfs pointer or a web page by the first bytes of a file; returns its name and the cure.
+
+    None for anything else.
+    """
     if start.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer; run `git lfs pull` in its folder"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):

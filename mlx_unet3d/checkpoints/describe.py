@@ -1,4 +1,4 @@
-"""What a checkpoint folder is, told from its configs and headers alone."""
+"""Describe a checkpoint folder from its configs and headers alone."""
 
 import math
 from collections import Counter
@@ -12,7 +12,7 @@ from .headers import TensorInfo, read_header
 from .matching import file_format
 from .pickles import read_pickle
 from .quantization import from_config
-from .source import variant_of, weight_files
+from .weight_files import variant_of, weight_files
 
 # Stems of weight files: diffusers' and transformers'.
 _STEMS = ("diffusion_pytorch_model", "model")

@@ -63,7 +63,7 @@ MAX_AXES = 32
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says of one tensor.
+    """The entry of one tensor in a header.
 
     Attributes:
         dtype: the name of safetensors, such as "F16".

@@ -81,7 +81,7 @@ class MismatchError(CheckpointError):
         super().__init__("\n".join(self.lines(_SHOWN)))
 
     def lines(self, shown: int) -> list[str]:
-        """What is wrong, at most `shown` of each kind, with the nearest of the other side."""
+        """List the mismatches, at most `shown` of each kind, with the nearest of the other side."""
         return [
             self.headline,
             *_listing("missing", self.missing, self.unexpected, shown),
@@ -100,7 +100,7 @@ def match(
 ) -> dict[str, str]:
     """Parameter name of each key of the files, without the keys that `rename` drops (None).
 
-    What wrappers and pipelines put in front of keys is left out first, see `prefixes`.
+    Prefixes of wrappers and pipelines are removed from keys first, see `prefixes`.
 
     Args:
         what: the checkpoint and the model, for the message.

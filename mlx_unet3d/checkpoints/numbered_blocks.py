@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from .parts import Naming, Part
 
 WITHIN = "model.diffusion_model."
-"""What the keys of a UNet have in front in a whole checkpoint of latent diffusion."""
+"""The prefix of the keys of a UNet in a whole checkpoint of latent diffusion."""
 
 ENDS = {
     "time_embed.0": "time_embedding.linear_1",
@@ -33,8 +33,8 @@ RESNET = {
 _BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d{1,4})\.(?:(\d{1,4})\.)?(.+)")
 
 Layer = Callable[[str, int, str, str], Part | None]
-"""What a tensor of a layer is: of the block "down_blocks.0", the number of the layer in it, its place there
-("0" for the resnet, "1" and so on for what follows) and the rest of its name; None where unknown."""
+"""Find the part of a parameter that a tensor is, by the block "down_blocks.0", the number of the layer in
+it, its place there ("0" for the resnet, "1" and so on behind it) and the rest of its name; None for none."""
 
 
 def unet_naming(

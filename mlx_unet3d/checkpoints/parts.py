@@ -25,7 +25,7 @@ class Part:
     pointwise: bool = False
 
     def of(self, key: str, info: TensorInfo) -> tuple[str, TensorInfo]:
-        """What to call the part, `key[0:4]` in Python's notation, and where it lies.
+        """Name the part, `key[0:4]` in Python's notation, and locate it.
 
         Raises CheckpointError where the tensor has no such part.
         """

@@ -1,8 +1,8 @@
-"""What stands before and between the names of parameters and layers in files of weights and of adapters."""
+"""Prefixes of the names of parameters and layers in files of weights and of adapters."""
 
 # Attributes in which torch's wrappers (DDP, compile, FSDP) keep the module: they come before any part.
 _WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-# What else may stand in front, in any order and nesting, and the network of a pipeline that it names.
+# Other prefixes, in any order and nesting, and the network of a pipeline that it names.
 _FRONT = {
     "model": None,
     "base_model": None,

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .headers import Deferred, write_safetensors
-from .source import index_name, shard_name, single_name
+from .weight_files import index_name, shard_name, single_name
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SAMPLES = 64

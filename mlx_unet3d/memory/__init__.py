@@ -1,8 +1,9 @@
-"""Memory: what a video will take, and the settings with which it fits."""
+"""Memory: predict what a video takes, and choose the settings with which it fits."""
 
 from .limits import apply_limits, available, parse_memory
 from .networks import Network, Networks, read_networks
-from .planner import Plan, Settings, Stage, Video, plan, step_work
+from .planner import plan, step_work
+from .plans import Plan, Settings, Stage, Video
 from .roofline import Work
 
 __all__ = [

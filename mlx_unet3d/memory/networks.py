@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoints import find_folder, read_component_config
+from ..checkpoints import Hub, find_folder, read_component_config, takes_hub
 from ..checkpoints.config import ModelConfig, naming
 from ..checkpoints.quantization import from_config, quantizations, quantize_layers
-from ..checkpoints.source import pinned_revision
+from ..checkpoints.source import pinned
 from ..layers.quantized import Quantization, can_quantize
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
@@ -140,14 +140,8 @@ _KINDS: dict[str, tuple[type[PretrainedModel], ...]] = {
 }
 
 
-def read_networks(
-    path_or_id: str | Path,
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> Networks:
+@takes_hub
+def read_networks(path_or_id: str | Path, *, hub: Hub) -> Networks:
     """The networks of a pipeline folder, a hub id, or "demo"; of the hub, configs alone are downloaded.
 
     A 2-D UNet beside a `motion_adapter` is planned as the network of both. Of a quantized network, all layers
@@ -155,15 +149,12 @@ def read_networks(
 
     Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
     """
-    where: dict[str, Any] = dict(
-        revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
-    )
-    folder = find_folder(path_or_id, files=("model_index.json",), **where)
-    where["revision"] = pinned_revision(path_or_id, folder, revision)
-    index = read_component_config(path_or_id, "model_index.json", **where)
+    folder = find_folder(path_or_id, files=("model_index.json",), hub=hub)
+    hub = pinned(hub, path_or_id, folder)
+    index = read_component_config(path_or_id, "model_index.json", hub=hub)
 
     def config_of(name: str) -> dict[str, Any]:
-        return read_component_config(path_or_id, "config.json", subfolder=name, **where)
+        return read_component_config(path_or_id, "config.json", subfolder=name, hub=hub)
 
     config = config_of("unet")
     if config.get("_class_name") == "UNet2DConditionModel" and _lists(index, "motion_adapter"):

@@ -1,8 +1,8 @@
-"""What a video needs, and the settings with which it fits."""
+"""Predict the memory that a video takes, and choose the settings with which it fits."""
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -21,46 +21,9 @@ from .costs import BACKENDS, Backend
 from .forwards import Inputs, Latents, unet_inputs
 from .liveness import Memory, simulate
 from .networks import Network, Networks
+from .plans import MARGIN, Plan, Settings, Stage, Video
 from .roofline import Work, seconds, work
 from .tracing import Graph
-
-# Of a budget, what is left to itself: predictions are within a tenth of what is measured.
-_MARGIN = 0.9
-_TEMPORAL = AutoencoderKLTemporalDecoder
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Memory options of a pipeline, none of which changes the video beyond rounding.
-
-    Attributes:
-        sequential_guidance: two passes a step, for the negative prompt and the prompt.
-        frames, pixels: what spatial and temporal layers take at a time; None for all.
-    """
-
-    sequential_guidance: bool = False
-    frames: int | None = None
-    pixels: int | None = None
-
-    def __str__(self) -> str:
-        parts = []
-        if self.sequential_guidance:
-            parts.append("guidance in two passes")
-        if self.frames is not None:
-            parts.append(f"spatial layers {self.frames} frame{'s' * (self.frames > 1)} at a time")
-        if self.pixels is not None:
-            parts.append(f"temporal layers {self.pixels} pixels at a time")
-        return ", ".join(parts) or "defaults"
-
-    def apply(self, pipe: Any) -> None:
-        """Set them on a pipeline, on top of what is set there."""
-        if self.sequential_guidance:
-            pipe.enable_sequential_guidance()
-        if self.frames is not None:
-            pipe.unet.enable_frame_chunking(self.frames)
-        if self.pixels is not None:
-            pipe.unet.enable_pixel_chunking(self.pixels)
-
 
 # From the cheapest in time to the dearest.
 _LADDER = (
@@ -70,80 +33,6 @@ _LADDER = (
     Settings(sequential_guidance=True, frames=1, pixels=256),
     Settings(sequential_guidance=True, frames=1, pixels=64),
 )
-
-
-@dataclass(frozen=True)
-class Video:
-    """What is to be made.
-
-    Attributes:
-        frames, height, width: of each video; height and width in pixels.
-        batch: videos at once.
-        guidance: whether the network sees a negative prompt too.
-        encoded: whether it starts from a video, which the VAE encodes.
-    """
-
-    frames: int
-    height: int
-    width: int
-    batch: int = 1
-    guidance: bool = True
-    encoded: bool = False
-
-    def __str__(self) -> str:
-        count = f"{self.batch} videos of " if self.batch > 1 else ""
-        frames = f"{self.frames} frame{'s' * (self.frames > 1)}"
-        return f"{count}{frames} of {self.width}x{self.height}"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a run.
-
-    Attributes:
-        name: "prompt", "image", "encode", "denoise" or "decode".
-        weights: bytes of the networks that are in memory.
-        peak: bytes at its worst moment, weights included.
-        largest: bytes of its largest single buffer.
-        at: the operation of the worst moment.
-    """
-
-    name: str
-    weights: int
-    peak: int
-    largest: int
-    at: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A prediction, see `plan`.
-
-    Attributes:
-        video: what was asked for.
-        settings: the cheapest ones with which it fits; those that take least memory where none fits.
-        stages: in order.
-        budget: bytes that may be used; None for any.
-        nearest: the largest video like this one that fits, where this one does not, and None where none does.
-        step_seconds: of a denoising step at the peak rates of the chip; None without a chip.
-    """
-
-    video: Video
-    settings: Settings
-    stages: tuple[Stage, ...]
-    budget: int | None = None
-    nearest: Video | None = None
-    step_seconds: float | None = None
-
-    @property
-    def peak(self) -> int:
-        """Bytes at the worst moment of all stages."""
-        return max(stage.peak for stage in self.stages)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is within nine tenths of the budget."""
-        return self.budget is None or self.peak <= _MARGIN * self.budget
 
 
 def plan(
@@ -176,11 +65,11 @@ def plan(
         networks: `read_networks` of a checkpoint, or `Networks.of` a pipeline.
         num_frames, height, width: of the video; multiples of 8 pixels for the usual VAEs.
         batch: videos at once.
-        guidance: whether `guidance_scale` is above 1.
-        encoded: whether it starts from a video.
+        guidance: True for a `guidance_scale` above 1.
+        encoded: True for a run that starts from a video.
         cache_depth: of a `FeatureCache`, whose features stay from step to step; None for none.
         dtype, vae_dtype: of UNet and text encoder, and of the VAE.
-        vae_tiling: whether the VAE takes large frames in tiles.
+        vae_tiling: True where the VAE takes large frames in tiles.
         decode_chunk_size: frames that a temporal decoder takes as a clip; None for all, or as many as MLX can
             index.
         free_noise: windows of FreeNoise, `unet.free_noise`, for a `UNetMotionModel` alone; None for none.
@@ -203,8 +92,17 @@ def plan(
         backend = "metal" if mx.default_device() == mx.gpu else "cpu"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
-    planner = Planner(networks, dtype, vae_dtype, budget, BACKENDS[backend], cache_depth, vae_tiling)
-    planner.decode_chunk_size, planner.free_noise = decode_chunk_size, free_noise
+    planner = Planner(
+        networks,
+        dtype,
+        vae_dtype,
+        budget,
+        BACKENDS[backend],
+        cache_depth,
+        vae_tiling,
+        decode_chunk_size,
+    )
+    planner.free_noise = free_noise
     found = planner.plan(video, settings)
     if chip is not None:
         found = replace(found, step_seconds=planner.step_seconds(video, chip))
@@ -214,7 +112,7 @@ def plan(
 
 
 def step_work(networks: Networks, video: Video, dtype: mx.Dtype) -> Work:
-    """What a denoising step has to do on a GPU: convolutions as direct sums, guidance in one pass."""
+    """Count the work of a denoising step on a GPU: convolutions as direct sums, guidance in one pass."""
     planner = Planner(networks, dtype, dtype, None, BACKENDS["metal"])
     return work(planner.forward(video, Settings()))
 
@@ -241,21 +139,21 @@ class Planner:
         backend: Backend,
         cache_depth: int | None = None,
         vae_tiling: bool = False,
+        decode_chunk_size: int | None = None,
     ):
         self.networks, self.dtype, self.vae_dtype = networks, dtype, vae_dtype
         self.budget, self.backend, self.cache_depth = budget, backend, cache_depth
-        self.vae_tiling = vae_tiling
+        self.vae_tiling, self.decode_chunk_size = vae_tiling, decode_chunk_size
         self.unet_bytes = networks.unet.nbytes(dtype)
         self.vae_bytes = networks.vae.nbytes(vae_dtype)
         encoders = (*networks.text_encoders, networks.image_encoder)
         self.encoder_bytes = sum(network.nbytes(dtype) for network in encoders if network is not None)
-        self.decode_chunk_size: int | None = None
         self.free_noise: FreeNoise | None = None
 
     def plan(self, video: Video, settings: Settings | None) -> Plan:
         others = [*(stage() for stage in self.before(video)), self.decode(video)]
         ladder = list(self.ladder(video)) if settings is None else [settings]
-        if self.budget is not None and max(stage.peak for stage in others) > _MARGIN * self.budget:
+        if self.budget is not None and max(stage.peak for stage in others) > MARGIN * self.budget:
             ladder = ladder[-1:]  # it does not fit anyhow
         for settings in ladder:
             stages = (*others[:-1], self.denoise(video, settings), others[-1])
@@ -311,7 +209,7 @@ class Planner:
             lambda: self.decode(video),
             lambda: self.denoise(video, list(self.ladder(video))[-1]),
         ]
-        return all(stage().peak <= _MARGIN * self.budget for stage in stages)
+        return all(stage().peak <= MARGIN * self.budget for stage in stages)
 
     # Stages.
 
@@ -327,7 +225,7 @@ class Planner:
         return stages
 
     def prompt(self, video: Video) -> Stage:
-        """That of the text encoder that takes most."""
+        """Predict the text encoder that takes most."""
 
         def memory(network: Network) -> Memory:
             ids = mx.zeros((video.batch, network.config.max_position_embeddings), mx.int32)
@@ -344,7 +242,7 @@ class Planner:
         return _stage("prompt", weights, most)
 
     def image(self, video: Video) -> Stage:
-        """The embedding of the image."""
+        """Predict the embedding of the image."""
         network = self.networks.image_encoder
         config = network.config
         pixels = mx.zeros(
@@ -357,7 +255,7 @@ class Planner:
         return _stage("image", weights, simulate(graph, self.backend), pixels.nbytes)
 
     def encode(self, video: Video) -> Stage:
-        """Of the video that it starts from, or of its image."""
+        """Predict the encoding of the video that the run starts from, or of its image."""
         if not video.encoded:
             video = replace(video, frames=1)
         chunk, channels = self.frames_at_once(video), self.networks.vae.config.in_channels
@@ -385,7 +283,8 @@ class Planner:
         return _stage("denoise", self.unet_bytes + self.vae_bytes, memory, kept + (1 + passes) * latents)
 
     def decode(self, video: Video) -> Stage:
-        chunk, temporal = self.frames_at_once(video), issubclass(self.networks.vae.kind, _TEMPORAL)
+        chunk = self.frames_at_once(video)
+        temporal = issubclass(self.networks.vae.kind, AutoencoderKLTemporalDecoder)
         if temporal:
             clip = min(self.decode_chunk_size or video.frames, video.frames)
             chunk = min(clip, self.vae().check_frame(video.height, video.width))
@@ -404,7 +303,7 @@ class Planner:
             tiles = others * channels * video.height * video.width * self.vae_dtype.size
         return _stage("decode", self.vae_bytes, simulate(graph, self.backend), tiles)
 
-    # What they are made of.
+    # Parts of the stages.
 
     def latent_shape(self, video: Video) -> tuple[int, int, int, int, int]:
         factor = self.networks.spatial_factor
@@ -449,7 +348,7 @@ class Planner:
         return min(self.vae().frames_per_chunk(video.height, video.width), video.batch * video.frames)
 
     def tile(self, video: Video) -> tuple[int, int]:
-        """Height and width in pixels of what the VAE takes at once."""
+        """Height and width in pixels of the part of a frame that the VAE takes at once."""
         vae = self.vae()
         vae.check_frame(video.height, video.width)
         size = vae.tile_sample_min_size if self.vae_tiling else max(video.height, video.width)
@@ -457,7 +356,7 @@ class Planner:
 
     def tiles(self, video: Video, factor: int, channels: int) -> int:
         """Bytes of the tiles that wait for others, of `channels` and of pixels of `factor` each way: the row,
-        the one above, and what is finished."""
+        the one above, and the finished ones."""
         height, width = self.tile(video)
         if (height, width) == (video.height, video.width):
             return 0

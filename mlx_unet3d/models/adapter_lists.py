@@ -1,9 +1,9 @@
 """Lists of up, down, up, down, ... without names, as trainers of cloneofsimo's LoRA write them.
 
-Such a trainer changes the layers inside all modules of some classes, in the order of torch's `named_modules`,
-the order of registration here. No file says which classes: the number and the shapes of the arrays tell them.
-Sources: `lora_diffusion` of cloneofsimo/lora; `utils/lora.py` of Text-To-Video-Finetuning and of
-MotionDirector.
+Such a trainer changes the layers of some kinds inside all modules of some classes, in the order of torch's
+`named_modules`, the order of registration here. No file records the classes: the number and the shapes of the
+arrays decide. Sources: `lora_diffusion` of cloneofsimo/lora; `utils/lora.py` of Text-To-Video-Finetuning and
+of MotionDirector.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,23 +12,10 @@ from itertools import chain, combinations
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers.adapted import AdaptedLayer, walk
+from ..layers.adapted import AdaptedLayer, layout_of, walk
 from ..layers.quantized import QuantizedLinear
 
-# What the trainers' settings offer: one of these, or several that are not inside each other.
-_ALONE = (
-    "UNet3DConditionModel",
-    "BasicTransformerBlock",
-    "CrossAttnDownBlock3D",
-    "DownBlock3D",
-    "UNetMidBlock3DCrossAttn",
-    "CrossAttnUpBlock3D",
-    "UpBlock3D",
-    "CLIPTextModel",
-    "CLIPEncoderLayer",
-    "CLIPAttention",
-    "CLIPMLP",
-)
+# Classes that the trainers' settings name together; any class of a network may be named alone.
 _TOGETHER = (
     ("ResnetBlock2D", "TemporalConvLayer", "Transformer2DModel", "TransformerTemporalModel"),
     ("ResnetBlock2D", "TemporalConvLayer", "Attention", "GEGLU"),
@@ -38,6 +25,17 @@ _PARTS_OF = {
     "Transformer2DModel": ("attn1", "ff"),
     "TransformerTemporalModel": ("attn1", "attn2", "ff"),
 }
+# Kinds of layers that a trainer looks for. The first three are those of the trainers.
+_KINDS = {
+    "": {"linear", "conv2d", "conv3d"},
+    "linear layers": {"linear"},
+    "linear layers and 2D convolutions": {"linear", "conv2d"},
+    "convolutions": {"conv2d", "conv3d"},
+    "2D convolutions": {"conv2d"},
+    "temporal convolutions": {"conv3d"},
+    "linear layers and temporal convolutions": {"linear", "conv3d"},
+}
+_TRAINED_KINDS = ("", "linear layers", "linear layers and 2D convolutions")
 
 
 def layers_of_list(
@@ -46,50 +44,96 @@ def layers_of_list(
     arrays: Sequence[mx.array],
     fits: Callable[[mx.array, mx.array, nn.Module], bool],
 ) -> dict[tuple[str, ...], str]:
-    """The lists of layers that the arrays of a file can be for, and the classes that tell each.
+    """Find the lists of layers that the arrays of a file can be for, and the classes of each.
+
+    Classes that a trainer's settings name come first; any others count only where none of those fits.
 
     Args:
         layers: those that adapters can be put beside, by path, in the order of registration.
         arrays: up, down, up, down, ...
-        fits: whether a down and an up are a change of a layer.
+        fits: returns True for a down and an up that are a change of a layer.
     """
-    pairs = list(zip(arrays[1::2], arrays[::2], strict=False))
-    found: dict[tuple[str, ...], str] = {}
     if len(arrays) % 2:
-        return found
-    for name, paths in _candidates(model, layers):
-        if len(paths) != len(pairs) or paths in found:
-            continue
-        if all(fits(*pair, layers[path]) for pair, path in zip(pairs, paths, strict=True)):
-            found[paths] = name
-    return found
+        return {}
+    pairs = list(zip(arrays[1::2], arrays[::2], strict=True))
+    choices = _Choices(model, layers)
+    for candidates in (choices.of_trainers(), choices.of_any_classes(len(pairs))):
+        found: dict[int, str] = {}
+        for chosen, name in candidates:
+            if chosen in found or chosen.bit_count() != len(pairs):
+                continue
+            paths = choices.paths(chosen)
+            if all(fits(*pair, layers[path]) for pair, path in zip(pairs, paths, strict=True)):
+                found[chosen] = name
+        if found:
+            return {choices.paths(chosen): name for chosen, name in found.items()}
+    return {}
 
 
-def _candidates(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The classes that a trainer can have chosen, and the paths of the layers that it then changes."""
-    modules = [(path, type(module).__name__) for path, module in walk(model)]
-    there = {name for _, name in modules}
-    together = chain.from_iterable(
-        combinations(names, count) for names in _TOGETHER for count in range(1, len(names) + 1)
-    )
-    linear = [path for path, layer in layers.items() if _is_linear(path, layer)]
-    for classes in dict.fromkeys((*((name,) for name in _ALONE), *together)):
-        if not there.issuperset(classes):
-            continue
-        roots = [path for path, name in modules if name in classes]
-        for kind, paths in ("", list(layers)), (" (linear layers)", linear):
-            inside = tuple(
-                path for root in roots for path in paths if not root or path.startswith(f"{root}.")
-            )
-            yield " and ".join(classes) + kind, tuple(dict.fromkeys(inside))
-    for name, parts in _PARTS_OF.items():
-        roots = [path for path, kind in modules if kind == name]
-        inside = (path for root in roots for path in linear if path.startswith(f"{root}."))
-        chosen = (path for path in inside if not {*parts}.isdisjoint(path.split(".")))
-        yield f"{', '.join(parts)} of {name}", tuple(chosen)
+class _Choices:
+    """Sets of the layers of a network, each an integer with a bit a layer, in the order of registration."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]):
+        self.layers = list(layers)
+        bits = {path: 1 << i for i, path in enumerate(self.layers)}
+        self.kinds = {
+            name: sum(bits[path] for path, layer in layers.items() if _kind(path, layer) in kinds)
+            for name, kinds in _KINDS.items()
+        }
+        self.classes: dict[str, int] = {}
+        self.parts: dict[str, int] = {}
+        for root, module in walk(model):
+            inside = [path for path in self.layers if not root or path.startswith(f"{root}.")]
+            if inside:
+                name = type(module).__name__
+                self.classes[name] = self.classes.get(name, 0) | sum(bits[path] for path in inside)
+                parts = {*_PARTS_OF.get(name, ())}
+                own = sum(bits[path] for path in inside if not parts.isdisjoint(path.split(".")))
+                self.parts[name] = self.parts.get(name, 0) | own
+
+    def paths(self, chosen: int) -> tuple[str, ...]:
+        return tuple(path for i, path in enumerate(self.layers) if chosen >> i & 1)
+
+    def of_trainers(self) -> Iterator[tuple[int, str]]:
+        """Sets that the trainers' settings can choose, and their names."""
+        together = chain.from_iterable(
+            combinations(names, count) for names in _TOGETHER for count in range(2, len(names) + 1)
+        )
+        for classes in (*((name,) for name in self.classes), *together):
+            if self.classes.keys() >= {*classes}:
+                union = _union(self.classes[name] for name in classes)
+                for kind in _TRAINED_KINDS:
+                    yield union & self.kinds[kind], _named(classes, kind)
+        for name, parts in _PARTS_OF.items():
+            if name in self.classes:
+                yield self.parts[name] & self.kinds["linear layers"], f"{', '.join(parts)} of {name}"
+
+    def of_any_classes(self, count: int) -> Iterator[tuple[int, str]]:
+        """Sets of `count` layers of one kind or several inside modules of any classes."""
+        for kind, layers in self.kinds.items():
+            unions: dict[int, tuple[str, ...]] = {0: ()}
+            for name, inside in self.classes.items():
+                for union, classes in list(unions.items()):
+                    larger = union | inside & layers
+                    if larger.bit_count() <= count:
+                        unions.setdefault(larger, (*classes, name))
+            yield from ((union, _named(classes, kind)) for union, classes in unions.items())
 
 
-def _is_linear(path: str, layer: nn.Module) -> bool:
-    """Whether it is a linear layer in torch, where a shortcut is a convolution."""
+def _union(sets: Iterator[int]) -> int:
+    union = 0
+    for one in sets:
+        union |= one
+    return union
+
+
+def _named(classes: Sequence[str], kind: str) -> str:
+    return " and ".join(classes) + (f" ({kind})" if kind else "")
+
+
+def _kind(path: str, layer: nn.Module) -> str:
+    """Return the kind of a layer in torch, where a shortcut is a convolution."""
     base = layer.base if isinstance(layer, AdaptedLayer) else layer
-    return isinstance(base, (nn.Linear, QuantizedLinear)) and not path.endswith("conv_shortcut")
+    if isinstance(base, (nn.Linear, QuantizedLinear)) and not path.endswith("conv_shortcut"):
+        return "linear"
+    return "conv3d" if layout_of(base) == "conv3d_temporal" else "conv2d"

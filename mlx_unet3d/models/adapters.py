@@ -2,44 +2,34 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
-from functools import reduce
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..atomic import whole_file
-from ..checkpoints.adapter_keys import (
-    LayerLoRA,
-    components_of,
-    flat,
-    is_list,
-    parse_lora,
-    scaling_of,
-)
+from ..checkpoints.adapter_keys import LayerLoRA, components_of, flat, is_list, parse_lora
 from ..checkpoints.adapters import AdapterFile, read_adapter
 from ..checkpoints.config import naming
 from ..checkpoints.headers import write_safetensors
-from ..checkpoints.layouts import to_diffusers, to_mlx
+from ..checkpoints.hub import Hub, takes_hub
+from ..checkpoints.layouts import to_diffusers
 from ..errors import CheckpointError
 from ..layers.adapted import (
     ADAPTABLE,
     CHANGEABLE,
     AdaptedLayer,
     Branch,
-    LowRank,
     layout_of,
     replace_module,
     walk,
-    weight_shape,
 )
 from ..layers.attention import Attention
 from ..layers.attention_adapters import CustomDiffusionAttnProcessor2_0
-from ..layers.quantized import QuantizedLayer
 from ..scalars import as_finite, as_python
+from .adapter_changes import change_of, is_change_of
 from .adapter_lists import layers_of_list
 
 
@@ -47,8 +37,9 @@ class LoRAMixin:
     """LoRA for a network; the names of the methods are those of diffusers' `PeftAdapterMixin`."""
 
     lora_component: ClassVar[str]
-    """What files call this network: "unet" or "text_encoder"."""
+    """The name of this network in files: "unet" or "text_encoder"."""
 
+    @takes_hub
     def load_lora_adapter(
         self,
         source: str | Path | Mapping[str, mx.array] | AdapterFile,
@@ -56,7 +47,8 @@ class LoRAMixin:
         *,
         weight: float = 1.0,
         weight_name: str | None = None,
-        **hub: Any,
+        subfolder: str | None = None,
+        hub: Hub,
     ) -> int:
         """Put a LoRA beside the layers that it is for; returns the number of layers.
 
@@ -67,9 +59,10 @@ class LoRAMixin:
             source: a safetensors file or torch pickle, a folder or hub id that holds one, or arrays in
                 torch's layout by key. The spellings of diffusers, PEFT, kohya and Text-To-Video-Finetuning
                 are known, see `checkpoints.adapters`.
-            weight: how much of it is used; any number, 1 for as it was trained.
+            weight: factor of the change; any number, 1 for as it was trained.
             weight_name: the file's name in the folder.
-            hub: `revision`, `subfolder`, `local_files_only`, `token`, `cache_dir`.
+            subfolder: the folder of the file inside a folder or hub id.
+            revision, local_files_only, token, cache_dir, hub: see `checkpoints.Hub`.
 
         Raises:
             ValueError: the name is taken, or adapters are fused.
@@ -83,7 +76,7 @@ class LoRAMixin:
             )
         self._refuse_fused("load another adapter")
         weight = as_finite(f"the weight of {adapter_name}", weight)
-        file = read_adapter(source, weight_name=weight_name, **hub)
+        file = read_adapter(source, weight_name=weight_name, subfolder=subfolder, hub=hub)
         layers = self._adaptable(CHANGEABLE)
         with naming(file.name):
             parsed = self._parse(file, layers)
@@ -93,7 +86,7 @@ class LoRAMixin:
                     "tensors names a layer of it"
                 )
             made = {
-                path: _change(file, self.lora_component, path, entry, layers[path])
+                path: change_of(file, self.lora_component, path, entry, layers[path])
                 for path, entry in parsed.items()
             }
         made = {path: low_rank for path, low_rank in made.items() if low_rank is not None}
@@ -108,7 +101,7 @@ class LoRAMixin:
         return len(made)
 
     def list_adapters(self) -> dict[str, float]:
-        """The adapters and their weights."""
+        """Return the adapters and their weights."""
         return {name: b.amount for layer in self._adapted().values() for name, b in layer.branches.items()}
 
     def set_adapters(
@@ -116,7 +109,7 @@ class LoRAMixin:
     ) -> None:
         """Use these adapters with these weights, one for all or one each, and no other.
 
-        Raises ValueError for names that there are not, another number of weights, or fused adapters.
+        Raises ValueError for unknown names, another number of weights, or fused adapters.
         """
         chosen = chosen_weights(adapter_names, weights)
         self._refuse_fused("change weights")
@@ -126,7 +119,7 @@ class LoRAMixin:
                 branch.amount = chosen.get(name, 0.0)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove adapters; ValueError for names that there are not, or while they are fused."""
+        """Remove adapters; ValueError for unknown names, or while they are fused."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_names(names)
         self._refuse_fused("delete one")
@@ -199,7 +192,7 @@ class LoRAMixin:
         return {path: m for path, m in self.named_modules() if isinstance(m, AdaptedLayer)}
 
     def _adaptable(self, kinds: tuple[type[nn.Module], ...] = ADAPTABLE) -> dict[str, nn.Module]:
-        """The layers of these kinds, those with adapters included, by path in the order of registration."""
+        """List the layers of these kinds, adapted ones included, by path in the order of registration."""
         found: dict[str, nn.Module] = {}
         inside: tuple[str, ...] = ()
         for path, module in walk(self):
@@ -213,11 +206,11 @@ class LoRAMixin:
         return found
 
     def other_layer_names(self, paths: Collection[str]) -> dict[str, str]:
-        """Names that files have for the layers at `paths` besides these, and the path of each."""
+        """Return other names that files have for the layers at `paths`, and the path of each."""
         return {}
 
     def _parse(self, file: AdapterFile, layers: Mapping[str, nn.Module]) -> dict[str, LayerLoRA]:
-        """What the file holds for the layers, by path; see `parse_lora` for the errors."""
+        """Return the entries of a file for the layers, by path; see `parse_lora` for the errors."""
         if is_list(file):
             return self._parse_list(file)
         names = {flat(path.removesuffix(".0")): path for path in layers if path.endswith("to_out.0")}
@@ -225,8 +218,15 @@ class LoRAMixin:
         return parse_lora(file, self.lora_component, names | {flat(path): path for path in layers})
 
     def layers_of_list(self, file: AdapterFile) -> dict[tuple[str, ...], str]:
-        """The lists of layers that a file without names can be for, and the classes that tell each."""
-        return layers_of_list(self, self._adaptable(), list(file.tensors.values()), _fits)
+        """Find the lists of layers that a file without names can be for, and the classes of each.
+
+        There are none where the file is named after the other network, as trainers do: 300_text_encoder.pt.
+        """
+        stem = "" if file.path is None else file.path.stem
+        other = "text_encoder" if self.lora_component == "unet" else "unet"
+        if stem.endswith(other):
+            return {}
+        return layers_of_list(self, self._adaptable(), list(file.tensors.values()), is_change_of)
 
     def _parse_list(self, file: AdapterFile) -> dict[str, LayerLoRA]:
         found = self.layers_of_list(file)
@@ -235,12 +235,13 @@ class LoRAMixin:
             raise CheckpointError(
                 f"{file.name} is a list of {count} tensors without names, which must be an up and a down of "
                 f"each layer of the {self.lora_component}, here {len(self._adaptable())}, or of those inside "
-                "modules of some classes; it is for another network"
+                "modules of some classes; no set of classes has layers of these shapes in this order, so it "
+                "is for another network, or cut short"
             )
         if len(found) > 1:
             raise CheckpointError(
                 f"{file.name} is a list of {count} tensors without names, which can be for the layers in "
-                f"{' or in '.join(found.values())}; give a file with names"
+                f"{' or in '.join(list(found.values())[:4])}; give a file with names"
             )
         (paths,) = found
         arrays = iter(file.tensors.values())
@@ -259,10 +260,10 @@ class LoRAMixin:
 
 
 def networks_of(file: AdapterFile, networks: Mapping[str, LoRAMixin]) -> list[str]:
-    """The networks of a pipeline that a file is for.
+    """Choose the networks of a pipeline that a file is for.
 
-    Those that its keys name; for a list without names the one whose layers it fits, of several the one that
-    the file is named after. CheckpointError where it fits none, or names a network that there is not.
+    Keys name them. A list without names is for the one network whose layers it fits; of several, for the one
+    that the file is named after. CheckpointError where it fits none, or names a network that is not there.
     """
     if not is_list(file):
         wanted = sorted(components_of(file), reverse=True)
@@ -288,7 +289,7 @@ def networks_of(file: AdapterFile, networks: Mapping[str, LoRAMixin]) -> list[st
 def chosen_weights(
     adapter_names: str | Sequence[str], weights: float | Sequence[float] = 1.0
 ) -> dict[str, float]:
-    """The weight of each name; one weight serves all. ValueError for another number of them."""
+    """Return the weight of each name; one weight serves all. ValueError for another number of them."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     weights = as_python(weights)
     amounts = [weights] * len(names) if isinstance(weights, int | float) else list(weights)
@@ -297,113 +298,6 @@ def chosen_weights(
     return {
         name: as_finite(f"the weight of {name}", amount) for name, amount in zip(names, amounts, strict=True)
     }
-
-
-def _change(
-    file: AdapterFile, component: str, path: str, entry: LayerLoRA, layer: nn.Module
-) -> LowRank | None:
-    """The arrays of a file for a layer, in MLX's layout and held against it; None where they change nothing.
-
-    Of a module that was saved in full, the change is the difference.
-    """
-    base = layer.base if isinstance(layer, AdaptedLayer) else layer
-    made: list[LowRank | None] = []
-    if entry.down is not None:
-        low_rank = _low_rank(base, entry.down, entry.up, entry.stable)
-        if low_rank is not None and not entry.stable:
-            scaling = scaling_of(file, component, path, entry.alpha, low_rank.down.shape[0])
-            low_rank = replace(low_rank, scaling=scaling, bias=entry.up_bias)
-        made.append(low_rank)
-    if entry.change is not None or entry.change_bias is not None:
-        weight = None if entry.change is None else _in_shape(base, entry.change)
-        made.append(LowRank(weight, None, bias=entry.change_bias))
-    if entry.weight is not None or entry.bias is not None:
-        made.append(_difference(base, entry))
-    shape = weight_shape(base)
-    if not all(low_rank is not None and low_rank.fits(shape) for low_rank in made):
-        has = {name: value.shape for name, value in vars(entry).items() if isinstance(value, mx.array)}
-        there = " and ".join(f"{name} {tuple(size)}" for name, size in has.items())
-        raise CheckpointError(
-            f"{file.name}: {path} is {shape} here; {there} do not fit it. The adapter is for another network"
-        )
-    changed = reduce(LowRank.plus, made)
-    if entry.weight is None or changed.up is not None:
-        return changed
-    differs = [mx.any(array).item() for array in (changed.change(), changed.bias) if array is not None]
-    return changed if any(differs) else None
-
-
-def _in_shape(base: nn.Module, weight: mx.array) -> mx.array:
-    """A weight of a file in MLX's layout; as it is where it does not fit."""
-    try:
-        return to_mlx(layout_of(base), weight).reshape(weight_shape(base))
-    except ValueError:
-        return weight
-
-
-def _difference(base: nn.Module, entry: LayerLoRA) -> LowRank:
-    """What the parameters of a file add to those there are; one that lacks is zero there."""
-    weight = bias = None
-    if entry.weight is not None:
-        dense = base.dense_weight(mx.float32) if isinstance(base, QuantizedLayer) else base.weight
-        weight = _in_shape(base, entry.weight).astype(mx.float32)
-        weight = weight - dense.astype(mx.float32) if weight.shape == dense.shape else weight
-    if entry.bias is not None:
-        bias = entry.bias.astype(mx.float32)
-        has = base.bias.astype(mx.float32) if "bias" in base else mx.array(0.0)
-        bias = bias - has if has.shape in ((), bias.shape) else bias
-    return LowRank(weight, None, bias=bias)
-
-
-def _fits(down: mx.array, up: mx.array, layer: nn.Module) -> bool:
-    base = layer.base if isinstance(layer, AdaptedLayer) else layer
-    return _low_rank(base, down, up) is not None
-
-
-def _low_rank(base: nn.Module, down: mx.array, up: mx.array, stable: bool = False) -> LowRank | None:
-    """A down and an up of a file as a change of a layer; None where they do not fit it."""
-    shape, layout = weight_shape(base), layout_of(base)
-    if not isinstance(base, ADAPTABLE):
-        return None
-    if stable:
-        return _stable_lora(down, up, shape, layout)
-    if down.ndim < 2 or up.ndim < 2:
-        return None
-    rank = down.shape[0]
-    try:
-        down = to_mlx(layout, _without_ones(down, layout)) if down.ndim > 2 else down
-        up = up.reshape(up.shape[0], -1)  # (O, R, 1, 1): a 1x1 convolution
-    except ValueError:
-        return None
-    fits = (rank, *shape[1:]) == down.shape and up.shape == (shape[0], rank) and rank > 0
-    return LowRank(down, up) if fits else None
-
-
-def _without_ones(array: mx.array, layout: str) -> mx.array:
-    """A matrix without the axes of one that a convolution of size 1 gives it; others as they are."""
-    if layout == "linear" and array.ndim > 2 and set(array.shape[2:]) == {1}:
-        return array.reshape(array.shape[:2])
-    return array
-
-
-def _stable_lora(down: mx.array, up: mx.array, shape: tuple[int, ...], layout: str) -> LowRank | None:
-    """loralib's layout: of a convolution with kernel k, (R k, I k) and (O k, R k), whose product is read in
-    the memory order of the weight; over frames, the average over a second k. None where it does not fit."""
-    down, up = (_without_ones(array, "linear") for array in (down, up))
-    if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
-        return None
-    if layout == "linear":
-        return LowRank(down, up) if (up.shape[0], down.shape[1]) == shape else None
-    out, height, width, channels = shape
-    if (up.shape[0], down.shape[1]) != (out * height, channels * height):
-        return None
-    product = up.astype(mx.float32) @ down.astype(mx.float32)
-    change = product.reshape(out, channels, height, height)
-    if layout == "conv3d_temporal":
-        change = change.mean(axis=-1, keepdims=True)
-    elif height != width:
-        return None
-    return LowRank(mx.contiguous(change.transpose(0, 2, 3, 1)), None)
 
 
 def write_adapter(
@@ -422,7 +316,7 @@ def write_adapter(
 def custom_diffusion_processors(
     file: AdapterFile, attentions: Mapping[str, Attention]
 ) -> dict[str, CustomDiffusionAttnProcessor2_0]:
-    """Processors for all attention layers, with the weights of a file of Custom Diffusion where it has some.
+    """Make processors for all attention layers, with the weights that a file of Custom Diffusion has.
 
     Raises CheckpointError for keys of no layer, and shapes that do not fit.
     """

@@ -14,9 +14,11 @@ import mlx.nn as nn
 
 from ..checkpoints.config import read_json
 from ..checkpoints.headers import Header, check_dtypes, load_tensors, read_header
+from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.layouts import parameter_layouts, to_mlx
 from ..checkpoints.matching import Expected, file_format, majority_dtype, match
-from ..checkpoints.source import find_folder, weight_files
+from ..checkpoints.source import find_folder
+from ..checkpoints.weight_files import weight_files
 
 FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -43,17 +45,25 @@ class Checkpoint:
         return frozenset(key for header in self.headers.values() for key in header.tensors)
 
 
+@takes_hub
 def find_checkpoint(
-    path_or_id: str | Path, stem: str, *, variant: str | None = None, files: bool = False, **where: Any
+    path_or_id: str | Path,
+    stem: str,
+    *,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    files: bool = False,
+    hub: Hub,
 ) -> Checkpoint:
     """Find the weight files of a network and read their headers.
 
     Args:
         path_or_id: folder, or hub id `owner/name`.
         stem: of the names of its weight files.
+        subfolder: the folder of the network inside it, such as "unet".
         variant: weight files such as "fp16", see `weight_files`; None takes the plain ones.
         files: take a lone safetensors file as well, which has no config.
-        where: `subfolder`, `revision`, `local_files_only`, `token`, `cache_dir`, see `find_folder`.
+        revision, local_files_only, token, cache_dir, hub: see `Hub`.
 
     Raises FileNotFoundError, PermissionError, ConnectionError, see `find_folder` and `weight_files`;
     CheckpointError where files are damaged.
@@ -62,7 +72,7 @@ def find_checkpoint(
     if files and file.is_file():
         folder, config, paths = file, {}, [file]
     else:
-        folder = find_folder(path_or_id, variant=variant, stem=stem, **where)
+        folder = find_folder(path_or_id, subfolder=subfolder, variant=variant, stem=stem, hub=hub)
         config = read_json(folder / "config.json")
         paths = weight_files(folder, stem, variant)
     headers = {path: read_header(path) for path in paths}
@@ -87,7 +97,7 @@ class Source:
 
 
 def matched(model: Any, source: Source) -> dict[str, str]:
-    """The parameter of each tensor of a source that is needed; CheckpointError where it does not fit."""
+    """Find the parameter of each needed tensor of a source; CheckpointError where it does not fit."""
     checkpoint = source.checkpoint
     return match(
         f"{checkpoint.where} does not fit {type(model).__name__}",
@@ -101,8 +111,7 @@ def matched(model: Any, source: Source) -> dict[str, str]:
 def read_parameters(
     model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str], dtype: mx.Dtype | None
 ) -> Iterator[tuple[str, mx.array]]:
-    """Names and arrays of parameters, a tensor at a time; floating ones in `dtype`, or as they are where
-    None."""
+    """Read names and arrays of parameters, a tensor at a time; floating ones in `dtype`, None as they are."""
     layouts = parameter_layouts(model) if checkpoint.layout == "diffusers" else {}
     for path in checkpoint.headers:
         tensors = load_tensors(path)
@@ -119,18 +128,19 @@ def read_parameters(
 
 
 def checked_dtype(dtype: mx.Dtype | None) -> mx.Dtype | None:
-    """`dtype`; ValueError for any but float32, float16, bfloat16 and None."""
+    """Return `dtype`; ValueError for any but float32, float16, bfloat16 and None."""
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype={dtype} must be mx.float32, mx.float16 or mx.bfloat16")
     return dtype
 
 
 def common_dtype(folder: Path, headers: Mapping[Path, Header]) -> mx.Dtype | None:
+    """Return the floating dtype of most bytes, with a warning where there are others; None for none."""
     dtype, nbytes = majority_dtype(headers)
     if len(nbytes) > 1:
         sizes = ", ".join(f"{count} bytes of {name}" for name, count in sorted(nbytes.items()))
         warnings.warn(
             f"{folder} mixes floating dtypes ({sizes}); loading all as {dtype}, pass dtype= to choose",
-            stacklevel=4,
+            stacklevel=5,
         )
     return dtype

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..checkpoints.config import ModelConfig, naming
+from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.layouts import parameter_layouts, to_diffusers
 from ..checkpoints.matching import Expected
 from ..checkpoints.quantization import choose, choose_as, quantizations, quantize_layers, to_config
@@ -78,7 +79,7 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_config(cls: type[Model], config: Mapping[str, Any], **overrides: Any) -> Model:
-        """An untrained model; `overrides` replace values of the config.
+        """Make an untrained model; `overrides` replace values of the config.
 
         Raises:
             CheckpointError: the config is that of another class.
@@ -94,39 +95,21 @@ class PretrainedModel(nn.Module):
         return cls(**cls.config_class.from_dict({**made, **overrides}))
 
     @classmethod
-    def load_config(
-        cls,
-        path_or_id: str | Path,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-    ) -> dict[str, Any]:
-        """The `config.json` of a folder or hub id as it is, see `find_folder`."""
-        return read_component_config(
-            path_or_id,
-            "config.json",
-            subfolder=subfolder,
-            revision=revision,
-            local_files_only=local_files_only,
-            token=token,
-            cache_dir=cache_dir,
-        )
+    @takes_hub
+    def load_config(cls, path_or_id: str | Path, *, subfolder: str | None = None, hub: Hub) -> dict[str, Any]:
+        """Read the `config.json` of a folder or hub id as it is; arguments and errors are `find_folder`'s."""
+        return read_component_config(path_or_id, "config.json", subfolder=subfolder, hub=hub)
 
     @classmethod
+    @takes_hub
     def from_pretrained(
         cls: type[Model],
         path_or_id: str | Path,
         *,
         subfolder: str | None = None,
-        revision: str | None = None,
         variant: str | None = None,
         dtype: mx.Dtype | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
+        hub: Hub,
     ) -> Model:
         """Load a model, in evaluation mode, from a diffusers folder or one in the MLX layout.
 
@@ -137,14 +120,11 @@ class PretrainedModel(nn.Module):
         Args:
             path_or_id: folder, or hub id `owner/name`.
             subfolder: the folder of the component inside it, such as "unet".
-            revision: branch, tag or commit on the hub; only for hub ids.
             variant: weight files such as "fp16", see `weight_files`; None takes the plain ones.
             dtype: float32, float16 or bfloat16 for all floating parameters; None keeps the files'.
                 Files of mixed floating dtypes then load, with a warning, in the one that has the
                 most bytes.
-            local_files_only: look in the hub's cache and nowhere else.
-            token: hub token; None takes the one that `hf auth login` stored.
-            cache_dir: the hub's cache; None is its usual place.
+            revision, local_files_only, token, cache_dir, hub: see `Hub`.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: see `find_folder` and
@@ -153,14 +133,7 @@ class PretrainedModel(nn.Module):
         """
         checked_dtype(dtype)
         checkpoint = find_checkpoint(
-            path_or_id,
-            cls.weights_stem,
-            variant=variant,
-            subfolder=subfolder,
-            revision=revision,
-            local_files_only=local_files_only,
-            token=token,
-            cache_dir=cache_dir,
+            path_or_id, cls.weights_stem, subfolder=subfolder, variant=variant, hub=hub
         )
         config_file = checkpoint.where / "config.json"
         cls.check_class_name(checkpoint.config, str(config_file))
@@ -344,7 +317,7 @@ class PretrainedModel(nn.Module):
             )
 
     def expected_tensors(self) -> dict[str, Expected]:
-        """What a checkpoint must hold, by parameter name."""
+        """Return the tensors that a checkpoint must hold, by parameter name."""
         layouts = parameter_layouts(self)
         return {
             name: Expected(
@@ -357,7 +330,7 @@ class PretrainedModel(nn.Module):
         }
 
     def refuse_adapters(self, before: str) -> None:
-        """ValueError where adapters are loaded; `before` what they must be removed."""
+        """Raise ValueError where adapters are loaded; `before` is the work that they are in the way of."""
         if any(isinstance(module, AdaptedLayer) for module in self.modules()):
             raise ValueError(
                 f"adapters are loaded; before {before}, remove them with delete_adapters, or make them part "

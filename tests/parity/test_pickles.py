@@ -15,6 +15,8 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx_unet3d.checkpoints.headers import read_tensor  # noqa: E402
 from mlx_unet3d.checkpoints.pickles import is_pickle, read_pickle  # noqa: E402
+from mlx_unet3d.errors import CheckpointError  # noqa: E402
+from test_pickles import OUTSIDE, dictionary, members, tensor, write_zip  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -53,14 +55,14 @@ def check(path, expected):
     assert is_pickle(path)
     found = read_pickle(path).tensors
     assert list(found) == list(expected)
-    for name, tensor in expected.items():
-        assert found[name].shape == tuple(tensor.shape)
-        assert found[name].nbytes == tensor.numel() * tensor.element_size()
+    for name, wanted in expected.items():
+        assert found[name].shape == tuple(wanted.shape)
+        assert found[name].nbytes == wanted.numel() * wanted.element_size()
         read = as_torch(read_tensor(path, found[name]))
-        if tensor.dtype == torch.float64:
-            tensor = tensor.float()
-        assert read.dtype == tensor.dtype
-        assert torch.equal(read, tensor.detach()), name
+        if wanted.dtype == torch.float64:
+            wanted = wanted.float()
+        assert read.dtype == wanted.dtype
+        assert torch.equal(read, wanted.detach()), name
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -157,3 +159,36 @@ def test_files_of_others(version, network):
     expected = torch.load(path, map_location="cpu", weights_only=True)
     assert len(expected) == (7 if network == "squeeze" else 5)
     check(path, expected)
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_torch_refuses_members_outside_the_first_folder_too(tmp_path, name):
+    path = members(tmp_path / "x.bin", *OUTSIDE[name])
+    with pytest.raises(RuntimeError, match=r"subdirectory|hasRecord|failed locating"):
+        torch.load(path)
+
+
+VERSIONS = (b"", b"0", b"1", b"3", b"10", b"11", b"-1", b"+3", b" 3", b"3 of torch", b"0x3", b"x", b"9" * 30)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive")
+@pytest.mark.parametrize(
+    "entries",
+    [
+        *({"version": text} for text in (None, *VERSIONS)),
+        *({"version": None, ".data/version": text} for text in VERSIONS),
+        *({"byteorder": text} for text in (None, b"little", b"Little", b"little\n", b"")),
+        *({".storage_alignment": text} for text in (b"64", b"x")),
+        {"constants.pkl": b""},
+    ],
+)
+def test_archives_that_torch_reads(tmp_path, entries):
+    """The same archives are read and refused."""
+    path = write_zip(tmp_path / "x.bin", dictionary(w=tensor()), **entries)
+    try:
+        expected = torch.load(path, weights_only=True)
+    except (RuntimeError, ValueError, LookupError):
+        with pytest.raises(CheckpointError):
+            read_pickle(path)
+    else:
+        check(path, expected)
