@@ -1,9 +1,9 @@
-"""Lists of up, down, up, down, ... without names, as trainers of cloneofsimo's LoRA write them.
+"""Files of trainers of cloneofsimo's LoRA: lists of up, down, up, down, ... without names.
 
-Such a trainer changes the layers inside all modules of some classes, in the order of torch's `named_modules`,
-the order of registration here. No file says which classes: the number and the shapes of the arrays tell them.
-Sources: `lora_diffusion` of cloneofsimo/lora; `utils/lora.py` of Text-To-Video-Finetuning and of
-MotionDirector.
+Such a trainer adapts the layers inside all modules of some classes, in the order of torch's `named_modules`,
+which is the order of registration here. The files do not name the classes; the number and shapes of the
+arrays identify them. Sources: `lora_diffusion` of cloneofsimo/lora; `utils/lora.py` of
+Text-To-Video-Finetuning and of MotionDirector.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ import mlx.nn as nn
 from ..layers.adapted import AdaptedLayer, walk
 from ..layers.quantized import QuantizedLinear
 
-# What the trainers' settings offer: one of these, or several that are not inside each other.
+# Classes in the trainers' settings: one of these, or several that do not contain each other.
 _ALONE = (
     "UNet3DConditionModel",
     "BasicTransformerBlock",
@@ -33,7 +33,7 @@ _TOGETHER = (
     ("ResnetBlock2D", "TemporalConvLayer", "Transformer2DModel", "TransformerTemporalModel"),
     ("ResnetBlock2D", "TemporalConvLayer", "Attention", "GEGLU"),
 )
-# MotionDirector's, which leaves out the projections around a transformer, and text in spatial ones.
+# MotionDirector leaves out the projections around a transformer, and cross-attention in spatial ones.
 _PARTS_OF = {
     "Transformer2DModel": ("attn1", "ff"),
     "TransformerTemporalModel": ("attn1", "attn2", "ff"),
@@ -44,14 +44,14 @@ def layers_of_list(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     arrays: Sequence[mx.array],
-    fits: Callable[[mx.array, mx.array, nn.Module], bool],
+    matches: Callable[[mx.array, mx.array, nn.Module], bool],
 ) -> dict[tuple[str, ...], str]:
-    """The lists of layers that the arrays of a file can be for, and the classes that tell each.
+    """Return the lists of layers that match the arrays of a file, each with the names of its classes.
 
     Args:
-        layers: those that adapters can be put beside, by path, in the order of registration.
+        layers: the layers that can have adapters, by path, in the order of registration.
         arrays: up, down, up, down, ...
-        fits: whether a down and an up are a change of a layer.
+        matches: returns True if a down and an up have the shapes of a change of a layer.
     """
     pairs = list(zip(arrays[1::2], arrays[::2], strict=False))
     found: dict[tuple[str, ...], str] = {}
@@ -60,13 +60,14 @@ def layers_of_list(
     for name, paths in _candidates(model, layers):
         if len(paths) != len(pairs) or paths in found:
             continue
-        if all(fits(*pair, layers[path]) for pair, path in zip(pairs, paths, strict=True)):
+        if all(matches(*pair, layers[path]) for pair, path in zip(pairs, paths, strict=True)):
             found[paths] = name
     return found
 
 
 def _candidates(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The classes that a trainer can have chosen, and the paths of the layers that it then changes."""
+    """Yield the choices of classes that a trainer offers, each with the paths of the layers that it
+    adapts."""
     modules = [(path, type(module).__name__) for path, module in walk(model)]
     there = {name for _, name in modules}
     together = chain.from_iterable(
@@ -90,6 +91,6 @@ def _candidates(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[t
 
 
 def _is_linear(path: str, layer: nn.Module) -> bool:
-    """Whether it is a linear layer in torch, where a shortcut is a convolution."""
+    """Return True if torch has a linear layer at this path; there, shortcuts are convolutions."""
     base = layer.base if isinstance(layer, AdaptedLayer) else layer
     return isinstance(base, (nn.Linear, QuantizedLinear)) and not path.endswith("conv_shortcut")

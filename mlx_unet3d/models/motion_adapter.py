@@ -1,4 +1,4 @@
-"""Motion adapters of AnimateDiff: modules that make a Stable Diffusion UNet move, and putting both together.
+"""Motion adapters of AnimateDiff: motion modules for Stable Diffusion UNets, and the combination of both.
 
 Source: diffusers' `MotionAdapter` and `UNetMotionModel.from_unet2d`; Guo et al., arXiv:2307.04725.
 """
@@ -77,7 +77,7 @@ class MotionAdapterConfig(ModelConfig):
 class MotionAdapter(PretrainedModel):
     """The motion modules of AnimateDiff without a UNet, for `UNetMotionModel.from_unet2d`.
 
-    diffusers' class of that name. Raises ValueError where the numbers of its config do not fit together.
+    diffusers' class of that name. Raises ValueError where keys of its config contradict each other.
     """
 
     config_class = MotionAdapterConfig
@@ -215,15 +215,15 @@ def from_unet2d(
     Args:
         unet: folder or hub id of a diffusers `UNet2DConditionModel` (Stable Diffusion 1, 2, XL and their
             kin), or a lone safetensors file with its names, whose config is inferred from its shapes.
-        motion_adapter: folder, hub id or lone safetensors file of one, or a loaded one; None for new modules,
-            which change nothing until they are trained.
+        motion_adapter: folder, hub id or lone safetensors file of an adapter, or a `MotionAdapter`; None for
+            new modules, which change nothing until they are trained.
         dtype: float32, float16 or bfloat16 for all parameters; None takes the UNet's.
-        variant: weight files of the UNet such as "fp16"; the adapter's plain files are taken.
+        variant: weight files of the UNet such as "fp16"; the adapter's are always the plain ones.
         hub: `subfolder` of the UNet, `revision`, `local_files_only`, `token`, `cache_dir`.
 
-    Unlike diffusers, it copies the `add_embedding` of SDXL; there it stays random.
+    Copies the `add_embedding` of SDXL, which diffusers leaves random.
 
-    Raises ValueError where adapter and UNet do not fit together; FileNotFoundError, PermissionError,
+    Raises ValueError where adapter and UNet do not match; FileNotFoundError, PermissionError,
     ConnectionError, CheckpointError as `from_pretrained`.
     """
     spatial = find_checkpoint(unet, STEM, variant=variant, files=True, **hub)
@@ -308,7 +308,8 @@ def motion_config(
 def adapter_of(config: Any) -> dict[str, Any]:
     """Return the config of the motion adapter within a `UNetMotionModel`.
 
-    Raises ValueError for modules that no adapter can hold: other numbers of transformer blocks on the way up.
+    Raises ValueError where no adapter can hold the modules: other numbers of transformer blocks on the way
+    up.
     """
     for name in ("reverse_temporal_transformer_layers_per_block", "reverse_motion_num_attention_heads"):
         if getattr(config, name) is not None:
