@@ -83,7 +83,7 @@ class UNetMotionConfig(VideoUNetConfig):
                 )
         if self.addition_embed_type not in (None, "text_time"):
             raise ValueError(
-                f"addition_embed_type={self.addition_embed_type!r} is unknown; use 'text_time' or None"
+                f"addition_embed_type={self.addition_embed_type!r} is not known; use 'text_time' or None"
             )
         needed = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
         if self.addition_embed_type == "text_time" and None in needed:
