@@ -18,7 +18,7 @@ def silu(x: mx.array) -> mx.array:
 
 
 def gelu(x: mx.array) -> mx.array:
-    """x * Phi(x), the exact one, by erf."""
+    """x * Phi(x), exact, by erf."""
     return cpu.gelu(x) if cpu.active(x) else _gelu(x)
 
 
@@ -44,7 +44,7 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 
 
 def get_activation(name: str) -> Callable[[mx.array], mx.array]:
-    """The activation that diffusers calls `name`, in any case; ValueError for any other name."""
+    """Return the activation by diffusers' name, in any case; ValueError for unknown names."""
     try:
         return ACTIVATIONS[name.lower()]
     except KeyError:

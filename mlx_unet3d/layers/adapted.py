@@ -15,27 +15,27 @@ from .convolution import TemporalConv, conv2d, temporal_conv
 from .quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedTemporalConv
 
 ADAPTABLE = (nn.Linear, nn.Conv2d, TemporalConv, QuantizedLayer)
-"""Layers that low-rank changes can be put beside."""
+"""Layers that can have low-rank changes beside them."""
 
 CHANGEABLE = (*ADAPTABLE, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
-"""Layers whose weight and bias an adapter can change as a whole."""
+"""Layers whose weight and bias an adapter can replace."""
 
 PROCESSORS = "processors"
-"""The name of the adapter that the layers of LoRA processors make up."""
+"""The name of the adapter that holds the layers of LoRA processors."""
 
 _scale: ContextVar[float] = ContextVar("adapter_scale", default=1.0)
 
 
 def adapter_scale() -> float:
-    """How much all adapters count in the forward that is running."""
+    """Return the scale of all adapters in the running forward."""
     return _scale.get()
 
 
 @contextmanager
 def scaled_adapters(scale: Any) -> Iterator[None]:
-    """For the forwards of this thread inside the block, all adapters times `scale`; None leaves it as it is.
+    """Multiply all adapters by `scale` in forwards of this thread inside the block; None changes nothing.
 
-    Nothing is written to a module. ValueError for anything but a finite number.
+    Modules are not changed. Raises ValueError for anything but a finite number.
     """
     if scale is None:
         yield
@@ -52,11 +52,11 @@ class LowRank:
     """A change of a layer: of its weight, `scaling * up @ down` or any change at all, and of its bias.
 
     Attributes:
-        down: (R, I) of a linear layer, (R, h, w, I) of a convolution; without `up`, the whole change in the
+        down: (R, I) of a linear layer, (R, h, w, I) of a convolution; without `up`, the full change in the
             weight's own shape; None for a change of the bias alone.
         up: (O, R), or None.
         scaling: alpha over rank.
-        bias: (O,), of which `scaling` is taken as well; None for none.
+        bias: (O,), also multiplied by `scaling`; None for none.
     """
 
     down: mx.array | None
@@ -65,7 +65,7 @@ class LowRank:
     bias: mx.array | None = None
 
     def change(self) -> mx.array:
-        """The change of the weight (O, ...), in float32; zero for a change of the bias alone."""
+        """Return the change of the weight (O, ...) in float32; zero for a change of the bias alone."""
         if self.down is None:
             return mx.array(0.0)
         down = self.down.astype(mx.float32)
@@ -75,12 +75,12 @@ class LowRank:
         return self.scaling * (self.up.astype(mx.float32) @ flat).reshape(-1, *down.shape[1:])
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it is a change of a layer with a weight of this shape."""
-        whole = self.up is None and self.down is not None
-        return (not whole or self.down.shape == shape) and (self.bias is None or self.bias.shape == shape[:1])
+        """Return True if a layer with a weight of this shape can have this change."""
+        full = self.up is None and self.down is not None
+        return (not full or self.down.shape == shape) and (self.bias is None or self.bias.shape == shape[:1])
 
     def plus(self, other: "LowRank") -> "LowRank":
-        """Both changes as one."""
+        """Return the sum of both changes."""
         biases = [c.scaling * c.bias.astype(mx.float32) for c in (self, other) if c.bias is not None]
         bias = sum(biases[1:], biases[0]) if biases else None
         if other.down is None and self.scaling:
@@ -90,7 +90,7 @@ class LowRank:
 
 
 class Branch(nn.Module):
-    """One adapter's part in one layer; `amount` is how much of it is used."""
+    """One adapter's change of one layer, scaled by `amount`."""
 
     def __init__(self, low_rank: LowRank, amount: float, dtype: mx.Dtype):
         super().__init__()
@@ -101,11 +101,11 @@ class Branch(nn.Module):
         self.scaling, self.amount = low_rank.scaling, amount
 
     def low_rank(self) -> LowRank:
-        """The change of the layer."""
+        """Return the change of the layer."""
         return LowRank(self.get("down"), self.get("up"), self.scaling, self.get("bias"))
 
     def beside(self, base: nn.Module, x: mx.array) -> mx.array:
-        """What it adds to a linear layer or convolution for x."""
+        """Return the term added to the output of a linear layer or convolution for x."""
         if "down" not in self:
             return self.scaling * self.bias
         if isinstance(base, (nn.Linear, QuantizedLinear)):
@@ -119,16 +119,16 @@ class Branch(nn.Module):
 
 
 class AdaptedLayer(nn.Module):
-    """A layer and what each branch adds to it; adapters can be fused into the weight and taken out again.
+    """A layer and its branches, which can be fused into the weight and taken out again.
 
-    Beside a linear layer or convolution the branches are computed; other layers run with changed parameters.
-    Attributes of the layer can be read from here; its parameters are then the changed ones.
+    Branches are computed beside a linear layer or convolution; other layers run with changed parameters.
+    Attributes of the layer can be read from here, and its parameters with the changes applied.
     """
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.branches: dict[str, Any] = {}  # of `Branch` and its kind
+        self.branches: dict[str, Any] = {}  # of `Branch` and classes with its methods
         self._originals: dict[str, mx.array] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -154,7 +154,7 @@ class AdaptedLayer(nn.Module):
         return y
 
     def _changed(self) -> nn.Module:
-        """The layer with the parameters that the branches make of its own."""
+        """Return the layer with the changes of the branches applied to its parameters."""
         parts = [(b.low_rank(), b.amount * adapter_scale()) for b in self.branches.values()]
         parts = [(change, amount) for change, amount in parts if amount] if not self.fused else []
         if not parts:
@@ -166,13 +166,13 @@ class AdaptedLayer(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether the branches are part of the parameters at present."""
+        """True while the branches are part of the parameters."""
         return self._originals is not None
 
     def fuse(self, scale: float = 1.0) -> None:
         """Add the branches to the parameters, and keep the original ones.
 
-        ValueError for quantized weights, and for a bias where the layer has none.
+        Raises ValueError for quantized weights, and for a bias where the layer has none.
         """
         if isinstance(self.base, QuantizedLayer):
             raise ValueError(
@@ -187,14 +187,14 @@ class AdaptedLayer(nn.Module):
             self.base[name] = array
 
     def unfuse(self) -> None:
-        """The original parameters, bit for bit."""
+        """Restore the original parameters bit for bit."""
         for name, array in (self._originals or {}).items():
             self.base[name] = array
         self._originals = None
 
 
 def _with_changes(base: nn.Module, parts: list[tuple[LowRank, float]]) -> dict[str, mx.array]:
-    """The parameters of a layer that changes, each times its amount, make others of."""
+    """Return the parameters of a layer with changes, each multiplied by its amount."""
     weight = base.weight.astype(mx.float32)
     for change, amount in parts:
         weight = weight + amount * change.change()
@@ -210,12 +210,12 @@ def _with_changes(base: nn.Module, parts: list[tuple[LowRank, float]]) -> dict[s
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """The shape of a layer's weight, quantized or not."""
+    """Return the shape of a layer's weight, quantized or not."""
     return tuple(layer.shape if isinstance(layer, QuantizedLayer) else layer.weight.shape)
 
 
 def layout_of(layer: nn.Module) -> str:
-    """The layout that diffusers' files give its weight, see `checkpoints.layouts`."""
+    """Return the layout of the layer's weight in diffusers' files, see `checkpoints.layouts`."""
     if isinstance(layer, (nn.Conv2d, QuantizedConv2d)):
         return "conv2d"
     if isinstance(layer, (TemporalConv, QuantizedTemporalConv)):
@@ -236,7 +236,7 @@ def replace_module(model: nn.Module, path: str, module: Any) -> None:
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of everything below, parents first, in order of registration."""
+    """Yield (path, module) of all modules, parents first, in order of registration."""
     yield path, module
     for name, child in module.children().items():
         yield from _walk_child(child, f"{path}.{name}" if path else name)

@@ -1,7 +1,7 @@
-"""Multi-head attention: the projections, and what is done with them by a processor.
+"""Multi-head attention: the projections, and the processor that computes with them.
 
-`Attention` owns the projections; a processor (see `attention_processors`) decides how they are used,
-as in diffusers. Shapes: B batch, S query tokens, L key tokens, D head dimension, E = heads * D.
+`Attention` owns the projections; a processor (see `attention_processors`) computes attention, as in
+diffusers. Shapes: B batch, S query tokens, L key tokens, D head dimension, E = heads * D.
 """
 
 import inspect
@@ -25,14 +25,14 @@ class Attention(nn.Module):
         cross_attention_dim: channels of the context; None for self-attention.
         heads, dim_head: number of heads, and channels of each.
         bias, out_bias: biases of the q, k, v projections, and of the output projection.
-        upcast_attention, upcast_softmax: scores, or their softmax, in fp32 (explicit processors only;
-            softmax always accumulates in fp32 here, so the second changes the stored dtype only).
+        upcast_attention, upcast_softmax: compute scores, or their softmax, in fp32 (explicit processors only;
+            softmax always accumulates in fp32 here, so `upcast_softmax` only changes the stored dtype).
         cross_attention_norm: None, "layer_norm" or "group_norm" over the context.
         added_kv_proj_dim: channels of a second context whose keys and values are added (unCLIP).
         norm_num_groups: groups of a GroupNorm over the input; None for none.
         scale_qk: divide the scores by sqrt(dim_head).
         only_cross_attention: with `added_kv_proj_dim`, attend to the second context alone.
-        eps, rescale_output_factor, residual_connection: of the group norm, and of the skip around all.
+        eps, rescale_output_factor, residual_connection: of the group norm, and of the skip around the layer.
         processor: None for the fused one.
     """
 
@@ -113,9 +113,8 @@ class Attention(nn.Module):
     ) -> mx.array:
         """Attend from (B, ..., query_dim) to the context (B, L, cross_attention_dim), or to itself.
 
-        `attention_mask` is added to the scores: (B, 1, L) or (B, S, L), in the dtype of the input.
-        Further keywords go to the processor; `scale` is how much adapters count. Returns the shape of
-        `hidden_states`.
+        `attention_mask` (B, 1, L) or (B, S, L), in the dtype of the input, is added to the scores. Other
+        keywords go to the processor; `scale` multiplies adapters. Returns the shape of `hidden_states`.
         """
         takes_context = getattr(self.processor, "takes_text_context", False)
         if isinstance(encoder_hidden_states, TextContext) and not takes_context:
@@ -130,7 +129,7 @@ class Attention(nn.Module):
             )
 
     def _keywords(self, keywords: dict[str, Any]) -> dict[str, Any]:
-        """The keywords for the processor: `scale` only where it names that, for arithmetic of its own."""
+        """Return the keywords for the processor; `scale` only if it takes that, for its own computation."""
         if not keywords:
             return keywords
         known = inspect.signature(self.processor.__call__).parameters
@@ -144,10 +143,11 @@ class Attention(nn.Module):
             )
         return {name: value for name, value in keywords.items() if name in known}
 
-    # The pieces that processors are made of.
+    # Parts of the computation, for processors.
 
     def project_keys_values(self, context: mx.array | TextContext) -> tuple[mx.array, mx.array]:
-        """Keys and values (B, L, E) of a context (B, L, C), once only where it is a TextContext."""
+        """Return keys and values (B, L, E) of a context (B, L, C); a `TextContext` projects them only
+        once."""
         if isinstance(context, TextContext):
             return context.keys_values(self)
         context = self.norm_context(context)
@@ -156,12 +156,13 @@ class Attention(nn.Module):
         return self.to_k(context), self.to_v(context)
 
     def uses_fused(self, name: str) -> bool:
-        """Whether there is a `to_qkv` or `to_kv`, and no adapter beside the projections in it."""
+        """Return True if the layer has a `to_qkv` or `to_kv`, and no adapters beside the projections in
+        it."""
         return name in self and not any(isinstance(self[part], AdaptedLayer) for part in _FUSED[name])
 
     @property
     def one_token_is_linear(self) -> bool:
-        """Whether attention to a single token is `of_one_token`: true for softmax attention without
+        """Return True if `of_one_token` computes attention to a single token: for softmax attention without
         extras."""
         return (
             getattr(self.processor, "attends_to_text_alone", False)
@@ -170,7 +171,7 @@ class Attention(nn.Module):
         )
 
     def of_one_token(self, context: mx.array | TextContext) -> mx.array:
-        """Attention to a context (B, 1, C), the same for every query: (B, 1, query_dim)."""
+        """Attend to a context (B, 1, C), with the same result (B, 1, query_dim) for every query."""
         return self.project_out(self.project_keys_values(context)[1])
 
     def norm_context(self, context: mx.array) -> mx.array:
@@ -191,11 +192,11 @@ class Attention(nn.Module):
         return x.transpose(0, 2, 1, 3).reshape(batch, length, heads * dim)
 
     def attention_probs(self, query: mx.array, key: mx.array, mask: mx.array | None) -> mx.array:
-        """Softmax of the scaled scores of (..., S, D) and (..., L, D), plus `mask` -> (..., S, L)."""
+        """(..., S, D) and (..., L, D) -> softmax (..., S, L) of the scaled scores plus `mask`."""
         dtype = query.dtype
         if self.upcast_attention:
             query, key = query.astype(mx.float32), key.astype(mx.float32)
-        # The query is scaled, not the scores: half precision has less room for those.
+        # Scale the query, not the scores, which could overflow in half precision.
         scores = (query * self.scale) @ key.swapaxes(-1, -2)
         if mask is not None:
             scores = scores + mask.astype(scores.dtype)
@@ -208,10 +209,9 @@ class Attention(nn.Module):
     def set_processor(self, processor: Any, _remove_lora: bool = False) -> None:
         """Use `processor`.
 
-        The layers of a LoRA processor become an adapter beside the projections and the processor that it
-        stands on is used. They stay under later processors until `_remove_lora=True`, as in diffusers 0.23.
-        An IP-Adapter stays as well, and then attends as `processor` does.
-        Raises ValueError as `check_processor`.
+        The layers of a LoRA processor become an adapter beside the projections, and its base processor is
+        used. They stay when the processor is replaced, until `_remove_lora=True`, as in diffusers 0.23. An
+        IP-Adapter also stays, on top of `processor`. Raises ValueError as `check_processor`.
         """
         self.check_processor(processor, _remove_lora)
         for name, layer in self.projections().items() if _remove_lora else ():
@@ -227,7 +227,8 @@ class Attention(nn.Module):
         self.processor = processor
 
     def check_processor(self, processor: Any, _remove_lora: bool = False) -> None:
-        """ValueError for a processor that does not go with this layer, or a LoRA while adapters are fused."""
+        """Raise ValueError for a processor that does not suit this layer, or LoRA while adapters are
+        fused."""
         if getattr(processor, "added_kv", self.has_added_kv) != self.has_added_kv:
             needs = "needs" if not self.has_added_kv else "does not know"
             raise ValueError(
@@ -249,7 +250,7 @@ class Attention(nn.Module):
             raise ValueError("adapters are fused; call unfuse_lora before you set or remove LoRA processors")
 
     def get_processor(self) -> Any:
-        """The processor in use; for LoRA, the one that it stands on."""
+        """Return the processor in use; for LoRA, its base."""
         return self.processor
 
     def projections(self) -> dict[str, nn.Module]:
@@ -258,14 +259,14 @@ class Attention(nn.Module):
         return found | {"to_out": self.to_out[0]}
 
     def replace_projection(self, name: str, layer: nn.Module) -> None:
-        """Put another layer in the place of one of `projections`."""
+        """Replace the layer of one of `projections`."""
         if name == "to_out":
             self.to_out[0] = layer
         else:
             self[name] = layer
 
     def fuse_projections(self) -> None:
-        """Put q, k, v (self-attention) or k, v (cross-attention) into one matrix product."""
+        """Fuse q, k, v (self-attention) or k, v (cross-attention) into one matrix product."""
         names = _FUSED["to_kv" if self.is_cross_attention else "to_qkv"]
         parts = [self[name] for name in names]
         if any("scales" in part for part in parts):
@@ -284,7 +285,7 @@ class Attention(nn.Module):
         mx.eval(fused.parameters())
 
     def unfuse_projections(self) -> None:
-        """Back to separate products."""
+        """Undo `fuse_projections`."""
         self.pop("to_qkv", None)
         self.pop("to_kv", None)
 

@@ -1,6 +1,6 @@
 """Attention processors with weights of their own: LoRA and Custom Diffusion.
 
-Meanings and names are those of diffusers 0.23.
+Names and meanings are those of diffusers 0.23.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ class LoRALinearLayer(nn.Module):
     """`network_alpha / rank * up(down(x))`, (..., I) -> (..., O) (arXiv:2106.09685); diffusers' class.
 
     `network_alpha` None stands for a factor of 1. Starts as zero: `up` is zero, `down` is normal with a
-    standard deviation of 1 / rank. A branch of an `AdaptedLayer`, see `Branch`; the layer alone knows nothing
-    of `amount`.
+    standard deviation of 1 / rank. It can be a branch of an `AdaptedLayer`, see `Branch`; when it is called
+    by itself, `amount` has no effect.
     """
 
     def __init__(
@@ -55,27 +55,27 @@ class LoRALinearLayer(nn.Module):
         return 1.0 if self.network_alpha is None else self.network_alpha / self.rank
 
     def low_rank(self) -> LowRank:
-        """The change of the weight."""
+        """Return the change of the weight."""
         return LowRank(self.down.weight, self.up.weight, self.scaling)
 
     def beside(self, base: nn.Module, x: mx.array) -> mx.array:
-        """What it adds to a linear layer for x."""
+        """Return the term added to the output of a linear layer for x."""
         return self(x)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Computes in the dtype of its weights; returns the dtype of `x`."""
+        """(..., I) -> (..., O); compute in the dtype of the weights, return that of `x`."""
         y = self.up(self.down(x.astype(self.down.weight.dtype)))
         return (y * self.scaling).astype(x.dtype)
 
 
 class _LoRAProcessor(nn.Module):
-    """What the LoRA processors share: setting one puts its layers beside the projections, as an adapter."""
+    """Base of the LoRA processors: setting one puts its layers beside the projections as an adapter."""
 
     added_kv: bool
     base_processor: Callable[[], Any]
 
     def check(self, attn: Attention) -> None:
-        """ValueError where the layers have other shapes than the projections of `attn`."""
+        """Raise ValueError where the layers have other shapes than the projections of `attn`."""
         for name, layer in attn.projections().items():
             lora = self[f"{name}_lora"]
             has = (lora.up.weight.shape[0], lora.down.weight.shape[1])
@@ -88,7 +88,7 @@ class _LoRAProcessor(nn.Module):
                 )
 
     def put_beside(self, attn: Attention) -> Any:
-        """Put the layers beside the projections of `attn`; returns the processor to use there."""
+        """Put the layers beside the projections of `attn` and return the processor to use there."""
         for name, layer in attn.projections().items():
             if not isinstance(layer, AdaptedLayer):
                 layer = AdaptedLayer(layer)
@@ -100,8 +100,9 @@ class _LoRAProcessor(nn.Module):
 class LoRAAttnProcessor(_LoRAProcessor):
     """LoRA on the query, key, value and output projections of one `Attention`.
 
-    Setting it makes its layers the adapter "processors" beside the projections of that layer, where they stay
-    until they are removed. `cross_attention_kwargs={"scale": s}` scales them; 0 is the base network.
+    Setting it makes its layers the adapter "processors" beside the projections of that `Attention`, where
+    they stay until they are removed. `cross_attention_kwargs={"scale": s}` scales them; 0 gives the base
+    network.
 
     Args:
         hidden_size: channels of the attention layer (`transformer_in`: 8 * attention_head_dim).
@@ -198,8 +199,8 @@ class LoRAAttnAddedKVProcessor(_LoRAProcessor):
 
 
 def lora_processor(attn: Attention) -> _LoRAProcessor | None:
-    """The LoRA processor whose layers stand beside the projections of `attn`, of the class for the processor
-    in use; None where there is none."""
+    """Return the LoRA processor with the layers beside the projections of `attn`, of the class for the
+    processor in use; None where there are no such layers."""
     layers = {
         f"{name}_lora": layer.branches[PROCESSORS]
         for name, layer in attn.projections().items()
@@ -214,7 +215,7 @@ def lora_processor(attn: Attention) -> _LoRAProcessor | None:
     query = layers["to_q_lora"]
     context = layers["add_k_proj_lora" if attn.has_added_kv else "to_k_lora"].down.weight.shape[1]
     width = query.down.weight.shape[1]
-    processor = kind.__new__(kind)  # no new layers, which would be drawn
+    processor = kind.__new__(kind)  # without new layers, which would draw random numbers
     nn.Module.__init__(processor)
     for name, layer in layers.items():
         processor[name] = layer
@@ -225,11 +226,12 @@ def lora_processor(attn: Attention) -> _LoRAProcessor | None:
 class CustomDiffusionAttnProcessor(nn.Module):
     """Trained keys and values, and optionally query and output, for one layer (arXiv:2212.04488).
 
-    In cross-attention the first token's key and value are constants to gradients.
+    In cross-attention, gradients do not flow into the first token's key and value.
 
     Args:
-        train_kv, train_q_out: which projections the processor brings along.
-        hidden_size, cross_attention_dim: channels of the layer and of its context; needed for those.
+        train_kv, train_q_out: which projections the processor holds.
+        hidden_size, cross_attention_dim: channels of the layer and of its context; needed for these
+            projections.
         out_bias, dropout: of its output projection.
     """
 
@@ -292,7 +294,7 @@ class CustomDiffusionAttnProcessor(nn.Module):
 
 
 def _freeze_first_token(x: mx.array) -> mx.array:
-    """x (B, L, E), its first token cut off from gradients."""
+    """x (B, L, E) -> the same, without gradients of the first token."""
     return mx.concatenate([mx.stop_gradient(x[:, :1]), x[:, 1:]], axis=1)
 
 

@@ -1,4 +1,4 @@
-"""How an `Attention` uses its projections: explicit, fused, sliced, and with added keys and values.
+"""Processors compute attention: explicit, fused, sliced, and with added keys and values.
 
 A processor is called as `processor(attn, hidden_states, encoder_hidden_states=None, attention_mask=None)`
 with (B, S, C) or (B, H, W, C) states and returns their shape. Names and meanings are those of
@@ -21,19 +21,19 @@ FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 
 PADDINGS = ("auto", "always", "never")
 
-# Keys above which "auto" pads: with fewer, writing the scores costs less than the wider heads.
+# "auto" pads above this number of keys: with fewer, writing the scores costs less than wider heads.
 _KEYS_IN_MEMORY = 256
-# Queries up to which Metal takes another kernel, of other widths.
+# Up to this number of queries, Metal uses another kernel with other widths.
 _FEW_QUERIES = 8
 
-# Scores that slices may make before they are evaluated, or hold on the CPU: 16 MB in fp32.
+# Number of scores after which slices are evaluated, and the most that the CPU holds: 16 MB in fp32.
 _SCORES_AT_ONCE = 2**22
 
 
 def explicit_attention(
     attn: Any, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None
 ) -> mx.array:
-    """Softmax attention of (B, heads, S, D) with all scores in memory; `mask` (B, 1 or S, L)."""
+    """Compute softmax attention of (B, heads, S, D) with all scores in memory; `mask` (B, 1 or S, L)."""
     if mask is not None:
         mask = mask[:, None]  # over heads
     return attn.attention_probs(query, key, mask) @ value
@@ -42,10 +42,10 @@ def explicit_attention(
 def fused_attention(
     attn: Any, query: mx.array, key: mx.array, value: mx.array, mask: mx.array | None
 ) -> mx.array:
-    """The same by `mx.fast.scaled_dot_product_attention`.
+    """Compute the same by `mx.fast.scaled_dot_product_attention`.
 
-    On the CPU it is not fused: there it takes as many rows of the batch at a time as make some scores.
-    Heads are padded with zeros as `set_attention_padding` has it, which changes nothing else.
+    The CPU has no fused kernel and takes a few rows of the batch at a time to limit the scores in memory.
+    Heads are padded with zeros as `set_attention_padding` says, which does not change the result.
     """
     if mask is not None:
         mask = mask[:, None].astype(query.dtype)
@@ -58,7 +58,7 @@ def fused_attention(
 
 
 def padded_head_dim(padding: str, dim: int, queries: int, keys: int) -> int:
-    """The channels to which heads of `dim` are padded, `dim` itself for none; see `set_attention_padding`."""
+    """Return the width to which heads of `dim` channels are padded, see `set_attention_padding`."""
     if padding == "auto" and (cpu.chosen() or keys <= _KEYS_IN_MEMORY or queries <= _FEW_QUERIES):
         return dim
     if padding == "never" or dim in FUSED_HEAD_DIMS:
@@ -84,7 +84,8 @@ def _fused_attention(
 
 
 class SlicedAttention:
-    """The explicit attention on `slice_size` of the B * heads matrices at a time, the rest included."""
+    """Explicit attention on `slice_size` of the B * heads matrices at a time; the last slice may be
+    smaller."""
 
     def __init__(self, slice_size: int):
         self.slice_size = as_count("slice_size", slice_size)
@@ -157,13 +158,13 @@ class AttnProcessor:
     def _add_images(
         self, attn: Any, query: mx.array, context: mx.array | TextContext | None, y: mx.array
     ) -> mx.array:
-        """The attention y (B, S, E) to the text, with that to images added."""
+        """Return the attention y (B, S, E) to the text plus the attention to images."""
         return y
 
 
 class AttnProcessor2_0(AttnProcessor):
-    """MLX's fused attention, never holding the scores in memory on a GPU; the default. It accumulates in
-    fp32, so the upcast flags change nothing."""
+    """The default: MLX's fused attention, which never holds the scores in memory on a GPU. It accumulates in
+    fp32, so the upcast flags have no effect."""
 
     attention = staticmethod(fused_attention)
 
@@ -184,7 +185,7 @@ class SlicedAttnProcessor(AttnProcessor):
 
 
 class AttnAddedKVProcessor:
-    """Keys and values of a second context put before the input's own; adds the skip itself (unCLIP)."""
+    """Puts keys and values of a second context before those of the input, and adds the skip (unCLIP)."""
 
     added_kv = True
     attention = staticmethod(explicit_attention)
@@ -230,7 +231,7 @@ class SlicedAttnAddedKVProcessor(AttnAddedKVProcessor):
 
 
 def refuse_attention_op(attention_op: Callable | None) -> None:
-    """xformers' operators do not exist here; accepting one would be a switch without effect."""
+    """Raise ValueError for an operator of xformers, which does not exist here."""
     if attention_op is not None:
         raise ValueError(
             f"attention_op={attention_op!r}: xformers operators do not run on MLX; leave it None to use "
@@ -253,9 +254,9 @@ class XFormersAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
 
 
 def processor_path(attention_path: str) -> str:
-    """Key of an attention layer's processor in `attn_processors`."""
+    """Return the key of an attention layer's processor in `attn_processors`."""
     return f"{attention_path}.processor"
 
 
 Processor = Any
-"""Anything callable as described at the top of this file."""
+"""A callable as described at the top of this file."""

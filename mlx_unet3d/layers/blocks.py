@@ -1,10 +1,9 @@
-"""The blocks of all video UNets: one down, one up and one mid block, and what each of diffusers' classes
-runs.
+"""The blocks of all video UNets: one down, one up and one mid block, and diffusers' classes of these.
 
 A block holds lists of modules; its layer i runs entry i of each list, resnet first. Every module is called as
-module(x, cond). A block does not run itself: it gives its steps to the network, whose one loop runs those of
-all blocks and so holds a single state. States are channels-last, (N, H, W, C) with N = B*F. Sources:
-diffusers' `unet_3d_blocks.py` and `unet_motion_model.py`.
+module(x, cond). A block lists its steps; the network runs the steps of all blocks in one loop, which
+therefore holds a single state. States are channels-last, (N, H, W, C) with N = B*F. Sources: diffusers'
+`unet_3d_blocks.py` and `unet_motion_model.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,15 +27,14 @@ from .transformers import (
 
 @dataclass(frozen=True)
 class Level:
-    """The numbers from which the modules of one block are built.
+    """The numbers that define the modules of one block.
 
     Attributes:
         channels: C, of its outputs.
         temb_channels: of the time embedding.
         heads, dim_head: of its transformers.
         cross_attention_dim: channels of the context; None for no cross-attention.
-        transformer_layers: transformer blocks of each layer's transformer; one number for all, or one a
-            layer.
+        transformer_layers: transformer blocks of each layer's transformer, one number or one a layer.
         use_linear_projection: see `Transformer2DModel`.
         motion_heads, motion_layers, motion_positions: heads, transformer blocks (as above) and the most
             frames of motion modules.
@@ -63,7 +61,7 @@ def entry(values: Any, i: int) -> Any:
     return values[i] if isinstance(values, tuple) else values
 
 
-# The modules that lists are made of, by the numbers of a level, for its layer i.
+# Makers of the modules in these lists, for layer i of a level.
 
 
 def resnet(level: Level, c_in: int, c_out: int, scale: float = 1.0) -> nn.Module:
@@ -119,14 +117,13 @@ def spatio_temporal_transformer(level: Level, i: int) -> nn.Module:
 
 
 def spatio_temporal_resnet(eps: float) -> Callable[..., nn.Module]:
-    """Maker of the resnets of Stable Video Diffusion, whose eps is that of the class and not of the
-    network."""
+    """Return the maker of Stable Video Diffusion's resnets, whose eps depends on the block class."""
     return lambda level, c_in, c_out, scale=1.0: SpatioTemporalResBlock(c_in, c_out, level.temb_channels, eps)
 
 
 Maker = Callable[[Level, int], nn.Module]
 Step = Callable[[mx.array, Conditions, list[mx.array]], mx.array]
-"""A step of the loop: from the state, the conditions and the skips so far to the next state."""
+"""A step of the loop: returns the next state from the state, the conditions and the skips so far."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ class Run:
 
 
 class Keep:
-    """The step that keeps the state as a skip for the way up."""
+    """The step that stores the state as a skip for the way up."""
 
     def __call__(self, x: mx.array, cond: Conditions, skips: list[mx.array]) -> mx.array:
         skips.append(x)
@@ -149,7 +146,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Join:
-    """The step that gives a resnet the latest skip beside the state; `index` counts up blocks, for FreeU."""
+    """The step that runs a resnet on the state and the latest skip; `index` is the up block's, for FreeU."""
 
     resnet: nn.Module
     index: int
@@ -163,7 +160,8 @@ class Join:
 
 @dataclass(frozen=True)
 class Upsample:
-    """The step that doubles the resolution, or meets the size of the next skip, where halving had rounded."""
+    """The step that doubles the resolution, or restores the size of the next skip where halving had
+    rounded."""
 
     module: Upsample2D
 
@@ -174,8 +172,9 @@ class Upsample:
 class Block(nn.Module):
     """Layers of one resolution.
 
-    A subclass says what its layers run: `make_resnet`, then `convolutions` (a module behind every resnet) and
-    `transformers` (behind every resnet but the last of a mid block), makers by the names of their lists.
+    A subclass names the modules of its layers: `make_resnet`, then `convolutions` (one after every resnet)
+    and `transformers` (one after every resnet except the last of a mid block), makers by the names of their
+    lists.
     """
 
     make_resnet: ClassVar[Callable[..., nn.Module]] = staticmethod(resnet)
@@ -190,20 +189,20 @@ class Block(nn.Module):
             made[name] = [make(level, i) for i in range(len(channels))]
         for name, make in self.transformers.items():
             made[name] = [make(level, i) for i in range(attending)]
-        # In the order of diffusers' registration, which lists of adapters without names follow.
+        # In the order of diffusers' registration, on which files of unnamed adapters depend.
         first = ["attentions"] if "attentions" in made and not self.convolutions else []
         for name in dict.fromkeys((*first, *made)):
             self[name] = made[name]
 
     def behind(self, i: int) -> Iterator[Step]:
-        """The steps of layer i behind its resnet."""
+        """Yield the steps of layer i after its resnet."""
         for name in (*self.convolutions, *self.transformers):
             if i < len(self[name]):
                 yield Run(self[name][i])
 
 
 class DownBlock(Block):
-    """Layers whose outputs are kept for the way up, then halving.
+    """Layers whose outputs are stored for the way up, then halving.
 
     Args:
         level: numbers of its modules.
@@ -228,7 +227,7 @@ class DownBlock(Block):
             self.downsamplers = [Downsample2D(width, downsample_padding)]
 
     def steps(self) -> Iterator[Step]:
-        """All steps of the block."""
+        """Yield all steps of the block."""
         for i, module in enumerate(self.resnets):
             yield Run(module)
             yield from self.behind(i)
@@ -239,7 +238,7 @@ class DownBlock(Block):
 
 
 class UpBlock(Block):
-    """Layers fed with the skips of the way down, then doubling.
+    """Layers that also take the skips of the way down, then doubling.
 
     Args:
         level: numbers of its modules.
@@ -269,7 +268,7 @@ class UpBlock(Block):
         self.index = index
 
     def steps(self) -> Iterator[Step]:
-        """All steps of the block."""
+        """Yield all steps of the block."""
         for i, module in enumerate(self.resnets):
             yield Join(module, self.index)
             yield from self.behind(i)
@@ -284,13 +283,13 @@ class MidBlock(Block):
         super().__init__([(level.channels, level.channels)] * (num_layers + 1), level, num_layers, scale)
 
     def steps(self) -> Iterator[Step]:
-        """All steps of the block."""
+        """Yield all steps of the block."""
         for i, module in enumerate(self.resnets):
             yield Run(module)
             yield from self.behind(i)
 
 
-# diffusers' blocks: the lists of modules that their layers run.
+# diffusers' blocks, defined by their lists of modules.
 
 _FRAMES = {"temp_convs": temporal_convolution}
 _TEXT_AND_FRAMES = {"attentions": spatial_transformer, "temp_attentions": temporal_transformer}
@@ -343,7 +342,7 @@ class UNetMidBlock2DCrossAttn(MidBlock):
     transformers = _TEXT
 
 
-# The eps of Stable Video Diffusion differ from class to class, in diffusers' own way.
+# In diffusers, the eps of Stable Video Diffusion's resnets differs from class to class.
 
 
 class DownBlockSpatioTemporal(DownBlock):

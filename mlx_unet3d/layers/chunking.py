@@ -1,8 +1,8 @@
-"""Run layers a chunk at a time: a forward then holds the memory of a chunk, and its result stays the same.
+"""Run layers a chunk at a time, so that a forward holds the memory of one chunk; the result stays the same.
 
-A chunk saves only if its memory is freed before the next one begins. MLX evaluates a graph in order of
-breadth, which would run the chunks side by side. So each is evaluated, or within `mx.compile`, where nothing
-can be, made to wait for the one before. Shapes as in `resnet`.
+This saves memory only if each chunk frees its memory before the next one begins. MLX evaluates a graph
+breadth-first, which would run the chunks side by side. So each chunk is evaluated or, within `mx.compile`,
+where arrays have no values, depends on the previous one. Shapes as in `resnet`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,12 +19,11 @@ from ..scalars import as_count
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks in which a forward of a video UNet takes its layers; None for all at once.
+    """The sizes of chunks in a forward of a video UNet; None for no chunks.
 
     Attributes:
-        frames: frames of a sample that spatial layers (resnets, resampling, spatial transformers) take at a
-            time.
-        pixels: pixels of all frames that temporal layers take at a time.
+        frames: frames of a sample at a time in spatial layers (resnets, resampling, spatial transformers).
+        pixels: pixels of all frames at a time in temporal layers.
     """
 
     frames: int | None = None
@@ -43,18 +42,19 @@ _sketching = ContextVar("sketching", default=False)
 
 
 def evaluate(*arrays: mx.array) -> bool:
-    """Evaluate `arrays`; False within `mx.compile` and the like, where arrays have no values yet."""
+    """Evaluate `arrays`. Return False within `mx.compile` and similar transforms, where arrays have no
+    values."""
     try:
         mx.eval(*arrays)
-    except ValueError:  # what MLX raises for tracers
+    except ValueError:  # raised by MLX for tracers
         return False
     return True
 
 
 @contextmanager
 def sketched() -> Iterator[None]:
-    """Within it, a sequence runs its first piece and its last two, and puts arrays of the same size for those
-    between: for the prediction of memory, to which they add nothing else."""
+    """Within the block, `in_sequence` runs the first chunk and the last two, and puts arrays of the same size
+    in place of the results between. This suffices to predict memory."""
     token = _sketching.set(True)
     try:
         yield
@@ -68,11 +68,11 @@ def in_sequence(
     every: int | None = 1,
     conditions: Sequence[Any] | None = None,
 ) -> list[mx.array]:
-    """`fn` of each of the chunks, one after the other; a chunk is one array or several.
+    """Return `fn` of each chunk, computed one after the other; a chunk is a sequence of arrays.
 
     Args:
-        every: evaluate after so many chunks; None leaves that to the caller, and keeps their order.
-        conditions: a further argument of `fn` for each chunk; None for none.
+        every: evaluate after this number of chunks; None leaves evaluation to the caller, still in order.
+        conditions: another argument of `fn` for each chunk; None for none.
     """
     done: list[mx.array] = []
     if _sketching.get():
@@ -94,22 +94,22 @@ def in_sequence(
 
 
 def ranges(length: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover `length`."""
+    """Return slices of at most `size` that cover `length`."""
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def by_pixels(fn: Callable[..., mx.array], states: Sequence[mx.array], pixels: int | None) -> mx.array:
-    """`fn` of `pixels` of the pixels of `states`, each (B, F, L, C), at a time, joined; None for all."""
+    """Apply `fn` to chunks of `pixels` pixels of the `states`, each (B, F, L, C); None for all at once."""
     if pixels is None:
         return fn(*states)
-    pieces = ([x[:, :, r] for x in states] for r in ranges(states[0].shape[2], pixels))
-    return mx.concatenate(in_sequence(fn, pieces), axis=2)
+    chunks = ([x[:, :, r] for x in states] for r in ranges(states[0].shape[2], pixels))
+    return mx.concatenate(in_sequence(fn, chunks), axis=2)
 
 
 def group_norm_of_parts(norm: nn.GroupNorm, x: mx.array) -> Callable[[mx.array], mx.array]:
-    """A function that normalizes any part of `x` (B, F, L, C) as `norm` does within all of it.
+    """Return a function that normalizes part of `x` (B, F, L, C) with the statistics of all of `x`.
 
-    The statistics, over all frames and pixels of a group, take two passes over the frames, in fp32.
+    Two passes over the frames compute the statistics over all frames and pixels of a group, in fp32.
     """
     batch, frames, pixels, channels = x.shape
     count = frames * pixels * channels // norm.num_groups

@@ -14,18 +14,18 @@ from ..operations import one_operation
 from .normalization import LayerNorm
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": one_operation(nn.gelu),  # the exact one, by erf
+    "gelu": one_operation(nn.gelu),  # exact, by erf
     "quick_gelu": one_operation(nn.gelu_fast_approx),  # x * sigmoid(1.702 x)
 }
 """By the names of `hidden_act`: OpenCLIP's and OpenAI's."""
 
 
 class CLIPAttention(nn.Module):
-    """Multi-head self-attention; `causal` if a token sees itself and the tokens before it alone."""
+    """Multi-head self-attention; with `causal`, a token sees only itself and the tokens before it."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
-        # In transformers' order, which lists of adapters without names follow.
+        # In transformers' order, on which files of unnamed adapters depend.
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
@@ -91,7 +91,7 @@ class CLIPEncoder(nn.Module):
         return x
 
     def hidden_states(self, x: mx.array) -> tuple[mx.array, ...]:
-        """The input (B, L, E) and the output of each layer."""
+        """Return the input (B, L, E) and the output of each layer."""
         states = [x]
         for layer in self.layers:
             states.append(layer(states[-1]))
@@ -99,7 +99,7 @@ class CLIPEncoder(nn.Module):
 
 
 class PatchEmbedding(nn.Conv2d):
-    """A convolution whose stride is its kernel, without bias: one product with the pixels of each patch.
+    """A convolution without bias whose stride equals its kernel, computed as one product per patch.
 
     Pixels beyond the last complete patch are left out.
     """

@@ -24,11 +24,11 @@ class Conditions:
         context_mask: added to the scores of cross-attention, (B, 1, L) or (N, 1, L).
         pixel_mask: added to the scores of spatial self-attention, (N, 1, H*W).
         image_only: (B, F), nonzero for frames that are single images, see `AlphaBlender`; None for videos
-            alone.
+            only.
         cross_attention_kwargs: keywords for the attention processors.
         freeu: factors of FreeU; None for none.
         free_noise: windows of FreeNoise, for motion modules; None for all frames at once.
-        chunks: the chunks in which layers run.
+        chunks: the sizes of chunks, see `chunking`.
     """
 
     batch: int = 1
@@ -49,7 +49,7 @@ class Conditions:
         return self.context.states if isinstance(self.context, TextContext) else self.context
 
     def of_frames(self, start: int, stop: int) -> "Conditions":
-        """The conditions of frames `start` to `stop` of all N, which must be of one sample."""
+        """Return the conditions of frames `start` to `stop` of all N, which must belong to one sample."""
 
         def rows(x: mx.array | None) -> slice:
             per_row = self.batch * self.num_frames // x.shape[0]
@@ -75,11 +75,11 @@ class Conditions:
 
 
 def by_frames(fn: Callable[..., mx.array], states: Sequence[mx.array], cond: Conditions) -> mx.array:
-    """`fn(*states, cond)` for `cond.chunks.frames` frames of a sample at a time, joined; states are (N,
-    ...)."""
+    """Return `fn(*states, cond)`, computed for `cond.chunks.frames` frames of a sample at a time; states are
+    (N, ...)."""
     if cond.chunks.frames is None:
         return fn(*states, cond)
-    if isinstance(cond.context, mx.array):  # else each chunk projects keys and values again
+    if isinstance(cond.context, mx.array):  # or each chunk would project keys and values again
         cond = replace(cond, context=TextContext(cond.context))
     frames = [
         slice(i * cond.num_frames + r.start, i * cond.num_frames + r.stop)

@@ -1,9 +1,9 @@
-"""The convolutions of the networks, and how they are computed.
+"""The convolutions of the networks and their algorithms.
 
-On a GPU each is MLX's own operation. On the CPU that operation unfolds its input into 9 copies (3 for
-a `TemporalConv`); there, products with fewer multiplications take its place: Winograd's F(2x2, 3x3) and
-F(2, 3) (arXiv:1509.09308), in float32 as exact as the direct sum to about 1e-6. Shapes: N frames, H W
-pixels, B batch, F frames of a sample, L pixels of a frame, I O channels.
+On a GPU, each is MLX's own operation. On the CPU, that operation would unfold its input into 9 copies (3 for
+a `TemporalConv`), so Winograd's F(2x2, 3x3) and F(2, 3) (arXiv:1509.09308), which need fewer multiplications,
+replace it; in float32 they equal the direct sum to about 1e-6. Shapes: N frames, H W pixels, B batch, F
+frames of a sample, L pixels of a frame, I O channels.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,11 +16,11 @@ import mlx.nn as nn
 from .. import cpu
 from ..operations import one_operation
 
-# Elements of transformed weights that are in memory at once, 64 MB.
+# Most elements of transformed weights in memory at a time, 64 MB.
 _WEIGHTS = 2**24
 
 MODES = ("auto", "fast", "precise")
-"""Of `set_convolution`."""
+"""The modes of `set_convolution`."""
 
 
 class Conv2d(nn.Conv2d):
@@ -35,7 +35,7 @@ class Conv2d(nn.Conv2d):
         return self.convolve(x, self.bias if "bias" in self else None)
 
     def convolve(self, x: mx.array, bias: mx.array | None) -> mx.array:
-        """The convolution with this bias in place of its own."""
+        """Convolve with this bias in place of the layer's own."""
         options = self.stride, self.padding, self.dilation, self.groups
         return conv2d(x, self.weight, bias, *options, mode=self.convolution)
 
@@ -44,10 +44,11 @@ def set_convolution(layers: Iterable[nn.Module], mode: str) -> None:
     """Compute the 3x3 convolutions among `layers` "fast" or "precise" on a Mac's GPU; "auto" is precise in
     bfloat16, else fast.
 
-    There, MLX computes a 3x3 convolution of many pixels and channels by Winograd's F(6x6, 3x3), and stores
-    what it transforms in the dtype of the network: in float16 that rounds every such layer to 0.7 % (rms),
-    in bfloat16 to 6 %, and float16 can overflow from activations of about 400. "precise" takes the direct
-    sum for these layers, accumulated in float32. On the CPU and on CUDA both are direct, or exact in float32.
+    There, MLX computes a 3x3 convolution of many pixels and channels by Winograd's F(6x6, 3x3) and stores
+    transformed values in the dtype of the network. The rounding error of such a layer is 0.7 % (rms) in
+    float16 and 6 % in bfloat16, and float16 can overflow from activations of about 400. "precise" computes
+    the direct sum for these layers, accumulated in float32. On the CPU and on CUDA both modes are direct, or
+    exact in float32.
     """
     if mode not in MODES:
         raise ValueError(f"convolution={mode!r} is not known; use {', '.join(map(repr, MODES))}")
@@ -59,7 +60,7 @@ def set_convolution(layers: Iterable[nn.Module], mode: str) -> None:
 class TemporalConv(nn.Module):
     """A convolution over frames only: diffusers' Conv3d with kernel (3, 1, 1) and padding (1, 0, 0).
 
-    Run as a conv2d with kernel (3, 1) over (B, F, H*W, C), which is a view; no conv3d kernel is needed.
+    It runs as a conv2d with kernel (3, 1) over (B, F, H*W, C), a view, and needs no conv3d kernel.
     Weight (O, 3, 1, I).
     """
 
@@ -77,13 +78,13 @@ class TemporalConv(nn.Module):
         return self.convolve(x, self.bias)
 
     def convolve(self, x: mx.array, bias: mx.array | None) -> mx.array:
-        """The convolution with this bias in place of its own."""
+        """Convolve with this bias in place of the layer's own."""
         return temporal_conv(x, self.weight, bias)
 
 
 def without_bias(layer: nn.Module, x: mx.array) -> tuple[mx.array, mx.array | None]:
-    """The output of a convolution, and the bias that is still to be added to it; None where there is none, or
-    where it costs nothing, as on the CPU."""
+    """Return the output of a convolution and the bias still to be added; None where the layer has none, or
+    where adding it costs nothing, as on the CPU."""
     if cpu.active(x) or "bias" not in layer or not hasattr(layer, "convolve"):
         return layer(x), None
     return layer.convolve(x, None), layer.bias
@@ -99,7 +100,7 @@ def conv2d(
     groups: int = 1,
     mode: str = "auto",
 ) -> mx.array:
-    """(N, H, W, I) by (O, h, w, I) -> (N, H', W', O); `mode` as of `set_convolution`, further arguments as of
+    """(N, H, W, I) by (O, h, w, I) -> (N, H', W', O); for `mode` see `set_convolution`, for other arguments
     `mlx.core.conv2d`."""
     precise = mode == "precise" or (mode == "auto" and x.dtype == mx.bfloat16)
     options = [(v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation)]
@@ -109,8 +110,8 @@ def conv2d(
             return _winograd(x, weight, bias)
         y = _in_frames(lambda x: mx.conv2d(x, weight, stride, padding, dilation, groups), x, weight)
     elif precise and plain and _metal_winograd(x, weight):
-        # MLX has no switch, but a flipped convolution, of the flipped weight, never takes that route. The
-        # flip copies the weight: little beside the 4096 pixels or more that each of its numbers meets.
+        # MLX has no switch for Winograd, but never uses it for a flipped convolution, here of the flipped
+        # weight. The copy of the weight costs little: it is used for 4096 pixels or more.
         y = mx.conv_general(x, weight[:, ::-1, ::-1], padding=options[1], flip=True)
     else:
         y = mx.conv2d(x, weight, stride, padding, dilation, groups)
@@ -118,7 +119,7 @@ def conv2d(
 
 
 def _metal_winograd(x: mx.array, weight: mx.array) -> bool:
-    """The rule by which MLX 0.32 gives a plain 3x3 convolution to Winograd on Metal."""
+    """Return True if MLX 0.32 uses Winograd for a plain 3x3 convolution on Metal."""
     n, height, width, channels = x.shape
     widths = channels, weight.shape[0]
     return n * height * width >= 4096 and all(c % 32 == 0 for c in widths) and sum(widths) >= 256
@@ -133,19 +134,19 @@ def temporal_conv(x: mx.array, weight: mx.array, bias: mx.array | None = None) -
 
 
 def _in_frames(fn: Callable[[mx.array], mx.array], x: mx.array, weight: mx.array) -> mx.array:
-    """`fn` of some frames at a time, so that MLX unfolds no more than 8 pieces."""
+    """Apply `fn` to a few frames at a time, so that MLX never unfolds more than 8 of them at once."""
     n, height, width, channels = x.shape
     unfolded = height * width * channels * weight.shape[1] * weight.shape[2]
     step = max(8 * cpu.PIECE // unfolded, 1)
-    return fn(x) if n <= step else cpu.in_turn(lambda piece, _: fn(piece), x, (step,))
+    return fn(x) if n <= step else cpu.in_turn(lambda chunk, _: fn(chunk), x, (step,))
 
 
-# Winograd in two dimensions. A tile of 4x4 inputs gives 2x2 outputs in 16 products instead of 36. Each of the
+# Winograd in two dimensions: a tile of 4x4 inputs gives 2x2 outputs by 16 products instead of 36. Each of the
 # 16 is a matrix product over the tiles.
 
 
 def _winograd_pays(x: mx.array, weight: mx.array) -> bool:
-    """Measured with OpenBLAS: the transforms cost more than they save for fewer tiles and channels."""
+    """Return True for enough tiles and channels that the transforms save time, measured with OpenBLAS."""
     n, height, width, channels = x.shape
     return n * height * width >= 512 and min(channels, weight.shape[0]) >= 64
 
@@ -191,13 +192,13 @@ def _input_tiles(x: mx.array, rows: int, columns: int) -> list[mx.array]:
 
 
 def _winograd(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    """A 3x3 convolution with padding 1, some tiles and output channels at a time."""
+    """Convolve by 3x3 with padding 1, a band of tiles and some output channels at a time."""
     out_channels, in_channels = weight.shape[0], weight.shape[-1]
     step = max(_WEIGHTS // (16 * in_channels), 64)
     parts = []
     for start in range(0, out_channels, step):
         channels = slice(start, start + step)
-        # One after the other, see `cpu.in_turn`, and the first not before it is needed.
+        # One after the other, see `cpu.in_turn`, and the first only when it is needed.
         part = mx.depends([weight[channels]], [parts[-1] if parts else x])[0]
         matrices = [m.T for m in _filter_tiles(*(part[:, i, j] for i in range(3) for j in range(3)))]
         parts.append(_winograd_products(x, matrices, None if bias is None else bias[channels]))
@@ -207,7 +208,7 @@ def _winograd(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
 def _winograd_products(x: mx.array, matrices: list[mx.array], bias: mx.array | None) -> mx.array:
     _, height, width, channels = x.shape
     tile_rows, tile_columns = -(-height // 2), -(-width // 2)
-    # 10 MB of transformed inputs and products, and rows enough for an efficient matrix product
+    # 10 MB of transformed inputs and products, with enough rows for an efficient matrix product
     tiles = max(256, 160 * 1024 // (channels + matrices[0].shape[1]))
     frames = max(tiles // (tile_rows * tile_columns), 1)
     rows = tile_rows if frames > 1 else min(max(tiles // tile_columns, 1), tile_rows)
@@ -233,7 +234,7 @@ def _winograd_band(
     """-> (n, 2 * rows, 2 * columns, O)."""
     products = [a @ b for a, b in zip(inputs, matrices, strict=True)]
     if bias is not None:
-        # The product in row 1 and column 1 is part of all four outputs with the factor 1
+        # The product in row 1 and column 1 contributes to all four outputs with the factor 1
         products[5] = mx.addmm(bias, inputs[5], matrices[5])
     rows, columns = shape
     out_channels = matrices[0].shape[1]
@@ -242,7 +243,7 @@ def _winograd_band(
     return y.transpose(2, 3, 0, 4, 1, 5).reshape(-1, 2 * rows, 2 * columns, out_channels)
 
 
-# The same along frames: 4 inputs give 2 outputs in 4 products instead of 6.
+# The same along frames: 4 inputs give 2 outputs by 4 products instead of 6.
 
 
 def _temporal_winograd_pays(x: mx.array, weight: mx.array) -> bool:
@@ -256,10 +257,10 @@ _compiled_filter_rows, _compiled_output_rows = (
 
 
 def _temporal_winograd(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    """A convolution over frames with padding 1, some pairs of output frames at a time."""
+    """Convolve over frames with padding 1, some pairs of output frames at a time."""
     _, frames, pixels, channels = x.shape
     out_channels = weight.shape[0]
-    weight = mx.depends([weight], [x])[0]  # not before it is needed
+    weight = mx.depends([weight], [x])[0]  # only when it is needed
     matrices = [m.T for m in _compiled_filter_rows(*(weight[:, i, 0] for i in range(3)))]
     step = max(max(512, 320 * 1024 // channels) // pixels, 1)
 
@@ -268,7 +269,7 @@ def _temporal_winograd(x: mx.array, weight: mx.array, bias: mx.array | None) -> 
         inputs = [a.reshape(-1, channels) for a in _input_rows(*(x[i : i + count : 2] for i in range(4)))]
         products = [a @ b for a, b in zip(inputs, matrices, strict=True)]
         if bias is not None:
-            products[1] = mx.addmm(bias, inputs[1], matrices[1])  # part of both outputs
+            products[1] = mx.addmm(bias, inputs[1], matrices[1])  # contributes to both outputs
         y = [a.reshape(-1, pixels, out_channels) for a in _compiled_output_rows(*products)]
         return mx.stack(y, axis=1).reshape(count, pixels, out_channels)
 

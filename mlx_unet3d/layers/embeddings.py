@@ -1,4 +1,4 @@
-"""Time embeddings: a sinusoid of the timestep and the two-layer MLP behind it."""
+"""Time embeddings: a sinusoid of the timestep, then a two-layer MLP."""
 
 import math
 
@@ -16,8 +16,8 @@ def timestep_sinusoid(timesteps: mx.array, dim: int, max_period: float = 10_000.
     last column is zero. The timesteps stay in fp32: bf16 cannot tell 999 from 1000.
     """
     half = dim // 2
-    # In fp32 on purpose: at t = 999 the rounding of a frequency shows in the fifth digit of its cosine,
-    # and the networks were trained on torch's rounding.
+    # In fp32 on purpose: at t = 999 the rounding of a frequency changes the fifth digit of its cosine, and
+    # the networks were trained with torch's rounding.
     exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
     angles = timesteps.astype(mx.float32)[:, None] * mx.array(np.exp(exponent))[None]
     columns = [mx.cos(angles), mx.sin(angles)]
@@ -30,8 +30,8 @@ class TimestepEmbedding(nn.Module):
     """MLP over the sinusoid, (B, in_channels) -> (B, out_dim); diffusers' class of that name.
 
     `out_dim` None stands for `time_embed_dim`.
-    `cond_proj_dim` adds a projection of a second condition (B, cond_proj_dim), such as the guidance
-    embedding of consistency models, to the input.
+    `cond_proj_dim` adds the projection of a second condition (B, cond_proj_dim) to the input, such as the
+    guidance embedding of consistency models.
     """
 
     def __init__(

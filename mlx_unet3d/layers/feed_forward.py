@@ -8,7 +8,8 @@ from .activations import geglu, gelu
 
 
 class GEGLU(nn.Module):
-    """Linear to twice the width, one half gating the other through GELU (arXiv:2002.05202)."""
+    """A linear layer to twice the width, half of which gates the other half through GELU
+    (arXiv:2002.05202)."""
 
     def __init__(self, dim_in: int, dim_out: int, bias: bool = True):
         super().__init__()
@@ -20,7 +21,7 @@ class GEGLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """Linear and the exact GELU; diffusers' class of that name."""
+    """A linear layer and the exact GELU; diffusers' class of that name."""
 
     def __init__(self, dim_in: int, dim_out: int, bias: bool = True):
         super().__init__()
@@ -34,7 +35,7 @@ _ACTIVATIONS = {"geglu": GEGLU, "gelu": GELU}
 
 
 class FeedForward(nn.Module):
-    """An activation at another width, "geglu" or "gelu", and a linear behind; diffusers' class.
+    """An activation at another width, "geglu" or "gelu", and a linear layer; diffusers' class of that name.
 
     Args:
         dim: channels of the input.
@@ -59,7 +60,7 @@ class FeedForward(nn.Module):
         self.net = [_ACTIVATIONS[activation](dim, inner, bias), nn.Dropout(dropout), last]
 
     def __call__(self, x: mx.array) -> mx.array:
-        # Unlike a GPU, the CPU gains by keeping what lies between the products in its cache.
+        # Unlike a GPU, the CPU gains by keeping the activations between both products in its cache.
         rows = max(512, 2 * cpu.PIECE // (8 * x.shape[-1])) if cpu.active(x) else x.size
         return cpu.in_rows(self._all, x, rows)
 

@@ -20,7 +20,7 @@ class FreeU:
 
 @lru_cache(maxsize=32)
 def _low_frequencies(height: int, width: int) -> np.ndarray:
-    """Cosines and sines of the frequencies {0, -1} x {0, -1}, (H*W, K), scaled to an inner product."""
+    """Return cosines and sines of the frequencies {0, -1} x {0, -1}, (H*W, K), times 1 / sqrt(H*W)."""
     rows, columns = np.divmod(np.arange(height * width), width)
     # An axis of one pixel has the frequency 0 only.
     fys = (0, -1) if height > 1 else (0,)
@@ -47,9 +47,9 @@ def scale_low_frequencies(x: mx.array, scale: float) -> mx.array:
 
 
 def apply_freeu(freeu: FreeU, resolution_idx: int, hidden: mx.array, skip: mx.array):
-    """FreeU on the two inputs of a resnet of up block `resolution_idx`; both (N, H, W, C).
+    """Apply FreeU to the two inputs of a resnet of up block `resolution_idx`; both (N, H, W, C).
 
-    Blocks after the second are left alone, as in diffusers.
+    Blocks after the second are unchanged, as in diffusers.
     """
     if resolution_idx > 1:
         return hidden, skip

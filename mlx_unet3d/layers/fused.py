@@ -1,6 +1,6 @@
-"""Chains of element-wise operations as one kernel each: every pass over an activation saved is time saved.
+"""Chains of element-wise operations, one kernel each: every saved pass over an activation saves time.
 
-On a GPU these are bound by memory; what they take is what they read and write.
+On a GPU they are bound by memory bandwidth.
 """
 
 import mlx.core as mx

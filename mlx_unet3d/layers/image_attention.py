@@ -1,4 +1,4 @@
-"""Attention processors that look at images beside the text: IP-Adapters (arXiv:2308.06721).
+"""Attention processors for images beside the text: IP-Adapters (arXiv:2308.06721).
 
 Names and meanings are those of diffusers 0.42.1.
 """
@@ -21,18 +21,18 @@ from .text_context import TextContext
 
 
 class IPAdapterAttnProcessor(AttnProcessor, nn.Module):
-    """Attention to the text, and to the tokens of images with keys and values of their own, summed.
+    """The sum of attention to the text and attention to image tokens with their own keys and values.
 
-    Takes a `TextContext` with `images`, one for each adapter. It stands on another processor, `base`, and
-    attends as that does: explicitly, fused, or in slices.
+    Takes a `TextContext` with `images`, one for each adapter. Attention is computed by a base processor:
+    explicitly, fused, or in slices.
 
     Args:
         hidden_size: channels of the attention layer.
         cross_attention_dim: channels of its context.
-        num_tokens: of an image, one number or one an adapter; only their number counts.
-        scale: how much each adapter counts, one number or one an adapter; 0 leaves it out.
+        num_tokens: tokens of an image, one number or one an adapter; only the number of adapters matters.
+        scale: weight of each adapter, one number or one an adapter; 0 disables it.
 
-    Raises ValueError where there are not as many scales as adapters.
+    Raises ValueError for another number of scales than of adapters.
     """
 
     attends_to_text_alone = False
@@ -61,24 +61,24 @@ class IPAdapterAttnProcessor(AttnProcessor, nn.Module):
         self.base = self.base_processor()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "scale":  # plain numbers, kept out of the tree of parameters
+        if name == "scale":  # plain numbers, kept out of the parameter tree
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 
     @property
     def attention(self) -> Callable[..., mx.array]:
-        """That of the processor below."""
+        """The attention function of the base processor."""
         return self.base.attention
 
     def standing_on(self, base: AttnProcessor) -> "IPAdapterAttnProcessor":
-        """The same layers above another processor."""
+        """Return a processor with the same layers on another base."""
         other = copy.copy(self)
         other.base = base
         return other
 
     def check(self, attn: Attention) -> None:
-        """ValueError where the layers have other shapes than `attn`, or it looks at no context."""
+        """Raise ValueError where `attn` has other channels, or is no cross-attention."""
         wanted = (attn.heads * attn.dim_head, attn.cross_attention_dim)
         if not attn.is_cross_attention or wanted != (self.hidden_size, self.cross_attention_dim):
             raise ValueError(
@@ -93,21 +93,21 @@ class IPAdapterAttnProcessor(AttnProcessor, nn.Module):
         images = context.images if isinstance(context, TextContext) else ()
         if len(images) != len(self.scale):
             raise ValueError(
-                f"{len(self.scale)} IP-Adapters are loaded, and there are images for {len(images)}; give "
+                f"{len(self.scale)} IP-Adapters are loaded, but images are given for {len(images)}; give "
                 "image_embeds for each, or unload them"
             )
         for image, scale, to_k, to_v in zip(images, self.scale, self.to_k_ip, self.to_v_ip, strict=True):
             if scale == 0:
                 continue
             key, value = image.keys_values(to_k, lambda tokens, k=to_k, v=to_v: (k(tokens), v(tokens)))
-            # (N, S, E) -> (B, F*S, E): all frames of a sample look at the same images
+            # (N, S, E) -> (B, F*S, E): all frames of a sample attend to the same images
             rows = query.reshape(key.shape[0], -1, query.shape[-1])
             y = y + scale * self._attend(attn, rows, key, value).reshape(y.shape)
         return y
 
 
 class IPAdapterAttnProcessor2_0(IPAdapterAttnProcessor):
-    """`IPAdapterAttnProcessor` above the fused attention."""
+    """`IPAdapterAttnProcessor` with fused attention."""
 
     base_processor = AttnProcessor2_0
 

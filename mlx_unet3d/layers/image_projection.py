@@ -1,4 +1,4 @@
-"""Embeddings of images -> tokens that cross-attention looks at: the projections of IP-Adapters.
+"""The projections of IP-Adapters: embeddings of images -> context tokens for cross-attention.
 
 Source: diffusers' classes of the same names in `models/embeddings.py`; arXiv:2308.06721. Letters: B batch, n
 images of a sample, M rows (B*n), L tokens of an image encoder, C their channels, T tokens made, D their
@@ -21,7 +21,7 @@ class _Projection(nn.Module):
 
     Attributes:
         channels: C.
-        axes: names of the axes of the embeddings of one image but for the channels.
+        axes: names of the axes of one image's embeddings, except the channels.
     """
 
     axes: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class ImageProjection(_Projection):
 
 
 class IPAdapterFullImageProjection(_Projection):
-    """Each token of an image encoder -> a token, (M, L, C) -> (M, L, D), by a feed-forward and a norm."""
+    """Each token of an image encoder -> one token, (M, L, C) -> (M, L, D), by a feed-forward and a norm."""
 
     axes = ("tokens",)
 
@@ -113,8 +113,8 @@ class IPAdapterPlusImageProjectionBlock(nn.Module):
 
 
 class IPAdapterPlusImageProjection(_Projection):
-    """All tokens of an image encoder -> T tokens, (M, L, C) -> (M, T, D), by learned latents that look at
-    them: a perceiver's resampler.
+    """All tokens of an image encoder -> T tokens, (M, L, C) -> (M, T, D), by learned latents that attend to
+    them: a perceiver resampler.
 
     Args:
         embed_dims, output_dims: C and D.
@@ -167,7 +167,7 @@ class MultiIPAdapterImageProjection(nn.Module):
         return len(self.image_projection_layers)
 
     def check(self, image_embeds: mx.array | Sequence[mx.array], batch: int) -> None:
-        """ValueError unless there are images for each adapter, for a batch, in the shape that it takes."""
+        """Raise ValueError unless each adapter has images for the batch, in the shape that it takes."""
         embeds = _as_list(image_embeds)
         if len(embeds) != self.num_ip_adapters:
             raise ValueError(
@@ -184,7 +184,8 @@ class MultiIPAdapterImageProjection(nn.Module):
                 )
 
     def __call__(self, image_embeds: mx.array | Sequence[mx.array]) -> list[mx.array]:
-        """(B, n, C) or (B, n, L, C) for each adapter -> (B, n*T, D) each; a lone array is one image each."""
+        """(B, n, C) or (B, n, L, C) for each adapter -> (B, n*T, D) each; a single array (B, ...) has one
+        image a sample."""
         made = []
         for x, project in zip(_as_list(image_embeds), self.image_projection_layers, strict=True):
             rows = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

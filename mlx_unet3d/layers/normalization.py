@@ -1,4 +1,4 @@
-"""Layer normalization, and group normalization as torch groups it, with what stands before and behind it."""
+"""Layer normalization, and group normalization with torch's groups, fused with adjacent operations."""
 
 from collections.abc import Callable
 
@@ -11,17 +11,17 @@ from .fused import affine, affine_silu
 
 
 class LayerNorm(nn.LayerNorm):
-    """MLX's layer norm, one operation to a tracer."""
+    """MLX's layer norm, a single operation to a tracer."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return operations.layer_norm(x, self.get("weight"), self.get("bias"), self.eps)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalizes groups of neighbouring channels of (N, ..., C), statistics in fp32 over all but N.
+    """Normalizes groups of adjacent channels of (N, ..., C), with statistics in fp32 over all axes except N.
 
-    A layer norm needs each group in one piece, so that a group norm is two copies around one. What is
-    added before, and the scale, shift and activation behind, are done in these copies.
+    A layer norm computes it, between two copies that make each group contiguous and restore the order. The
+    addition before, and the scale, shift and activation after, are part of these copies.
     """
 
     def __call__(
@@ -77,7 +77,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(num_groups: int, channels: int, eps: float = 1e-5) -> GroupNorm:
-    """A `GroupNorm`; ValueError where the groups do not divide the channels."""
+    """Return a `GroupNorm`; ValueError where the groups do not divide the channels."""
     if channels % num_groups:
         raise ValueError(
             f"norm_num_groups={num_groups} does not divide {channels} channels; "

@@ -1,8 +1,8 @@
-"""Layers whose weight is stored quantized, in groups along each row of the matrix that it is.
+"""Layers whose weight is stored quantized, in groups along the rows of a matrix.
 
-MLX quantizes matrices only; here a kernel (O, h, w, I) is one, (O, h * w * I), so convolutions, which hold
-most of the weights of a 3D UNet, are quantized as well. A layer restores its weight when it is called and
-drops it after: a video has thousands of rows, for which that is little work beside the product.
+MLX quantizes only matrices; a kernel (O, h, w, I) becomes one of (O, h * w * I), so that convolutions, which
+hold most weights of a 3D UNet, are quantized as well. A layer dequantizes its weight when it is called and
+drops it afterwards, which takes little time beside the product with a video's thousands of rows.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ _MODES = {  # mode -> bits, group sizes; the first are the defaults
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a weight is quantized.
+    """The settings of a quantized weight.
 
     Attributes:
         bits: of a weight: 2, 3, 4, 5, 6 or 8 for "affine"; 4 for "mxfp4" and "nvfp4", 8 for "mxfp8".
@@ -31,8 +31,9 @@ class Quantization:
         mode: "affine" (a scale and an offset a group), or one of the floating-point formats "mxfp4", "mxfp8",
             "nvfp4"; see `mlx.core.quantize`.
 
-    None takes the mode's default: 8 bits and groups of 64, or the only choice. (MLX's own is 4 bits, which is
-    much for a diffusion network: see BENCHMARKS.md.) Raises ValueError for others.
+    None takes the mode's default: 8 bits and groups of 64 for "affine", or the only choice. (MLX's own
+    default of 4 bits is coarse for a diffusion network, see BENCHMARKS.md.) Raises ValueError for
+    other values.
     """
 
     bits: int | None = None
@@ -51,21 +52,21 @@ class Quantization:
                 raise ValueError(f"{name}={value!r} does not go with mode={self.mode!r}; use {choices}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The keywords of `mlx.core.quantize`."""
+        """Return the keywords of `mlx.core.quantize`."""
         return asdict(self)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a weight of this shape divides into groups."""
+        """Return True if a weight of this shape divides into groups."""
         columns = _columns(shape)
         return len(shape) > 1 and columns % self.group_size == 0 and columns * self.bits % 32 == 0
 
     def quantize(self, weight: mx.array) -> dict[str, mx.array]:
-        """ "weight" (packed), "scales" and, for "affine", "biases" of a weight (O, ...)."""
+        """Return "weight" (packed), "scales" and, for "affine", "biases" of a weight (O, ...)."""
         parts = mx.quantize(weight.reshape(weight.shape[0], -1), **self.to_dict())
         return dict(zip(("weight", "scales", "biases"), parts, strict=False))
 
     def dequantize(self, parts: dict[str, mx.array], shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """The weight of `shape` that `quantize` made `parts` of, as far as it is kept."""
+        """Return the weight of `shape` from the `parts` that `quantize` made, up to its rounding."""
         dense = mx.dequantize(
             parts["weight"], parts["scales"], parts.get("biases"), **self.to_dict(), dtype=dtype
         )
@@ -80,7 +81,7 @@ def _columns(shape: tuple[int, ...]) -> int:
 
 
 class QuantizedLayer(nn.Module):
-    """A layer with its weight quantized: `weight` (packed), `scales`, `biases` (affine) and its `bias`."""
+    """A layer with a quantized weight: `weight` (packed), `scales`, `biases` (affine), and its `bias`."""
 
     def __init__(self, layer: nn.Module, quantization: Quantization):
         super().__init__()
@@ -96,7 +97,7 @@ class QuantizedLayer(nn.Module):
         return self.quantization.bits
 
     def dense_weight(self, dtype: mx.Dtype) -> mx.array:
-        """The weight in its own shape."""
+        """Return the dequantized weight in its own shape."""
         return self.quantization.dequantize(self, self.shape, dtype)
 
     def _extra_repr(self) -> str:
@@ -142,17 +143,17 @@ class QuantizedTemporalConv(QuantizedLayer):
 
 
 _QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
-    nn.Linear: QuantizedLinear,  # and what is derived from it: PointwiseConv2d
+    nn.Linear: QuantizedLinear,  # and its subclass PointwiseConv2d
     nn.Conv2d: QuantizedConv2d,
     TemporalConv: QuantizedTemporalConv,
 }
 
 
 def can_quantize(layer: nn.Module) -> bool:
-    """Whether there is a quantized form of such a layer."""
+    """Return True if such a layer has a quantized form."""
     return isinstance(layer, tuple(_QUANTIZED))
 
 
 def quantized(layer: nn.Module, quantization: Quantization) -> QuantizedLayer:
-    """The quantized form of a layer."""
+    """Return the quantized form of a layer."""
     return next(form for kind, form in _QUANTIZED.items() if isinstance(layer, kind))(layer, quantization)

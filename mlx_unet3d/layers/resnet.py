@@ -18,7 +18,7 @@ from .normalization import group_norm
 
 
 class PointwiseConv2d(nn.Linear):
-    """A 1x1 convolution, computed and stored as the matrix (O, I) that it is."""
+    """A 1x1 convolution, computed and stored as a matrix (O, I)."""
 
     diffusers_layout = "conv2d_1x1"
 
@@ -57,7 +57,8 @@ class ResnetBlock2D(nn.Module):
         self.output_scale_factor = output_scale_factor
 
     def __call__(self, x: mx.array, cond: Conditions, skip: mx.array | None = None) -> mx.array:
-        """(N, H, W, I) -> (N, H, W, O); `skip` (N, H, W, J) is put beside x, whose I then counts both."""
+        """(N, H, W, I) -> (N, H, W, O); a `skip` (N, H, W, J) is concatenated to x, and I is the sum of
+        both."""
         return by_frames(self._of_frames, [x] if skip is None else [x, skip], cond)
 
     def _of_frames(self, *states_and_cond: Any) -> mx.array:
@@ -74,18 +75,18 @@ class ResnetBlock2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """3x3 convolution of stride 2. Padding 1: ceil(n/2) pixels; padding 0: one zero row and column are
-    added at the bottom right, floor(n/2) pixels. diffusers' class of that name."""
+    """A 3x3 convolution of stride 2; diffusers' class of that name. Padding 1 gives ceil(n/2) pixels; padding
+    0 adds a zero row and column at the bottom right and gives floor(n/2) pixels."""
 
     def __init__(self, channels: int, padding: int = 1):
         super().__init__()
         if padding not in (0, 1):
-            raise ValueError(f"downsample_padding={padding} does not fit the skip connections; use 0 or 1")
+            raise ValueError(f"downsample_padding={padding} does not suit the skip connections; use 0 or 1")
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
         self.padding = padding
 
     def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
-        """(N, H, W, C) -> half of that height and width."""
+        """(N, H, W, C) -> half the height and width."""
         return by_frames(self._of_frames, [x], cond)
 
     def _of_frames(self, x: mx.array, cond: Conditions) -> mx.array:
@@ -95,7 +96,7 @@ class Downsample2D(nn.Module):
 
 
 def upsample_nearest(x: mx.array, height: int, width: int) -> mx.array:
-    """Nearest neighbour, (N, h, w, C) -> (N, height, width, C); pixel k comes from floor(k * in / out)."""
+    """(N, h, w, C) -> (N, height, width, C), nearest neighbours: pixel k comes from floor(k * in / out)."""
     n, h, w, channels = x.shape
     if (height, width) == (2 * h, 2 * w):
         # (N, h, w, C) -> (N, h, 2, w, 2, C): every pixel twice each way

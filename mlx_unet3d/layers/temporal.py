@@ -23,8 +23,8 @@ MERGE_STRATEGIES = ("fixed", "learned", "learned_with_images")
 
 
 class Stage(NamedTuple):
-    """Norm, SiLU, `dropout`, convolution over frames, and `shift` (B, C) added to the result; None for
-    none."""
+    """Norm, SiLU, `dropout`, convolution over frames, and a `shift` (B, C) added to the result (None:
+    none)."""
 
     norm: GroupNorm
     dropout: Sequence[nn.Module]
@@ -33,8 +33,7 @@ class Stage(NamedTuple):
 
 
 def convolve_frames(x: mx.array, stages: Sequence[Stage], cond: Conditions) -> mx.array:
-    """x + stages(x), (N, H, W, C) -> (N, H, W, C). Norms take their statistics over all frames of a
-    sample."""
+    """(N, H, W, C) -> (N, H, W, C), x + stages(x). Norms take statistics over all frames of a sample."""
     # (N, H, W, C) -> (B, F, L, C)
     video = x.reshape(-1, cond.num_frames, x.shape[1] * x.shape[2], x.shape[3])
     if cond.chunks.pixels is not None:
@@ -59,7 +58,7 @@ def _by_pixels(video: mx.array, stages: Sequence[Stage], pixels: int) -> mx.arra
 
 
 def _normalized(stage: Stage, video: mx.array):
-    """`stage` of any pixels of `video`, with the statistics of all."""
+    """Return a function that applies `stage` to some pixels of `video` with the statistics of all."""
     norm = group_norm_of_parts(stage.norm, video)
 
     def run(chunk: mx.array) -> mx.array:
@@ -74,7 +73,7 @@ def _normalized(stage: Stage, video: mx.array):
 class TemporalConvLayer(nn.Module):
     """Four norm-SiLU-convolution stages over frames around a skip; diffusers' class of that name.
 
-    The last convolution starts at zero, so an untrained layer is the identity.
+    The last convolution starts at zero, so that an untrained layer is the identity.
     """
 
     def __init__(self, channels: int, norm_num_groups: int = 32, dropout: float = 0.1):
@@ -100,8 +99,7 @@ class TemporalConvLayer(nn.Module):
 
 
 class TemporalResnetBlock(nn.Module):
-    """Two norm-SiLU-convolution stages over frames, the time embedding between; diffusers' class of that
-    name.
+    """Two norm-SiLU-convolution stages over frames with the time embedding added between; diffusers' class.
 
     `temb_channels` None: no time embedding. The number of channels stays the same, and groups are 32.
     """
@@ -123,12 +121,12 @@ class TemporalResnetBlock(nn.Module):
 
 
 class AlphaBlender(nn.Module):
-    """a * spatial + (1 - a) * temporal by one learned number; diffusers' class of that name.
+    """a * spatial + (1 - a) * temporal with one learned number; diffusers' class of that name.
 
     Args:
-        alpha: start value of `mix_factor`.
-        merge_strategy: "fixed", a is `mix_factor`; "learned", its sigmoid; "learned_with_images", that too,
-            and 1 for frames that are single images.
+        alpha: initial value of `mix_factor`.
+        merge_strategy: "fixed": a is `mix_factor`; "learned": its sigmoid; "learned_with_images": its
+            sigmoid, and 1 for frames that are single images.
         switch_spatial_to_temporal_mix: exchange a and 1 - a.
 
     Raises ValueError for another strategy.
@@ -164,12 +162,12 @@ class AlphaBlender(nn.Module):
 
 
 class SpatioTemporalResBlock(nn.Module):
-    """A spatial resnet, one over frames behind it, and a blend of both; diffusers' class of that name.
+    """A spatial resnet, then one over frames, and a blend of both; diffusers' class of that name.
 
     Args:
         in_channels, out_channels: of the spatial resnet; the temporal one keeps `out_channels`.
         temb_channels: T; None for no time embedding.
-        eps, temporal_eps: of the group norms; the second is the first's where None.
+        eps, temporal_eps: of the group norms; `temporal_eps` None takes `eps`.
         merge_factor, merge_strategy, switch_spatial_to_temporal_mix: see `AlphaBlender`.
     """
 
@@ -192,7 +190,7 @@ class SpatioTemporalResBlock(nn.Module):
         self.time_mixer = AlphaBlender(merge_factor, merge_strategy, switch_spatial_to_temporal_mix)
 
     def __call__(self, x: mx.array, cond: Conditions, skip: mx.array | None = None) -> mx.array:
-        """(N, H, W, I) -> (N, H, W, O); `skip` as of `ResnetBlock2D`."""
+        """(N, H, W, I) -> (N, H, W, O); for `skip` see `ResnetBlock2D`."""
         spatial = self.spatial_res_block(x, cond, skip)
         temporal = self.temporal_res_block(spatial, cond)
         # (N, H, W, C) -> (B, F, L, C)

@@ -1,4 +1,4 @@
-"""Text and image states that cross-attention looks at, with the keys and values that layers made of them."""
+"""The context of cross-attention: text and image states with the keys and values that layers project."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,15 +11,14 @@ Projection = Callable[[mx.array], tuple[mx.array, mx.array]]
 
 
 class TextContext:
-    """States (B, L, D) of texts or images together with the keys and values that attention layers made of
-    them.
+    """States (B, L, D) of texts or images, and the keys and values that attention layers projected from them.
 
-    These depend on the prompt and the weights alone, so one context serves all denoising steps. Make a
-    new one when weights change. Pass it wherever `encoder_hidden_states` is taken.
+    Keys and values depend on the prompt and the weights alone, so one context serves all denoising steps.
+    Make a new one when weights change. Pass it as `encoder_hidden_states`.
 
     Attributes:
         states: of the text.
-        images: contexts of the tokens (B, L, D) of images beside the text, one an IP-Adapter.
+        images: contexts of image tokens (B, L, D) beside the text, one an IP-Adapter.
     """
 
     def __init__(self, states: mx.array, images: "Sequence[TextContext]" = ()):
@@ -29,12 +28,12 @@ class TextContext:
         self._with_images: tuple[tuple[Any, ...], TextContext] | None = None
 
     def keys_values(self, layer: Any, project: Projection | None = None) -> tuple[mx.array, mx.array]:
-        """Keys and values (B, L, E) for a layer, projected at its first call; `project` is
-        `layer.project_keys_values` where None."""
+        """Return keys and values (B, L, E) for a layer, projected at its first call by `project` (None:
+        `layer.project_keys_values`)."""
         cache_key = (id(layer), adapter_scale())
         if cache_key not in self._projected:
             key, value = (layer.project_keys_values if project is None else project)(self.states)
-            self._projected[cache_key] = (layer, key, value)  # holds the layer: its id stays taken
+            self._projected[cache_key] = (layer, key, value)  # holds the layer, so that its id stays taken
         return self._projected[cache_key][1:]
 
     def with_images(
@@ -42,7 +41,8 @@ class TextContext:
         make: Callable[[mx.array | Sequence[mx.array]], Sequence[mx.array]],
         images: mx.array | Sequence[mx.array],
     ) -> "TextContext":
-        """This text with the tokens that `make` makes of images beside it: the same for the same arrays."""
+        """Return this text with the image tokens `make(images)` beside it: the same context for the same
+        arrays."""
         made_of = (make, images) if isinstance(images, mx.array) else (make, *images)
         known = self._with_images
         if known is None or not _same(known[0], made_of):
@@ -52,7 +52,7 @@ class TextContext:
         return known[1]
 
     def take_apart(self) -> tuple[Any, ...]:
-        """The arguments of `put_together`: constants and arrays as `mx.compile` takes them."""
+        """Return the arguments of `put_together`: constants and arrays, which `mx.compile` accepts."""
         projected = [list(made[1:]) for made in self._projected.values()]
         return self.states, tuple(self._projected), projected, [i.take_apart() for i in self.images]
 
@@ -64,14 +64,13 @@ class TextContext:
         projected: list[list[mx.array]],
         images: Sequence[tuple[Any, ...]],
     ) -> "TextContext":
-        """The context that `take_apart` was called on."""
+        """Restore a context from the result of `take_apart`."""
         context = cls(states, [cls.put_together(*image) for image in images])
         context._projected = {name: (None, *made) for name, made in zip(names, projected, strict=True)}
         return context
 
     def rows(self, rows: Callable[[mx.array], slice]) -> "TextContext":
-        """The context of some rows, as `rows` tells them of states, which shares the keys and values of
-        all."""
+        """Return the context of the rows `rows(states)`, which shares the keys and values of all rows."""
         return _Rows(self, rows)
 
 
@@ -87,5 +86,5 @@ class _Rows(TextContext):
 
 
 def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
-    """Whether they are the same objects in the same order."""
+    """Return True for the same objects in the same order."""
     return len(these) == len(those) and all(a is b for a, b in zip(these, those, strict=True))

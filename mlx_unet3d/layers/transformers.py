@@ -24,7 +24,7 @@ from .temporal import AlphaBlender
 class SinusoidalPositionalEmbedding(nn.Module):
     """Sines and cosines of positions, interleaved, added to a sequence; diffusers' class of that name.
 
-    The table `pe` (1, positions, K) is a constant that checkpoints hold.
+    The table `pe` (1, positions, K) is a constant, but part of checkpoints.
     """
 
     def __init__(self, embed_dim: int, max_seq_length: int = 32):
@@ -55,7 +55,7 @@ class BasicTransformerBlock(nn.Module):
         dim: K, channels.
         heads, dim_head: of both attentions.
         cross_attention_dim: channels of the context of the second attention; None for none.
-        double_self_attention: the second attention looks at the input as well. Without it and without
+        double_self_attention: make the second attention a self-attention. Without it and without
             `cross_attention_dim` there is no second attention.
         num_positions: length of a table of positions, added to the input of both attentions; None for none.
     """
@@ -88,7 +88,7 @@ class BasicTransformerBlock(nn.Module):
         self.chunk_size, self.chunk_dim = chunk_size, dim
 
     def __call__(self, x: mx.array, cond: Conditions) -> mx.array:
-        """(N, S, K) -> (N, S, K); the rows of `cond.context` divide those of x."""
+        """(N, S, K) -> (N, S, K); the number of rows of `cond.context` divides N."""
         if cond.free_noise is not None and "pos_embed" in self:
             x = cond.free_noise.average(lambda window: self._add_attentions(window, cond), x)
         else:
@@ -113,11 +113,11 @@ class BasicTransformerBlock(nn.Module):
             return x + attn(self._placed(self.norm2(x)), **keywords)
         states = cond.context_states
         if states.shape[1] == 1 and cond.context_mask is None and attn.one_token_is_linear:
-            # The softmax over one key is 1: one row (B, 1, K) for all queries of a context.
+            # The softmax over one key is 1, so that all queries get the same row (B, 1, K).
             y = attn.of_one_token(cond.context)
             # (N, S, K) -> (B, F*S, K) and back
             return (x.reshape(y.shape[0], -1, x.shape[-1]) + y).reshape(x.shape)
-        # (N, S, K) -> (B, F*S, K): all rows of a sample ask the same keys
+        # (N, S, K) -> (B, F*S, K): all rows of a sample share the same keys
         query = self._placed(self.norm2(x)).reshape(states.shape[0], -1, x.shape[-1])
         return x + attn(query, cond.context, cond.context_mask, **keywords).reshape(x.shape)
 
@@ -135,9 +135,9 @@ class BasicTransformerBlock(nn.Module):
 
 
 class TemporalBasicTransformerBlock(BasicTransformerBlock):
-    """`BasicTransformerBlock` with one more feed-forward in front; diffusers' class of that name.
+    """`BasicTransformerBlock` after another feed-forward; diffusers' class of that name.
 
-    Forward chunking always cuts the frames, axis 1, as there.
+    Forward chunking always divides the frames, axis 1, as in diffusers.
     """
 
     def __init__(self, dim: int, heads: int, dim_head: int, cross_attention_dim: int | None = None):
@@ -161,7 +161,7 @@ class Transformer2DModel(nn.Module):
         heads, dim_head: the inner width K is their product; it may differ from `channels`.
         channels: of the input and output.
         cross_attention_dim: channels of the text; None for self-attention only.
-        norm_num_groups: groups of the norm in front (eps 1e-6).
+        norm_num_groups: groups of the first norm (eps 1e-6).
         num_layers: number of transformer blocks.
         use_linear_projection: how files store the projections around the blocks; else as 1x1 convolutions.
     """
@@ -202,15 +202,15 @@ class Transformer2DModel(nn.Module):
 class TransformerTemporalModel(nn.Module):
     """Attention among the frames of each pixel, twice; diffusers' class of that name.
 
-    The statistics of the norm in front (eps 1e-6) run over all frames and pixels of a sample. Without
-    positions it does not know the order of frames.
+    The norm before it (eps 1e-6) takes statistics over all frames and pixels of a sample. Without positions,
+    it ignores the order of frames.
 
     Args:
         heads, dim_head: the inner width K is their product; it may differ from `channels`.
         channels: of the input and output.
-        norm_num_groups: groups of the norm in front.
+        norm_num_groups: groups of the first norm.
         num_layers: number of transformer blocks.
-        num_positions: the most frames, where the blocks know the positions of frames; None where they do not.
+        num_positions: length of the table of positions, the most frames; None for no positions.
     """
 
     def __init__(
@@ -256,13 +256,12 @@ class TransformerTemporalModel(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, cond)
         h = self.proj_out(h).reshape(batch, pixels, frames, channels)
-        # Added in the order of video: the sum is the copy that a transpose would take.
+        # Adding in the order of `video` saves the copy of a transpose.
         return video + h.transpose(0, 2, 1, 3)
 
 
 class AnimateDiffTransformer3D(TransformerTemporalModel):
-    """A motion module of AnimateDiff (arXiv:2307.04725): `TransformerTemporalModel` that knows the order of
-    frames.
+    """A motion module of AnimateDiff (arXiv:2307.04725): `TransformerTemporalModel` with positions of frames.
 
     It starts as the identity: `proj_out` is zero. diffusers' class of that name.
     """
@@ -290,7 +289,7 @@ class TransformerSpatioTemporalModel(nn.Module):
         cross_attention_dim: channels of the context.
         num_layers: number of pairs of blocks.
 
-    Raises ValueError where the inner width is another.
+    Raises ValueError for another inner width.
     """
 
     def __init__(
@@ -340,9 +339,9 @@ class TransformerSpatioTemporalModel(nn.Module):
     def _mix(
         self, block: TemporalBasicTransformerBlock, emb: mx.array, cond: Conditions, video: mx.array
     ) -> mx.array:
-        """(B, F, L, C), or some of its pixels -> the same."""
+        """(B, F, L, C) -> the same shape, for all or some pixels."""
         batch, frames, pixels, channels = video.shape
-        # (B, F, L, C) -> (B*L, F, C); the sum is written in the new order, which saves a copy
+        # (B, F, L, C) -> (B*L, F, C); the sum is written in the new order and saves a copy
         h = (video.transpose(0, 2, 1, 3) + emb).reshape(batch * pixels, frames, channels)
         h = block(h, cond).reshape(batch, pixels, frames, channels).transpose(0, 2, 1, 3)
         return self.time_mixer(video, h, cond)

@@ -24,7 +24,7 @@ _TILE_OVERLAP = 0.25
 
 
 FRAMES = Conditions()
-"""The conditions of images: each frame is a sample of its own."""
+"""The conditions of images, each of which is a sample."""
 
 MakeResnet = Callable[[int, int], nn.Module]
 
@@ -68,7 +68,7 @@ class UpDecoderBlock2D(nn.Module):
 class UNetMidBlock2D(nn.Module):
     """Resnet, attention of one head over the pixels of a frame, resnet.
 
-    `num_resnets` are built, as many as files hold; with less than two of them the attention does not run.
+    It builds `num_resnets`, the number in files; with less than two, attention does not run.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x, cond)
         x = self.mid_block(x, cond)
-        # SiLU whatever act_fn is, as in the reference
+        # always SiLU, as in diffusers
         return self.conv_out(self.conv_norm_out(x, act=silu))
 
 
@@ -190,9 +190,9 @@ class Decoder(nn.Module):
 
 
 class TemporalDecoder(Decoder):
-    """`Decoder` whose resnets and output also look along frames; diffusers' class of that name.
+    """A `Decoder` with temporal layers in its resnets and at its output; diffusers' class of that name.
 
-    The clip is (N, ...) with `cond.num_frames` frames a sample.
+    Its input is (N, ...) with `cond.num_frames` frames a sample.
     """
 
     def __init__(
@@ -224,20 +224,20 @@ class TemporalDecoder(Decoder):
 
 
 def spatial_resnet(groups: int, act_fn: str) -> MakeResnet:
-    """Maker of resnets without a time embedding."""
+    """Make a resnet without a time embedding."""
     return lambda c_in, c_out: ResnetBlock2D(c_in, c_out, None, EPS, groups, act_fn)
 
 
 def spatio_temporal_resnet(c_in: int, c_out: int) -> SpatioTemporalResBlock:
-    """A resnet of the temporal decoder: eps and blend are not those of the UNet."""
+    """Make a resnet of the temporal decoder, whose eps and blend differ from the UNet's."""
     return SpatioTemporalResBlock(
         c_in, c_out, None, EPS, 1e-5, 0.0, "learned", switch_spatial_to_temporal_mix=True
     )
 
 
 def blend(before: mx.array, tile: mx.array, extent: int, axis: int) -> mx.array:
-    """Fade linearly from the last `extent` rows (axis 1) or columns (axis 2) of `before` into the
-    first of `tile`; both (N, H, W, C), `extent` cut to what they have."""
+    """Fade linearly from the last `extent` rows (axis 1) or columns (axis 2) of `before` into the first of
+    `tile`; both (N, H, W, C). `extent` is limited to their sizes."""
     extent = min(before.shape[axis], tile.shape[axis], extent)
     if extent == 0:
         return tile
@@ -250,22 +250,22 @@ def blend(before: mx.array, tile: mx.array, extent: int, axis: int) -> mx.array:
 
 
 def in_chunks(fn: Callable[[mx.array], mx.array], x: mx.array, chunk_size: int) -> mx.array:
-    """`fn` of `chunk_size` entries of the first axis at a time, each evaluated before the next begins."""
+    """Apply `fn` to `chunk_size` entries of the first axis at a time; evaluate each result before the next
+    begins."""
     if x.shape[0] <= chunk_size:
         return fn(x)
     return mx.concatenate(in_sequence(fn, ([x[r]] for r in ranges(x.shape[0], chunk_size))))
 
 
 def tiled(fn: Callable[[mx.array], mx.array], x: mx.array, tile_in: int, tile_out: int) -> mx.array:
-    """`fn` of overlapping tiles of `tile_in`, which become tiles of `tile_out`, blended; all (N, H,
-    W, C).
+    """Apply `fn` to overlapping tiles of size `tile_in`, and blend the resulting tiles of size `tile_out`;
+    all (N, H, W, C).
 
-    The order is diffusers': a tile is blended with the finished tile above, then with the one at
-    its left.
+    As in diffusers, a tile is blended with the finished tile above it, then with the one on its left.
     """
     stride = int(tile_in * (1 - _TILE_OVERLAP))
     if stride < 1:
-        raise ValueError(f"a tile of {tile_in} pixel is too small; tiles need 2 at least")
+        raise ValueError(f"a tile of {tile_in} pixel is too small; tiles need at least 2")
     extent = int(tile_out * _TILE_OVERLAP)
     kept = tile_out - extent
     above: list[mx.array] = []

@@ -1,4 +1,4 @@
-"""Lists of up, down, up, down, ... without names, as trainers of cloneofsimo's LoRA write them.
+"""Files of trainers of cloneofsimo's LoRA: lists of up, down, up, down, ... without names.
 
 Such a trainer changes the layers of some kinds inside all modules of some classes, in the order of torch's
 `named_modules`, the order of registration here. No file records the classes: the number and the shapes of the
@@ -20,7 +20,7 @@ _TOGETHER = (
     ("ResnetBlock2D", "TemporalConvLayer", "Transformer2DModel", "TransformerTemporalModel"),
     ("ResnetBlock2D", "TemporalConvLayer", "Attention", "GEGLU"),
 )
-# MotionDirector's, which leaves out the projections around a transformer, and text in spatial ones.
+# MotionDirector leaves out the projections around a transformer, and cross-attention in spatial ones.
 _PARTS_OF = {
     "Transformer2DModel": ("attn1", "ff"),
     "TransformerTemporalModel": ("attn1", "attn2", "ff"),
@@ -42,14 +42,14 @@ def layers_of_list(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     arrays: Sequence[mx.array],
-    fits: Callable[[mx.array, mx.array, nn.Module], bool],
+    matches: Callable[[mx.array, mx.array, nn.Module], bool],
 ) -> dict[tuple[str, ...], str]:
     """Find the lists of layers that the arrays of a file can be for, and the classes of each.
 
     Classes that a trainer's settings name come first; any others count only where none of those fits.
 
     Args:
-        layers: those that adapters can be put beside, by path, in the order of registration.
+        layers: the layers that can have adapters, by path, in the order of registration.
         arrays: up, down, up, down, ...
         fits: returns True for a down and an up that are a change of a layer.
     """

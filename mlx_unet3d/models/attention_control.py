@@ -105,7 +105,7 @@ class AttentionControl(LoRAMixin):
         fused attention pad. Raises ValueError for another value.
         """
         if padding not in PADDINGS:
-            raise ValueError(f"padding={padding!r} is unknown; use {', '.join(map(repr, PADDINGS))}")
+            raise ValueError(f"padding={padding!r} is not known; use {', '.join(map(repr, PADDINGS))}")
         for layer in self._attentions().values():
             layer.padding = padding
 

@@ -48,7 +48,7 @@ CLIP_IGNORED_KEYS = frozenset(
 def check_clip_config(config: Any) -> None:
     """Raise ValueError where the numbers of a text or image encoder contradict each other."""
     if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act={config.hidden_act!r} is unknown; use one of {sorted(ACTIVATIONS)}")
+        raise ValueError(f"hidden_act={config.hidden_act!r} is not known; use one of {sorted(ACTIVATIONS)}")
     if config.num_hidden_layers > _MOST_LAYERS:
         raise ValueError(f"num_hidden_layers={config.num_hidden_layers} is above {_MOST_LAYERS}")
     if config.hidden_size % config.num_attention_heads:

@@ -33,7 +33,7 @@ class IPAdapterMixin:
         weight_name: str | Sequence[str | None] | None = None,
         **hub: Any,
     ) -> None:
-        """Load one IP-Adapter or several, in place of those that there are. Each starts with a scale of 1.
+        """Load one or several IP-Adapters, in place of earlier ones. Each starts with a scale of 1.
 
         From then on a forward needs `added_cond_kwargs={"image_embeds": [...]}` with one array an adapter.
         Plain adapters take the embeddings (B, images, C) of `CLIPVisionModelWithProjection`; "plus" and
@@ -46,11 +46,11 @@ class IPAdapterMixin:
             hub: `revision`, `local_files_only`, `token`, `cache_dir`.
 
         Raises:
-            ValueError: lists of different lengths, a folder without `weight_name`, or processors that know no
-                images.
-            FileNotFoundError: there is no file.
-            CheckpointError: it is damaged, is no IP-Adapter, of a kind that is not read, or for another
-                network. Nothing is changed then.
+            ValueError: lists of different lengths, a folder without `weight_name`, or processors without
+                support for images.
+            FileNotFoundError: a file is missing.
+            CheckpointError: a file is damaged, is no IP-Adapter or one of an unsupported kind, or is for
+                another network. Nothing is changed then.
         """
         files = find_files(source, subfolder, weight_name, **hub)
         layers = self._image_attentions()
@@ -58,7 +58,7 @@ class IPAdapterMixin:
             base = _base(attn)
             if not isinstance(base, AttnProcessor):
                 raise ValueError(
-                    f"{path} has a {type(base).__name__}, which knows no images; call "
+                    f"{path} has a {type(base).__name__}, which does not support images; call "
                     "set_attn_processor(AttnProcessor2_0()) before load_ip_adapter"
                 )
         parsed = [parse_file(file, list(layers.values())) for file in files]
@@ -79,13 +79,13 @@ class IPAdapterMixin:
         self.config.encoder_hid_dim_type = "ip_image_proj"
 
     def set_ip_adapter_scale(self, scale: float | Mapping[str, Any] | Sequence[Any]) -> None:
-        """Set how much images count: one scale for all adapters, or a list with one each; 0 leaves one out.
+        """Set the weight of images: one scale for all adapters, or a list with one each; 0 disables one.
 
-        A scale is a number, or as in diffusers a dict by place, for the layers that it names alone and 0 for
-        others: {"down": {"block_2": [0.0, 1.0]}, "mid": 0.5, "up": 1.0}.
+        A scale is a number or, as in diffusers, a dict with scales for some places and 0 for all others:
+        {"down": {"block_2": [0.0, 1.0]}, "mid": 0.5, "up": 1.0}.
 
-        Raises ValueError for another number of scales, places that there are not, and scales that are no
-            numbers; nothing is changed then.
+        Raises ValueError for another number of scales, unknown places, and scales that are not numbers;
+        nothing is changed then.
         """
         processors = {
             path: attn.processor
@@ -93,17 +93,17 @@ class IPAdapterMixin:
             if isinstance(attn.processor, IPAdapterAttnProcessor)
         }
         if not processors:
-            raise ValueError("there is no IP-Adapter; load one with load_ip_adapter")
+            raise ValueError("no IP-Adapter is loaded; load one with load_ip_adapter")
         count = self.encoder_hid_proj.num_ip_adapters
         scales = list(scale) if isinstance(scale, list | tuple) else [scale] * count
         if len(scales) != count:
             raise ValueError(f"there are {len(scales)} scales for {count} IP-Adapters; give one for each")
         by_path = [_scales_by_path(one, list(processors)) for one in scales]
         for path, processor in processors.items():
-            processor.scale = [its[path] for its in by_path]
+            processor.scale = [scales[path] for scales in by_path]
 
     def unload_ip_adapter(self) -> None:
-        """Remove all IP-Adapters: the network is the one before."""
+        """Remove all IP-Adapters and restore the network without them."""
         for attn in self._image_attentions().values():
             attn.processor = _base(attn)
         self.pop("encoder_hid_proj", None)
@@ -112,7 +112,7 @@ class IPAdapterMixin:
     def embed_context(
         self, encoder_hidden_states: mx.array, image_embeds: mx.array | Sequence[mx.array]
     ) -> TextContext:
-        """Text states and the tokens of images as one context, in place of `encoder_hidden_states` and
+        """Combine text states and image tokens into one context, which replaces `encoder_hidden_states` and
         `image_embeds` in all steps.
 
         Args:
@@ -125,13 +125,14 @@ class IPAdapterMixin:
         return TextContext(encoder_hidden_states).with_images(self.encoder_hid_proj, image_embeds)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> list[Path]:
-        """See `VideoUNet.save_pretrained`; ValueError while an IP-Adapter is loaded, which has a file of its
-        own."""
+        """See `VideoUNet.save_pretrained`. Raises ValueError while an IP-Adapter is loaded, which has its own
+        file."""
         self._refuse_ip_adapter("saving")
         return super().save_pretrained(folder, **options)
 
     def quantize(self, *args: Any, **options: Any) -> Any:
-        """See `PretrainedModel.quantize`; ValueError while an IP-Adapter is loaded: load it afterwards."""
+        """See `PretrainedModel.quantize`. Raises ValueError while an IP-Adapter is loaded: load it
+        afterwards."""
         self._refuse_ip_adapter("quantizing")
         return super().quantize(*args, **options)
 
@@ -140,8 +141,8 @@ class IPAdapterMixin:
     def _take_images(
         self, context: Any, added: Mapping[str, Any] | None, batch: int
     ) -> tuple[Any, Mapping[str, Any] | None]:
-        """The context and `added_cond_kwargs` of a forward, whose images are put into a `TextContext` where
-        the context is one: there they are projected once."""
+        """Return the context and `added_cond_kwargs` of a forward. Move images into the context if it is a
+        `TextContext`, which projects them only once."""
         if added is None or added.get("image_embeds") is None:
             return context, added
         images = added["image_embeds"]
@@ -153,7 +154,7 @@ class IPAdapterMixin:
         return context, added
 
     def _beside_images(self, context: Any, added: Mapping[str, Any] | None, batch: int) -> Any:
-        """The context for the layers: with images if and only if an IP-Adapter is loaded."""
+        """Return the context for the layers: with images if and only if an IP-Adapter is loaded."""
         images = (added or {}).get("image_embeds")
         if images is not None:
             return TextContext(context).with_images(self.encoder_hid_proj, images)
@@ -176,21 +177,20 @@ class IPAdapterMixin:
     def _needs_ip_adapter(self) -> None:
         if "encoder_hid_proj" not in self:
             raise ValueError(
-                "there are image_embeds, but no IP-Adapter to look at them; call load_ip_adapter, or leave "
-                "them out"
+                "image_embeds are given, but no IP-Adapter is loaded; call load_ip_adapter, or leave them out"
             )
 
     def _refuse_ip_adapter(self, before: str) -> None:
         if "encoder_hid_proj" in self:
             raise ValueError(f"an IP-Adapter is loaded; before {before}, remove it with unload_ip_adapter")
 
-    # What is the network's own, without the IP-Adapters.
+    # Layers of the network itself, without those of IP-Adapters.
 
     def _attentions(self) -> dict[str, Attention]:
         return {k: a for k, a in super()._attentions().items() if not k.startswith("encoder_hid_proj.")}
 
     def _image_attentions(self) -> dict[str, Attention]:
-        """The layers that look at text and images, in the order of files."""
+        """Return the layers that attend to text and images, in the order of files."""
         return {path: attn for path, attn in self._attentions().items() if attn.is_cross_attention}
 
     def _adaptable(self, kinds: tuple[type[nn.Module], ...] = ADAPTABLE) -> dict[str, nn.Module]:
@@ -203,7 +203,7 @@ class IPAdapterMixin:
 
 
 def _base(attn: Attention) -> Any:
-    """The processor of a layer without its IP-Adapter."""
+    """Return the processor of a layer without its IP-Adapter."""
     processor = attn.processor
     return processor.base if isinstance(processor, IPAdapterAttnProcessor) else processor
 
@@ -212,7 +212,7 @@ def _base(attn: Attention) -> Any:
 
 
 def _scales_by_path(scale: Any, paths: Sequence[str]) -> dict[str, float]:
-    """The scale of one adapter for each layer."""
+    """Return the scale of one adapter for each layer."""
     if not isinstance(scale, Mapping):
         return dict.fromkeys(paths, as_finite("the scale of an IP-Adapter", scale))
     places = {path: _WHERE.match(path) for path in paths}
@@ -226,7 +226,7 @@ def _scales_by_path(scale: Any, paths: Sequence[str]) -> dict[str, float]:
         if isinstance(value, Mapping):
             levels = {f"block_{level}": (way, level) for way, level in there if level is not None}
             unknown = sorted(map(str, value.keys() - levels.keys()))
-            given = {levels[name]: its for name, its in value.items() if name in levels}
+            given = {levels[name]: part for name, part in value.items() if name in levels}
         else:
             unknown, given = ([] if there else [""]), dict.fromkeys(there, value)
         if unknown:
@@ -235,8 +235,8 @@ def _scales_by_path(scale: Any, paths: Sequence[str]) -> dict[str, float]:
                 f"the scale of an IP-Adapter has no place {f'{way}.{unknown[0]}'.rstrip('.')!r}; there are "
                 f"{known}"
             )
-        for place, its in given.items():
-            numbers = list(its) if isinstance(its, list | tuple) else [its]
+        for place, part in given.items():
+            numbers = list(part) if isinstance(part, list | tuple) else [part]
             numbers = numbers * counts[place] if len(numbers) == 1 else numbers
             if len(numbers) != counts[place]:
                 name = place[0] if place[1] is None else f"{place[0]}.block_{place[1]}"

@@ -1,4 +1,4 @@
-"""Files of IP-Adapters -> a projection of images, and the weights of the layers that look at these.
+"""Read files of IP-Adapters: a projection of image embeddings, and weights of the attention to images.
 
 A file has `image_proj.*`, and `ip_adapter.N.to_k_ip.weight` and `to_v_ip` with N = 1, 3, 5, ... for the
 layers with cross-attention: down, up, mid.
@@ -25,22 +25,22 @@ from ..layers.image_projection import (
 )
 
 IPAdapterSource = str | Path | Mapping[str, Any] | AdapterFile
-"""A file, a folder, a hub id; or arrays in torch's layout by key, or by key within "image_proj" and
+"""A file, a folder or a hub id; or arrays in torch's layout by key, or in dicts "image_proj" and
 "ip_adapter"."""
 
 _PARTS = ("image_proj", "ip_adapter")
-_DIM_HEAD = 64  # of the resamplers of all IP-Adapters; no shape tells it
+_DIM_HEAD = 64  # of the resamplers of all IP-Adapters; cannot be inferred from shapes
 
 KeysValues = list[tuple[mx.array, mx.array]]
 
 
 def find_files(source: Any, subfolder: Any, weight_name: Any, **hub: Any) -> list[AdapterFile]:
-    """The files of one IP-Adapter or several; see `IPAdapterMixin.load_ip_adapter`."""
+    """Read the files of one or several IP-Adapters; see `IPAdapterMixin.load_ip_adapter`."""
     return [_read(*one, hub) for one in _broadcast(source, subfolder, weight_name)]
 
 
 def parse_file(file: AdapterFile, layers: Sequence[Attention]) -> tuple[nn.Module, KeysValues]:
-    """The projection of a file, and the weights for keys and values of each layer.
+    """Return the projection of a file, and the key and value weights of each layer.
 
     Raises CheckpointError unless the file is an IP-Adapter for these layers and nothing else.
     """
@@ -50,7 +50,7 @@ def parse_file(file: AdapterFile, layers: Sequence[Attention]) -> tuple[nn.Modul
 
 
 def _broadcast(source: Any, subfolder: Any, weight_name: Any) -> list[tuple[Any, Any, Any]]:
-    """Sources, subfolders and names of files, one for all or one each, as one tuple each."""
+    """Return a tuple of source, subfolder and file name for each adapter, from one for all or one each."""
     given = {"source": source, "subfolder": subfolder, "weight_name": weight_name}
     lists = {k: list(v) if isinstance(v, list | tuple) else [v] for k, v in given.items()}
     count = max(map(len, lists.values()))
@@ -75,12 +75,13 @@ def _read(
         }
         return AdapterFile(None, flat or dict(source), {})
     if not isinstance(source, AdapterFile) and weight_name is None and Path(source).expanduser().is_dir():
-        raise ValueError(f"{source} is a folder; say which file in it by weight_name")
+        raise ValueError(f"{source} is a folder; name the file in it by weight_name")
     return read_adapter(source, weight_name=weight_name, names=(), subfolder=subfolder, **hub)
 
 
 def _parts(file: AdapterFile) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """The arrays of "image_proj" and "ip_adapter"; CheckpointError unless there are both and nothing else."""
+    """Return the arrays of "image_proj" and "ip_adapter"; CheckpointError unless a file has both and nothing
+    else."""
     found: dict[str, dict[str, mx.array]] = {part: {} for part in _PARTS}
     others = []
     for key, array in file.tensors.items():
@@ -100,7 +101,7 @@ _LAYER = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
 def _keys_values(
     file: AdapterFile, arrays: Mapping[str, mx.array], layers: Sequence[Attention]
 ) -> list[tuple[mx.array, mx.array]]:
-    """The weights for keys and values of each layer; CheckpointError where they are others."""
+    """Return the key and value weights of each layer; CheckpointError where they do not match the layers."""
     lora = next((key for key in arrays if "_lora." in key), None)
     if lora is not None:
         raise CheckpointError(
@@ -130,13 +131,14 @@ def _keys_values(
 
 
 def _projection(file: AdapterFile, arrays: Mapping[str, mx.array], layers: Sequence[Attention]) -> nn.Module:
-    """The projection whose weights these are; CheckpointError for others, and for another width of text."""
+    """Return the projection with these weights; CheckpointError for unknown ones, and for another width of
+    text."""
 
     def shape(key: str, axes: int = 2) -> tuple[int, ...]:
         if key not in arrays or arrays[key].ndim != axes:
             raise CheckpointError(
-                f"{file.name}: image_proj.{key} is missing or has not {axes} axes; this is no image "
-                "projection that this package knows"
+                f"{file.name}: image_proj.{key} is missing or does not have {axes} axes; the "
+                "file has no image projection of a known kind"
             )
         return tuple(arrays[key].shape)
 
@@ -202,7 +204,7 @@ _RESAMPLER = {
 
 
 def _renamed(arrays: Mapping[str, mx.array], names: Mapping[str, str]) -> dict[str, mx.array]:
-    """The arrays, the modules of whose keys are called as in `names`."""
+    """Return the arrays with modules renamed by `names`."""
     made = {}
     for key, array in arrays.items():
         module, _, parameter = key.rpartition(".")
@@ -211,7 +213,7 @@ def _renamed(arrays: Mapping[str, mx.array], names: Mapping[str, str]) -> dict[s
 
 
 def _resampler_names(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The arrays of a resampler under the names of `IPAdapterPlusImageProjection`."""
+    """Return the arrays of a resampler under the names of `IPAdapterPlusImageProjection`."""
     made = {}
     for key, array in arrays.items():
         match = re.fullmatch(r"(layers\.\d+)\.(\d\.\w+)\.(\w+)", key)

@@ -1,4 +1,4 @@
-"""Motion adapters of AnimateDiff: modules that make a Stable Diffusion UNet move, and putting both together.
+"""Motion adapters of AnimateDiff: motion modules for Stable Diffusion UNets, and the combination of both.
 
 Source: diffusers' `MotionAdapter` and `UNetMotionModel.from_unet2d`; Guo et al., arXiv:2307.04725.
 """
@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..checkpoints.config import ModelConfig, key, naming
+from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.shapes import Shapes
 from ..errors import CheckpointError
 from ..layers.blocks import Level, entry, motion_module
@@ -77,7 +78,7 @@ class MotionAdapterConfig(ModelConfig):
 class MotionAdapter(PretrainedModel):
     """The motion modules of AnimateDiff without a UNet, for `UNetMotionModel.from_unet2d`.
 
-    diffusers' class of that name. Raises ValueError where the numbers of its config do not fit together.
+    diffusers' class of that name. Raises ValueError where keys of its config contradict each other.
     """
 
     config_class = MotionAdapterConfig
@@ -201,32 +202,35 @@ def infer_adapter(shapes: Shapes) -> dict[str, Any]:
 Model = TypeVar("Model", bound=PretrainedModel)
 
 
+@takes_hub
 def from_unet2d(
     cls: type[Model],
     unet: str | Path,
     motion_adapter: str | Path | MotionAdapter | None = None,
     *,
+    subfolder: str | None = None,
     dtype: mx.Dtype | None = None,
     variant: str | None = None,
-    **hub: Any,
+    hub: Hub,
 ) -> Model:
     """Read the weights of a 2-D UNet and of a motion adapter straight into one `UNetMotionModel`.
 
     Args:
         unet: folder or hub id of a diffusers `UNet2DConditionModel` (Stable Diffusion 1, 2, XL and their
             kin), or a lone safetensors file with its names, whose config is inferred from its shapes.
-        motion_adapter: folder, hub id or lone safetensors file of one, or a loaded one; None for new modules,
-            which change nothing until they are trained.
+        motion_adapter: folder, hub id or lone safetensors file of an adapter, or a `MotionAdapter`; None for
+            new modules, which change nothing until they are trained.
         dtype: float32, float16 or bfloat16 for all parameters; None takes the UNet's.
-        variant: weight files of the UNet such as "fp16"; the adapter's plain files are taken.
-        hub: `subfolder` of the UNet, `revision`, `local_files_only`, `token`, `cache_dir`.
+        variant: weight files of the UNet such as "fp16"; the adapter's are always the plain ones.
+        subfolder: of the UNet.
+        revision, local_files_only, token, cache_dir, hub: see `Hub`; the revision is that of the UNet.
 
-    Unlike diffusers, it copies the `add_embedding` of SDXL; there it stays random.
+    Copies the `add_embedding` of SDXL, which diffusers leaves random.
 
-    Raises ValueError where adapter and UNet do not fit together; FileNotFoundError, PermissionError,
+    Raises ValueError where adapter and UNet do not match; FileNotFoundError, PermissionError,
     ConnectionError, CheckpointError as `from_pretrained`.
     """
-    spatial = find_checkpoint(unet, STEM, variant=variant, files=True, **hub)
+    spatial = find_checkpoint(unet, STEM, variant=variant, files=True, subfolder=subfolder, hub=hub)
     config = dict(spatial.config) or infer_unet2d(_shapes(spatial, str))
     name = config.get("_class_name", "UNet2DConditionModel")
     if name != "UNet2DConditionModel":
@@ -241,8 +245,7 @@ def from_unet2d(
     if isinstance(motion_adapter, MotionAdapter):
         adapter = motion_adapter.config
     elif motion_adapter is not None:
-        where = {k: v for k, v in hub.items() if k not in ("subfolder", "revision")}
-        motion = find_checkpoint(motion_adapter, STEM, files=True, **where)
+        motion = find_checkpoint(motion_adapter, STEM, files=True, hub=replace(hub, revision=None))
         with naming(motion.where):
             adapter = MotionAdapterConfig.from_dict(adapter_config(motion))
     with naming(spatial.where):
@@ -308,7 +311,8 @@ def motion_config(
 def adapter_of(config: Any) -> dict[str, Any]:
     """Return the config of the motion adapter within a `UNetMotionModel`.
 
-    Raises ValueError for modules that no adapter can hold: other numbers of transformer blocks on the way up.
+    Raises ValueError where no adapter can hold the modules: other numbers of transformer blocks on the way
+    up.
     """
     for name in ("reverse_temporal_transformer_layers_per_block", "reverse_motion_num_attention_heads"):
         if getattr(config, name) is not None:

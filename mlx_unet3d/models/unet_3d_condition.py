@@ -24,7 +24,7 @@ _TRANSFORMER_IN_HEADS = 8
 
 DOWN_BLOCKS, UP_BLOCKS = block_types("3D")
 
-# Keys of early ModelScope configs, which later became fixed, with the values that this network has.
+# Keys of early ModelScope configs that are constants of this network, with their values.
 _FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -100,7 +100,7 @@ class UNet3DConditionOutput(VideoUNetOutput):
 class UNet3DConditionModel(VideoUNet):
     """Predicts noise, velocity or sample of a noisy video latent at a timestep, given text states.
 
-    Raises ValueError where the numbers of its config do not fit together.
+    Raises ValueError where keys of its config contradict each other.
     """
 
     config_class = UNet3DConditionConfig
@@ -132,20 +132,20 @@ class UNet3DConditionModel(VideoUNet):
         Args:
             sample: noisy latents (B, in_channels, F, H, W) in the dtype of the network; any F, H, W >= 1.
             timestep: one for all, or (B,); usually 0 to 999.
-            encoder_hidden_states: text states (B, L, cross_attention_dim) in the dtype of the network,
-                or a `TextContext` of them, whose keys and values are projected only once.
+            encoder_hidden_states: text states (B, L, cross_attention_dim) in the dtype of the network, or a
+                `TextContext` of them, which projects keys and values only once.
             class_labels: must be None; the network has no class embedding.
             timestep_cond: (B, time_cond_proj_dim), added to the sinusoid of the timestep.
             attention_mask: (B, L), 1 for text tokens to attend to, 0 for others.
             cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA.
-            down_block_additional_residuals: added to the skip connections, one each, (N, C, h, w) with
-                frames of a sample together, or broadcasting to that.
+            down_block_additional_residuals: one for each skip connection and added to it, (N, C, h, w) with
+                the frames of a sample in sequence, or broadcastable to that.
             mid_block_additional_residual: the same for the output of the mid block.
             return_dict: False for a tuple.
-            feature_cache: takes the deep features of this forward, or gives those of an earlier one.
+            feature_cache: stores the deep features of this forward, or supplies those of an earlier one.
 
         Returns the prediction (B, out_channels, F, H, W) in the dtype of the sample.
-        Raises ValueError for shapes, dtypes and counts that do not fit.
+        Raises ValueError for other shapes, dtypes and counts.
         """
         if class_labels is not None:
             raise ValueError(

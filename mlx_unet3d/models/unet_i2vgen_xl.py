@@ -1,4 +1,4 @@
-"""I2VGenXLUNet: the denoising network of I2VGen-XL, from an image and a prompt.
+"""I2VGenXLUNet: the denoising network of I2VGen-XL, conditioned on an image and a prompt.
 
 Source: diffusers' class of that name; Zhang et al., arXiv:2311.04145. Letters as in `video_unet`.
 """
@@ -24,8 +24,8 @@ from .unet_3d_condition import DOWN_BLOCKS, UP_BLOCKS, transformer_in
 from .video_unet import Inputs, VideoUNet, VideoUNetOutput, as_timestep, check_input, make_levels
 from .video_unet_config import VideoUNetConfig
 
-LATENT_CHANNELS = 4  # of the image's latents, whatever in_channels is
-_POOLED = 32  # height and width of the image's latents in the context, before they are halved twice
+LATENT_CHANNELS = 4  # of the image's latents, independent of in_channels
+_POOLED = 32  # height and width of the image's latents before two halvings make context tokens of them
 IMAGE_TOKENS = (_POOLED // 4) ** 2  # of these in the context
 
 
@@ -43,7 +43,7 @@ class I2VGenXLUNetConfig(VideoUNetConfig):
 
 
 class I2VGenXLTransformerTemporalEncoder(nn.Module):
-    """Attention among frames and a feed-forward, of which only the first is normalized; diffusers' class."""
+    """Attention among frames after a norm, and a feed-forward without one; diffusers' class of that name."""
 
     def __init__(self, dim: int, heads: int, dim_head: int):
         super().__init__()
@@ -91,7 +91,7 @@ class I2VGenXLUNet(VideoUNet):
     """Predicts the velocity of a noisy video latent, given text states, an image, its embedding and a frame
     rate.
 
-    Raises ValueError where the numbers of its config do not fit together.
+    Raises ValueError where keys of its config contradict each other.
     """
 
     config_class = I2VGenXLUNetConfig
@@ -147,18 +147,18 @@ class I2VGenXLUNet(VideoUNet):
             sample: noisy latents (B, in_channels, F, H, W) in the dtype of the network.
             timestep: one for all, or (B,); usually 0 to 999.
             fps: frames a second, one for all, or (B,).
-            image_latents: latents of the image in the first frame, and the positions of the others,
-                (B, 4, F, H, W).
+            image_latents: (B, 4, F, H, W), latents of the image in the first frame, and frame positions in
+                the others.
             image_embeddings: CLIP embedding of the image, (B, D) or (B, 1, D).
-            encoder_hidden_states: text states (B, L, D); or what `embed_context` made of these, the image
-                latents and the embedding, once for all steps.
-            timestep_cond: must be None; the network has no projection of it.
+            encoder_hidden_states: text states (B, L, D), or the result of `embed_context`, made once for all
+                steps.
+            timestep_cond: must be None; the network has no projection for it.
             cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA.
             return_dict: False for a tuple.
-            feature_cache: takes the deep features of this forward, or gives those of an earlier one.
+            feature_cache: stores the deep features of this forward, or supplies those of an earlier one.
 
         Returns the prediction (B, out_channels, F, H, W) in the dtype of the sample.
-        Raises ValueError for shapes, dtypes and counts that do not fit.
+        Raises ValueError for other shapes, dtypes and counts.
         """
         inputs = dict(
             timestep=as_timestep(timestep),
@@ -174,8 +174,8 @@ class I2VGenXLUNet(VideoUNet):
     def embed_context(
         self, text: mx.array, image_latents: mx.array, image_embeddings: mx.array
     ) -> TextContext:
-        """The context of all steps: text states, 64 tokens of the first frame's latents, and `in_channels`
-        tokens of the image embedding.
+        """Make the context of all steps: text states, 64 tokens of the first frame's latents, and
+        `in_channels` tokens of the image embedding.
 
         Arguments as of a forward. Returns (B, L + 64 + in_channels, D).
         """

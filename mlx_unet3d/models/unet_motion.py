@@ -1,4 +1,4 @@
-"""UNetMotionModel: the denoising network of AnimateDiff, a Stable Diffusion UNet with motion modules between.
+"""UNetMotionModel: the denoising network of AnimateDiff, a Stable Diffusion UNet with motion modules added.
 
 Source: diffusers' class of that name; Guo et al., arXiv:2307.04725. Letters as in `video_unet`.
 """
@@ -84,7 +84,7 @@ class UNetMotionConfig(VideoUNetConfig):
                 )
         if self.addition_embed_type not in (None, "text_time"):
             raise ValueError(
-                f"addition_embed_type={self.addition_embed_type!r} is unknown; use 'text_time' or None"
+                f"addition_embed_type={self.addition_embed_type!r} is not known; use 'text_time' or None"
             )
         needed = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
         if self.addition_embed_type == "text_time" and None in needed:
@@ -100,9 +100,9 @@ class UNetMotionOutput(VideoUNetOutput):
 
 
 class UNetMotionModel(IPAdapterMixin, VideoUNet):
-    """Predicts noise of a noisy video latent at a timestep, given text states: Stable Diffusion that moves.
+    """Predicts the noise of a noisy video latent at a timestep, given text states.
 
-    Raises ValueError where the numbers of its config do not fit together.
+    Raises ValueError where keys of its config contradict each other.
     """
 
     config_class = UNetMotionConfig
@@ -177,22 +177,24 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
             sample: noisy latents (B, in_channels, F, H, W) in the dtype of the network; F at most
                 `motion_max_seq_length`, but with FreeNoise any.
             timestep: one for all, or (B,); usually 0 to 999.
-            encoder_hidden_states: text states, a row a frame (B*F, L, D), as diffusers has it, or a row a
-                sample (B, L, D), which costs less; or a `TextContext` of them, projected only once.
+            encoder_hidden_states: text states, a row a frame (B*F, L, D) as in diffusers, or a row a sample
+                (B, L, D), which takes less time; or a `TextContext` of them, which projects keys and values
+                only once.
             timestep_cond: (B, time_cond_proj_dim), added to the sinusoid of the timestep.
-            attention_mask: (B*F, H*W), 1 for pixels to attend to, 0 for others; of networks of one level.
+            attention_mask: (B*F, H*W), 1 for pixels to attend to, 0 for others; only for networks of one
+                level.
             cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA.
-            added_cond_kwargs: for SDXL "text_embeds" (B, E) and "time_ids" (B, n); for IP-Adapters
-                "image_embeds", a list with one array each, see `load_ip_adapter`. Beside a `TextContext` the
-                same arrays are projected only once.
-            down_block_additional_residuals: added to the skip connections, one each, (N, C, h, w) with
-                frames of a sample together, or broadcasting to that.
+            added_cond_kwargs: "text_embeds" (B, E) and "time_ids" (B, n) for SDXL; "image_embeds", a list
+                with one array each, for IP-Adapters, see `load_ip_adapter`. With a `TextContext`, the same
+                arrays are projected only once.
+            down_block_additional_residuals: one for each skip connection and added to it, (N, C, h, w) with
+                the frames of a sample in sequence, or broadcastable to that.
             mid_block_additional_residual: the same for the output of the mid block.
             return_dict: False for a tuple.
-            feature_cache: takes the deep features of this forward, or gives those of an earlier one.
+            feature_cache: stores the deep features of this forward, or supplies those of an earlier one.
 
         Returns the prediction (B, out_channels, F, H, W) in the dtype of the sample.
-        Raises ValueError for shapes, dtypes and counts that do not fit, and for more frames than positions.
+        Raises ValueError for other shapes, dtypes and counts, and for more frames than positions.
         """
         context, added = self._take_images(encoder_hidden_states, added_cond_kwargs, sample.shape[0])
         inputs = dict(
@@ -294,8 +296,8 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
     def motion_adapter(self) -> MotionAdapter:
         """Return the motion modules as an adapter of their own, which shares their arrays.
 
-        Raises ValueError for modules that no adapter can hold: other numbers of transformer blocks on the way
-        up.
+        Raises ValueError where no adapter can hold the modules: other numbers of transformer blocks on the
+        way up.
         """
         adapter = MotionAdapter(**adapter_of(self.config))
         adapter.load_weights(list(motion_parameters(self).items()), strict=True)
@@ -304,7 +306,7 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
     def save_motion_modules(self, folder: str | Path, **options: Any) -> list[Path]:
         """Write the motion modules as a `MotionAdapter`; `options` as of `save_pretrained`.
 
-        ValueError while adapters are loaded, and as `motion_adapter`.
+        Raises ValueError while adapters are loaded, and as `motion_adapter`.
         """
         self.refuse_adapters("saving motion modules")
         return self.motion_adapter().save_pretrained(folder, **options)
@@ -331,7 +333,7 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
         return names | outs
 
     def freeze_unet2d_params(self) -> None:
-        """Freeze all parameters but those of the motion modules, for fine-tuning of these."""
+        """Freeze all parameters except those of the motion modules, to fine-tune these."""
         self.freeze()
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             for module in block.get("motion_modules", ()):

@@ -47,7 +47,7 @@ class UNetSpatioTemporalConditionOutput(VideoUNetOutput):
 class UNetSpatioTemporalConditionModel(VideoUNet):
     """Predicts the velocity of a noisy video latent at a noise level, given an image and its embedding.
 
-    Raises ValueError where the numbers of its config do not fit together.
+    Raises ValueError where keys of its config contradict each other.
     """
 
     config_class = UNetSpatioTemporalConditionConfig
@@ -83,23 +83,22 @@ class UNetSpatioTemporalConditionModel(VideoUNet):
         Args:
             sample: noisy latents and those of the image (B, F, in_channels, H, W) in the dtype of the
                 network.
-            timestep: one for all, or (B,); a quarter of the logarithm of the noise level in released
-                checkpoints.
-            encoder_hidden_states: the image embedding (B, L, cross_attention_dim), usually of one token, or a
-                `TextContext` of it. The attention to one token is the same for all queries and computed as
-                such.
+            timestep: one for all, or (B,); log(sigma) / 4 in released checkpoints.
+            encoder_hidden_states: the image embedding (B, L, cross_attention_dim), usually one token, or a
+                `TextContext` of it. Attention to a single token is the same for all queries and computed only
+                once.
             added_time_ids: (B, n), or flat: frames a second - 1, motion bucket and noise of the image.
             return_dict: False for a tuple.
             cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA.
-            image_only_indicator: (B, F), nonzero for frames that are single images; None for none, as
-                diffusers' forward has it.
-            down_block_additional_residuals: added to the skip connections, one each, (N, C, h, w) with
-                frames of a sample together, or broadcasting to that.
+            image_only_indicator: (B, F), nonzero for frames that are single images; None for none, as in
+                diffusers.
+            down_block_additional_residuals: one for each skip connection and added to it, (N, C, h, w) with
+                the frames of a sample in sequence, or broadcastable to that.
             mid_block_additional_residual: the same for the output of the mid block.
-            feature_cache: takes the deep features of this forward, or gives those of an earlier one.
+            feature_cache: stores the deep features of this forward, or supplies those of an earlier one.
 
         Returns the prediction (B, F, out_channels, H, W) in the dtype of the sample.
-        Raises ValueError for shapes, dtypes and counts that do not fit.
+        Raises ValueError for other shapes, dtypes and counts.
         """
         inputs = dict(
             timestep=as_timestep(timestep),

@@ -195,7 +195,7 @@ class VideoUNet(UNetOptions, AttentionControl, PretrainedModel):
                     x = _features(deep, skips[-1], cond)
                 elif deep is not None and start <= i < stop:
                     continue
-                # Only this name holds a state: the last one is freed.
+                # Only this name refers to the state, so the previous one is freed.
                 x = step(x, cond, skips)
             # (N, H, W, C) -> (B, F, H, W, C) -> the layout of the sample
             return mx.moveaxis(x.reshape(batch, frames, *x.shape[1:]), -1, self.channel_axis), *made
@@ -296,7 +296,7 @@ def as_timestep(timestep: int | float | mx.array) -> mx.array:
 
 def mask_bias(mask: mx.array, dtype: mx.Dtype) -> mx.array:
     """(B, L) of 1 and 0 -> (B, 1, L) to add to scores."""
-    # Far below any score, and within the range of fp16: exp() of it is exactly zero.
+    # Far below any score and within the range of fp16, so that its exp() is exactly zero.
     return ((1 - mask.astype(mx.float32)) * -10_000.0).astype(dtype)[:, None]
 
 

@@ -7,7 +7,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..atomic import write_text
 from ..checkpoints import find_folder, read_component_config, read_json
 from ..checkpoints.config import naming
+from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.source import choose_variants, pinned_revision
 from ..errors import CheckpointError
 from ..models.pretrained import DIFFUSERS_VERSION, PretrainedModel
@@ -148,6 +149,7 @@ class Components:
     # Folders.
 
     @classmethod
+    @takes_hub
     def from_pretrained(
         cls: type[Pipeline],
         path_or_id: str | Path,
@@ -155,11 +157,8 @@ class Components:
         dtype: mx.Dtype | None = None,
         vae_dtype: mx.Dtype | None = mx.float32,
         scheduler: Scheduler | str | None = None,
-        revision: str | None = None,
         variant: str | None = None,
-        local_files_only: bool = False,
-        token: str | None = None,
-        cache_dir: str | Path | None = None,
+        hub: Hub,
         readers: Mapping[str, Callable[..., PretrainedModel]] | None = None,
         **components: Any,
     ) -> Pipeline:
@@ -174,16 +173,15 @@ class Components:
             scheduler: to take for the checkpoint's own; or the name of one to make from the checkpoint's
                 config, of a class or from `schedulers.SCHEDULERS`.
             variant: such as "fp16"; networks without it are read from their plain files, with a warning.
-            revision, local_files_only, token, cache_dir: as in `huggingface_hub`, and diffusers.
+            revision, local_files_only, token, cache_dir, hub: see `Hub`.
             readers: functions that read networks, by name, in place of `from_pretrained` of their classes
                 and with the same arguments.
             components: parts to take in place of the folder's, by name.
 
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
         """
-        where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir)
-        folder = find_folder(path_or_id, files=("model_index.json",), **where)
-        where["revision"] = pinned_revision(path_or_id, folder, revision)
+        folder = find_folder(path_or_id, files=("model_index.json",), hub=hub)
+        hub = replace(hub, revision=pinned_revision(path_or_id, folder, hub.revision))
         index = cls._checked_index(path_or_id, read_json(folder / "model_index.json"), components)
         if dtype is None and mx.default_device() == mx.cpu:
             dtype = mx.float32
@@ -191,7 +189,7 @@ class Components:
         kinds = {name: part_class(index, name, part) for name, part in listed.items()}
         networks = [name for name in listed if listed[name].is_network and name not in components]
         stems = {name: kinds[name].weights_stem for name in networks}
-        variants = choose_variants(path_or_id, stems, variant, **where)
+        variants = choose_variants(path_or_id, stems, variant, hub=hub)
         plain = [name for name, chosen in variants.items() if chosen != variant]
         if plain:
             warnings.warn(
@@ -206,14 +204,14 @@ class Components:
             if name in networks:
                 wanted = vae_dtype if listed[name].is_wide else dtype
                 read = (readers or {}).get(name, kinds[name].from_pretrained)
-                made[name] = read(path_or_id, subfolder=name, variant=variants[name], dtype=wanted, **where)
+                made[name] = read(path_or_id, subfolder=name, variant=variants[name], dtype=wanted, hub=hub)
             elif name != "scheduler":
-                made[name] = kinds[name].from_pretrained(path_or_id, subfolder=name, **where)
+                made[name] = kinds[name].from_pretrained(path_or_id, subfolder=name, hub=hub)
             elif isinstance(scheduler, Scheduler):
                 made[name] = scheduler
             else:
                 file = "scheduler_config.json"
-                config = read_component_config(path_or_id, file, subfolder=name, **where)
+                config = read_component_config(path_or_id, file, subfolder=name, hub=hub)
                 with naming(folder / name / file):
                     made[name] = scheduler_of_pipeline(config, index[name], scheduler)
         options = {name: index.get(name, default) for name, default in cls.index_options.items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from ..checkpoints import find_folder, read_component_config, read_json
+from ..checkpoints.hub import Hub
 from ..errors import CheckpointError
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
@@ -173,25 +175,25 @@ def _read_unet(
     subfolder: str,
     dtype: mx.Dtype | None,
     variant: str | None,
-    **hub: Any,
+    hub: Hub,
 ) -> UNetMotionModel:
     """Read the UNet of a folder; one of Stable Diffusion with a motion adapter, given or the folder's."""
-    how: dict[str, Any] = dict(subfolder=subfolder, dtype=dtype, variant=variant, **hub)
-    config = read_component_config(path_or_id, "config.json", subfolder=subfolder, **hub)
+    how: dict[str, Any] = dict(subfolder=subfolder, dtype=dtype, variant=variant, hub=hub)
+    config = read_component_config(path_or_id, "config.json", subfolder=subfolder, hub=hub)
     if config.get("_class_name") != "UNet2DConditionModel":
         unet = UNetMotionModel.from_pretrained(path_or_id, **how)
         if motion_adapter is not None:
-            where = {name: value for name, value in hub.items() if name != "revision"}
             if not isinstance(motion_adapter, MotionAdapter):
-                motion_adapter = MotionAdapter.from_pretrained(motion_adapter, **where)
+                own = replace(hub, revision=None)  # the revision is that of the folder
+                motion_adapter = MotionAdapter.from_pretrained(motion_adapter, hub=own)
             unet.load_motion_modules(motion_adapter)
         return unet
     if motion_adapter is None:
-        index = read_json(find_folder(path_or_id, files=("model_index.json",), **hub) / "model_index.json")
+        index = read_json(find_folder(path_or_id, files=("model_index.json",), hub=hub) / "model_index.json")
         if not is_listed(index, "motion_adapter", Part((MotionAdapter,), is_optional=True)):
             raise CheckpointError(
                 f"{path_or_id} holds Stable Diffusion, whose UNet makes images; give the motion modules of "
                 "AnimateDiff as well: motion_adapter=, or --motion-adapter, a folder, file or hub id"
             )
-        motion_adapter = MotionAdapter.from_pretrained(path_or_id, subfolder="motion_adapter", **hub)
+        motion_adapter = MotionAdapter.from_pretrained(path_or_id, subfolder="motion_adapter", hub=hub)
     return UNetMotionModel.from_unet2d(path_or_id, motion_adapter, **how)

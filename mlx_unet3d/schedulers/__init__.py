@@ -73,7 +73,7 @@ SCHEDULERS: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
     "tcd": (TCDScheduler, {}),
     "unipc": (UniPCMultistepScheduler, {}),
 }
-"""Short names for command lines: the class, and the arguments that go before a model's config."""
+"""Short names for command lines: the class, and arguments that override a model's config."""
 
 
 REFUSED: dict[str, str] = {
@@ -92,7 +92,7 @@ REFUSED: dict[str, str] = {
     "SASolverScheduler": "DPMSolverMultistepScheduler",
     "UnCLIPScheduler": "DDPMScheduler",
 }
-"""diffusers classes that are not here, and the nearest that is."""
+"""Unsupported diffusers classes, and the nearest supported one."""
 
 
 def scheduler_from_config(config: Mapping[str, Any], name: str | None = None) -> Scheduler:
@@ -100,11 +100,10 @@ def scheduler_from_config(config: Mapping[str, Any], name: str | None = None) ->
 
     Args:
         config: a dict as read from scheduler_config.json, or another scheduler's `config`.
-        name: which scheduler: a short name of `SCHEDULERS` or a class name. None takes the config's
-            own class.
+        name: a short name of `SCHEDULERS` or a class name; None takes the config's own class.
 
     Raises:
-        ValueError: no such name, or a config that does not say its class.
+        ValueError: an unknown name, or a config without a class.
     """
     if name is not None and name in SCHEDULERS:
         cls, overrides = SCHEDULERS[name]
@@ -120,17 +119,17 @@ def scheduler_from_config(config: Mapping[str, Any], name: str | None = None) ->
 def scheduler_of_pipeline(
     config: Mapping[str, Any], entry: Sequence[str], name: str | None = None
 ) -> Scheduler:
-    """Make the scheduler of a pipeline folder: of the class in model_index.json, as diffusers does.
+    """Make the scheduler of a pipeline folder, of the class in model_index.json as in diffusers.
 
-    Warns where the config says that it is another class's.
+    Warns where the config names another class.
 
     Args:
         config: a dict as read from scheduler_config.json.
-        entry: a pair as model_index.json has it for "scheduler": a library and a class name.
-        name: a scheduler to take instead, as in `scheduler_from_config`.
+        entry: the entry "scheduler" of model_index.json: a library and a class name.
+        name: another scheduler to use, as in `scheduler_from_config`.
 
     Raises:
-        ValueError: no such scheduler, or an entry that names none.
+        ValueError: an unknown scheduler, or an entry that names none.
     """
     if name is not None:
         return scheduler_from_config(config, name)
@@ -150,7 +149,7 @@ def scheduler_of_pipeline(
 
 
 def _class(name: Any, where: str) -> type[Scheduler]:
-    """The class of a name; `where` says in the error who asks for it."""
+    """Return the class of a name; `where` tells the error message where the name comes from."""
     if isinstance(name, str) and name in Scheduler.classes:
         return Scheduler.classes[name]
     if isinstance(name, str) and name.startswith("FlowMatch"):

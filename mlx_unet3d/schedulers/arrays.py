@@ -15,8 +15,8 @@ class SchedulerOutput(NamedTuple):
 
     Attributes:
         prev_sample: the sample at the next, less noisy, timestep; shape and dtype of the sample.
-        pred_original_sample: the noise-free sample that the model's output stands for at this step
-            (after clipping or thresholding, where that is on); for previews.
+        pred_original_sample: the noise-free sample that the model predicts at this step (after clipping or
+            thresholding, where enabled); for previews.
     """
 
     prev_sample: mx.array
@@ -24,21 +24,21 @@ class SchedulerOutput(NamedTuple):
 
 
 def upcast(model_output: mx.array, sample: mx.array) -> tuple[mx.array, mx.array]:
-    """The two arrays of a step in float32, once their shapes agree."""
+    """Return the two arrays of a step in float32; ValueError where their shapes differ."""
     check_same_shape("model_output", model_output, "sample", sample)
     return model_output.astype(mx.float32), sample.astype(mx.float32)
 
 
 def output(prev_sample: mx.array, x0: mx.array, dtype: mx.Dtype) -> SchedulerOutput:
-    """The result of a step, back in the sample's dtype."""
+    """Return the result of a step in the sample's dtype."""
     return SchedulerOutput(prev_sample.astype(dtype), x0.astype(dtype))
 
 
 def dynamic_threshold(x0: mx.array, ratio: float, most: float) -> mx.array:
-    """Dynamic thresholding (Saharia et al. 2022, section 2.3).
+    """Apply dynamic thresholding (Saharia et al. 2022, section 2.3).
 
-    Each sample is cut off at the `ratio` quantile of its magnitudes, if that lies from 1 to `most`, else at
-    the nearer of these, and divided by it.
+    Each sample is clipped to the `ratio` quantile of its magnitudes, itself limited to [1, `most`], and
+    divided by it.
     """
     flat = x0.reshape(x0.shape[0], -1)
     ordered = mx.sort(mx.abs(flat), axis=1)
@@ -52,7 +52,7 @@ def dynamic_threshold(x0: mx.array, ratio: float, most: float) -> mx.array:
 
 
 def as_number(timestep: Timestep) -> float:
-    """A timestep as a python float."""
+    """Return a timestep as a Python float."""
     if isinstance(timestep, (mx.array, np.ndarray)) and timestep.size != 1:
         raise ValueError(f"timestep has shape {tuple(timestep.shape)}; a step takes a single one")
     return float(timestep.item() if hasattr(timestep, "item") else timestep)

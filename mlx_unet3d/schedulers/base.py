@@ -1,4 +1,4 @@
-"""Base of all schedulers: schedule, position in it, predictions, noising."""
+"""Base of all schedulers: the schedule, the position in it, predictions, and adding noise."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ if TYPE_CHECKING:
 
     from ..noise import NoiseSource
 
-_MOST_TIMESTEPS = 10**6  # a thousand are usual; the tables hold a number for each
+_MOST_TIMESTEPS = 10**6  # a thousand are usual; the tables hold one number for each
 
 
 class Scheduler(ConfigMixin):
-    """Base of the samplers: turns a network's outputs into ever less noisy samples.
+    """Base of the samplers, which compute less and less noisy samples from a network's outputs.
 
     Use: `set_timesteps(n)`, or `laid_out(n)` for a copy; begin with noise times `init_noise_sigma` (or
     `set_begin_index(i)` and `add_noise` to begin from a sample at `timesteps[i]`); then for each `t` in
     `timesteps`, call the network on `scale_model_input(sample, t)` and give its output to `step`.
 
-    Samples may have any shape (B, ...) and any float dtype. The arithmetic is float32; results come back in
-    the sample's dtype. A scheduler keeps state between steps, and `set_timesteps` begins anew.
+    Samples may have any shape (B, ...) and any float dtype. The arithmetic is float32; results have the
+    sample's dtype. A scheduler keeps state between steps; `set_timesteps` resets it.
 
     Attributes:
         config: the constructor arguments, a `SchedulerConfig`.
-        timesteps: (n,) what to give to the network, falling; before `set_timesteps`, all of training.
-        num_inference_steps: the n of `set_timesteps`, or None before.
+        timesteps: (n,) inputs of the network, falling; before `set_timesteps`, all training timesteps.
+        num_inference_steps: the n of `set_timesteps`; None before it is called.
         alphas_cumprod: (T,) float32, the share of signal variance ᾱ at each training timestep.
     """
 
     order: ClassVar[int] = 1
-    """Entries of `timesteps` for one step of strength in video-to-video."""
+    """Entries of `timesteps` that the strength of video-to-video counts as one step."""
     uses_eta: ClassVar[bool] = False
-    """True where `step` takes `eta`."""
+    """True if `step` takes `eta`."""
     custom_schedules: ClassVar[tuple[str, ...]] = ()
-    """Schedules of the caller's own that `set_timesteps` takes: "timesteps", "sigmas"."""
+    """Custom schedules that `set_timesteps` takes: "timesteps", "sigmas"."""
     repeats_timesteps: ClassVar[bool] = False
-    """True where there may be more steps than training timesteps."""
+    """True if there may be more steps than training timesteps."""
     prediction_types: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
     beta_schedules: ClassVar[tuple[str, ...]] = BETA_SCHEDULES
 
@@ -98,25 +98,25 @@ class Scheduler(ConfigMixin):
 
     @property
     def init_noise_sigma(self) -> float:
-        """The standard deviation of the noise that sampling begins with."""
+        """The standard deviation of the initial noise."""
         return 1.0
 
     @property
     def uses_noise(self) -> bool:
-        """True where `step` draws noise, and needs a `noise` source; so does DDIM with eta > 0."""
+        """True if `step` draws noise and needs a `noise` source; DDIM with eta > 0 needs one as well."""
         return False
 
     @property
     def step_index(self) -> int | None:
-        """The position in `timesteps` of the step to come, once the first step has fixed it.
+        """The position of the next step in `timesteps`, known after the first step.
 
-        It stays None in DDIM, DDPM and PNDM, which go by the timestep alone.
+        It stays None in DDIM, DDPM and PNDM, which depend on the timestep alone.
         """
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """The position at which sampling begins, if `set_begin_index` was called."""
+        """The position set by `set_begin_index`, at which sampling begins; None without it."""
         return self._begin_index
 
     def set_timesteps(
@@ -126,17 +126,17 @@ class Scheduler(ConfigMixin):
         timesteps: Sequence[float] | np.ndarray | None = None,
         sigmas: Sequence[float] | np.ndarray | None = None,
     ) -> None:
-        """Lay out a schedule, and forget all earlier steps.
+        """Lay out a schedule and reset all state.
 
         Args:
-            num_inference_steps: n, for a schedule as the config spaces it; from 1 to `num_train_timesteps`,
-                or more in a class that `repeats_timesteps`.
-            timesteps: (n,) a schedule of one's own instead, noisiest first.
+            num_inference_steps: n, for a schedule spaced by the config; from 1 to `num_train_timesteps`, or
+                more in a class that `repeats_timesteps`.
+            timesteps: (n,) a custom schedule instead, noisiest first.
             sigmas: (n + 1,) noise levels instead, falling; the last one is where the last step ends.
 
         Raises:
-            ValueError: not exactly one of the three, a number out of range, or a kind of schedule that is not
-                among `custom_schedules`.
+            ValueError: not exactly one of the three, a number out of range, or a schedule that is not in
+                `custom_schedules`.
         """
         custom = {"timesteps": timesteps, "sigmas": sigmas}
         custom = {name: values for name, values in custom.items() if values is not None}
@@ -159,20 +159,20 @@ class Scheduler(ConfigMixin):
         self._reset()
 
     def laid_out(self, num_inference_steps: int | None = None, **schedule: Any) -> Self:
-        """Return a copy for one run, with a schedule laid out; the scheduler itself stays as it is.
+        """Return a copy for one run with a schedule laid out; the scheduler itself is not changed.
 
         Arguments and errors are those of `set_timesteps`.
         """
-        scheduler = copy.copy(self)  # enough, as set_timesteps replaces all state and changes none in place
+        # A shallow copy is enough: set_timesteps replaces all state and changes none in place.
+        scheduler = copy.copy(self)
         scheduler.set_timesteps(num_inference_steps, **schedule)
         return scheduler
 
     def set_begin_index(self, begin_index: int) -> None:
         """Begin at `timesteps[begin_index]`. Call it after `set_timesteps`, before the first step.
 
-        Without it the first step finds its place by its timestep. Where the schedule holds a
-        timestep twice that is the second place, as in diffusers, so a full run should call
-        `set_begin_index(0)`.
+        Without it, the first step finds its position by its timestep. As in diffusers, a timestep that occurs
+        twice is found at its second position, so a full run should call `set_begin_index(0)`.
         """
         self._require_schedule()
         if not 0 <= begin_index < len(self.timesteps):
@@ -182,7 +182,7 @@ class Scheduler(ConfigMixin):
         self._begin_index = int(begin_index)
 
     def index_for_timestep(self, timestep: Timestep) -> int:
-        """The place of a timestep in the schedule; the second one where it stands twice."""
+        """Return the position of a timestep in the schedule; the second one where it occurs twice."""
         found = np.flatnonzero(self.timesteps == as_number(timestep))
         if len(found) == 0:
             raise ValueError(
@@ -194,7 +194,7 @@ class Scheduler(ConfigMixin):
     # -- the steps ---------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: mx.array, timestep: Timestep) -> mx.array:
-        """The sample as the network wants it at this timestep; most schedulers return it as it is."""
+        """Scale the sample for the network at this timestep; most schedulers return it unchanged."""
         return sample
 
     def step(
@@ -205,17 +205,17 @@ class Scheduler(ConfigMixin):
         *,
         noise: NoiseSource | None = None,
     ) -> SchedulerOutput:
-        """Take the sample one step down in noise.
+        """Compute the sample at the next, less noisy timestep.
 
         Args:
             model_output: the network's output, shape of `sample`.
-            timestep: the entry of `timesteps` that the network saw.
+            timestep: the entry of `timesteps` given to the network.
             sample: (B, ...) the sample before `scale_model_input`.
-            noise: where noise is drawn from; must be given if `uses_noise`.
+            noise: the source of noise; required if `uses_noise`.
 
         Raises:
-            ValueError: no `set_timesteps` before, a timestep that is not (next) in the schedule,
-                shapes that differ, or no noise source where one is needed.
+            ValueError: `set_timesteps` was not called, the timestep is not the next one in the schedule,
+                shapes differ, or a required noise source is missing.
         """
         raise NotImplementedError
 
@@ -225,7 +225,7 @@ class Scheduler(ConfigMixin):
         noise: mx.array,
         timesteps: Timestep | Sequence[int | float] | np.ndarray,
     ) -> mx.array:
-        """Bring clean samples to the noise level of timesteps.
+        """Add noise to clean samples, to the level of timesteps.
 
         Args:
             original_samples: (B, ...), any float dtype.
@@ -233,7 +233,7 @@ class Scheduler(ConfigMixin):
             timesteps: one for all samples, or (B,).
 
         Returns:
-            the noisy samples, in the dtype of `original_samples`.
+            noisy samples in the dtype of `original_samples`.
         """
         check_same_shape("noise", noise, "original_samples", original_samples)
         signal, sigma = self._noise_levels(np.atleast_1d(np.array(timesteps)))
@@ -247,12 +247,12 @@ class Scheduler(ConfigMixin):
         noisy = signal * original_samples.astype(mx.float32) + sigma * noise.astype(mx.float32)
         return noisy.astype(original_samples.dtype)
 
-    # -- for the samplers --------------------------------------------------------------------------
+    # -- for subclasses ----------------------------------------------------------------------------
 
     def _lay_out(self, steps: int) -> None:
         """Set `timesteps`, and `sigmas` in classes that have them.
 
-        Classes with `custom_schedules` take these by keyword, as float64.
+        Classes with `custom_schedules` take these as keywords, in float64.
         """
         config = self.config
         self.timesteps = spaced_timesteps(
@@ -269,7 +269,7 @@ class Scheduler(ConfigMixin):
         return int(steps)
 
     def _checked_schedule(self, name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
-        """A schedule of the caller's as an array of float64."""
+        """Return a custom schedule as an array of float64; ValueError where it is invalid."""
         if name not in self.custom_schedules:
             able = [cls.__name__ for cls in Scheduler.classes.values() if name in cls.custom_schedules]
             raise ValueError(
@@ -297,7 +297,7 @@ class Scheduler(ConfigMixin):
             )
 
     def _check_range(self) -> None:
-        """ValueError where the schedule reaches past the tables, which hold a number for each timestep."""
+        """Raise ValueError where the schedule exceeds the tables, which hold one number for each timestep."""
         last = len(self.alphas_cumprod) - 1
         if not 0 <= self.timesteps.min() <= self.timesteps.max() <= last:
             raise ValueError(
@@ -307,14 +307,14 @@ class Scheduler(ConfigMixin):
             )
 
     def sigma_kind(self) -> str | None:
-        """Which spacing of sigmas the config asks for; None in classes that have none."""
+        """Return the kind of sigma spacing in the config; None in classes without one."""
         return None
 
     def _reset(self) -> None:
-        """Forget what earlier steps left behind."""
+        """Reset the state of earlier steps."""
 
     def _noise_levels(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(signal, noise) factors of `add_noise` at training timesteps."""
+        """Return the (signal, noise) factors of `add_noise` at training timesteps."""
         total = len(self.alphas_cumprod)
         if timesteps.min() < 0 or timesteps.max() >= total or (timesteps % 1).any():
             raise ValueError(f"timesteps {_shown(timesteps)} must be whole numbers from 0 to {total - 1}")
@@ -328,12 +328,12 @@ class Scheduler(ConfigMixin):
             )
 
     def _scheduled(self, timestep: Timestep) -> int:
-        """A timestep that stands somewhere in the schedule, as an index of `alphas_cumprod`."""
+        """Return a timestep of the schedule as an index of `alphas_cumprod`; ValueError for others."""
         self._require_schedule()
         return int(self.timesteps[self.index_for_timestep(timestep)])
 
     def _current_index(self, timestep: Timestep) -> int:
-        """The place of the step to come, which must be that of `timestep`; fixed by the first step."""
+        """Return the position of the next step, which must be that of `timestep`; the first step sets it."""
         self._require_schedule()
         index = self._step_index
         if index is None:
@@ -352,7 +352,7 @@ class Scheduler(ConfigMixin):
         return index
 
     def _alpha_bar(self, timestep: int) -> float:
-        """ᾱ at a training timestep; that of the end of sampling where the timestep is below 0."""
+        """Return ᾱ at a training timestep; for timesteps below 0, that of the end of sampling."""
         if timestep >= 0:
             return float(self.alphas_cumprod[timestep])
         return 1.0 if self.config.set_alpha_to_one else float(self.alphas_cumprod[0])
@@ -360,7 +360,7 @@ class Scheduler(ConfigMixin):
     def _x0_and_epsilon(
         self, model_output: mx.array, sample: mx.array, alpha: float, sigma: float
     ) -> tuple[mx.array, mx.array]:
-        """Return (x0, epsilon) of the sample alpha * x0 + sigma * epsilon by a model output."""
+        """Return (x0, epsilon) of the sample alpha * x0 + sigma * epsilon from a model output."""
         if self.config.prediction_type == "sample":
             return model_output, (sample - alpha * model_output) / sigma
         if self.config.prediction_type == "v_prediction":  # v = alpha * epsilon - sigma * x0
@@ -374,7 +374,7 @@ class Scheduler(ConfigMixin):
         return (sample - sigma * model_output) / alpha, model_output
 
     def _clip_or_threshold(self, x0: mx.array) -> mx.array:
-        """Hold a prediction of the clean sample in range, as the config says."""
+        """Clip or threshold a prediction of the clean sample, as the config says."""
         config = self.config
         if config.thresholding:
             return self._threshold(x0)

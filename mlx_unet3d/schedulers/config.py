@@ -1,4 +1,4 @@
-"""The configuration of a scheduler: its constructor arguments, from class to class and on disk."""
+"""The configuration of a scheduler: its constructor arguments, passed between classes and saved to disk."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "scheduler_config.json"
 
-# The release of diffusers whose defaults and results the schedulers have; saved configs name it.
+# The release of diffusers whose defaults and results the schedulers match; saved configs name it.
 DIFFUSERS_VERSION = "0.42.1"
 
-# Arguments of diffusers schedulers that are not here. A config file may well hold them.
+# Arguments of unsupported diffusers schedulers, which config files may contain.
 FOREIGN_KEYS = frozenset({"noise_sampler_seed", "rho", "sigma_data", "sigma_schedule"})
 
-# Arguments that diffusers' classes do not have: written where they are given, and no defaults of theirs.
+# Arguments that diffusers' classes lack: saved only where they were given.
 OWN_KEYS = frozenset({"distilled_spacing"})
 
 
 class SchedulerConfig(Mapping[str, Any]):
-    """The arguments that a scheduler runs with: read-only, by item (`config["beta_end"]`) or attribute.
+    """The arguments of a scheduler, read-only, by item (`config["beta_end"]`) or attribute.
 
     Attributes:
-        class_name: the scheduler class they belong to.
-        given: the names that were passed; the others hold the class's defaults. Only these go on to
-            another class in `from_config`, which puts its own defaults for the rest.
-        carried: arguments of other scheduler classes that came along with the config. They have no
-            effect here, and are kept so that a way back to those classes loses nothing.
+        class_name: the scheduler class of the arguments.
+        given: the names that were passed; the others have the class's defaults. `from_config` passes only
+            these to another class, which uses its own defaults for the rest.
+        carried: arguments of other scheduler classes in the config. They have no effect, and are kept so that
+            those classes can be made from this config again.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SchedulerConfig(Mapping[str, Any]):
         return len(self._values)
 
     def __getattr__(self, name: str) -> Any:
-        values = vars(self).get("_values", {})  # empty while a copy or an unpickling is under way
+        values = vars(self).get("_values", {})  # empty during copying and unpickling
         if name in values:
             return values[name]
         raise AttributeError(f"{vars(self).get('class_name')} has no argument {name!r}")
@@ -83,26 +83,26 @@ class SchedulerConfig(Mapping[str, Any]):
         return f"{self.class_name}({arguments})"
 
     def to_dict(self) -> dict[str, Any]:
-        """All arguments, the carried ones too, as diffusers writes them to scheduler_config.json."""
+        """Return all arguments, with the carried ones, as diffusers writes them to scheduler_config.json."""
         values = {**self.carried, **self}
         unsaid = OWN_KEYS & set(self) - self.given
         values = {name: _plain(value) for name, value in values.items() if name not in unsaid}
         return {"_class_name": self.class_name, "_diffusers_version": DIFFUSERS_VERSION, **values}
 
     def replaced(self, **values: Any) -> SchedulerConfig:
-        """The same config with other values for some of its own arguments."""
+        """Return this config with other values of some of its own arguments."""
         return SchedulerConfig(self.class_name, {**self, **values}, self.given, self.carried)
 
     def carrying(self, carried: Mapping[str, Any]) -> SchedulerConfig:
-        """The same config with other arguments to keep for other classes."""
+        """Return this config with other arguments carried for other classes."""
         return SchedulerConfig(self.class_name, self, self.given, carried)
 
 
 def configured(init: Callable[..., None]) -> Callable[..., None]:
     """Make a constructor record its arguments as `self.config` before its body runs.
 
-    A scheduler's arguments are its configuration and nothing else, so the signature is the one
-    place where their names and defaults stand.
+    The arguments of a scheduler are its configuration, so their names and defaults are written only once, in
+    the signature.
     """
     signature = inspect.signature(init)
 
@@ -120,7 +120,7 @@ def configured(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def argument_names(cls: type) -> frozenset[str]:
-    """The names of a scheduler's constructor arguments."""
+    """Return the names of a scheduler's constructor arguments."""
     return frozenset(inspect.signature(cls.__init__).parameters) - {"self"}
 
 
@@ -136,13 +136,13 @@ def split_config(
         class_name: named in the warning.
 
     Returns:
-        (arguments, carried). Names that no scheduler has are left out, with one warning.
+        (arguments, carried). Names that no scheduler has are left out with one warning.
     """
     if isinstance(config, SchedulerConfig):
         values = {name: value for name, value in config.items() if name in config.given}
         values.update(config.carried)
     else:
-        defaulted = config.get("_use_default_values", ())  # a live diffusers config says so
+        defaulted = config.get("_use_default_values", ())  # a marker in configs of live diffusers objects
         values = {name: value for name, value in config.items() if name not in defaulted}
         values = {name: value for name, value in values.items() if not name.startswith("_")}
     arguments = {name: value for name, value in values.items() if name in own}
@@ -158,7 +158,7 @@ def split_config(
 
 
 class ConfigMixin:
-    """Base that makes schedulers from configs and writes configs to disk."""
+    """Base of the schedulers that makes them from configs and saves their configs."""
 
     classes: ClassVar[dict[str, type[Any]]] = {}
     """The scheduler classes by name."""
@@ -167,7 +167,7 @@ class ConfigMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if hasattr(vars(cls).get("__init__"), "__wrapped__"):  # made by `configured`: no mere base
+        if hasattr(vars(cls).get("__init__"), "__wrapped__"):  # made by `configured`, so not a base class
             ConfigMixin.classes[cls.__name__] = cls
 
     def __repr__(self) -> str:
@@ -175,16 +175,16 @@ class ConfigMixin:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
-        """A scheduler of this class from the config of any other, as diffusers does it.
+        """Make a scheduler of this class from the config of any other, as in diffusers.
 
         Args:
             config: another scheduler's `config`, or a dict as read from scheduler_config.json.
-            overrides: arguments of this class that go before those of the config.
+            overrides: arguments of this class that override those of the config.
 
-        Only arguments that were given to the other scheduler pass on; where it ran on defaults this
-        class takes its own. (So a DDIM config that does not spell `timestep_spacing` makes a
-        "linspace" DPM-Solver.) Arguments of other scheduler classes are carried along without
-        effect; names that no scheduler has are left out with a warning.
+        Only arguments that were given to the other scheduler are passed on; for the rest, this class uses its
+        own defaults. (So a DDIM config without `timestep_spacing` makes a "linspace" DPM-Solver.) Arguments
+        of other scheduler classes are carried without effect; names that no scheduler has are left out with a
+        warning.
 
         Raises:
             TypeError: an override is no argument of this class.
@@ -205,11 +205,11 @@ class ConfigMixin:
     def from_pretrained(
         cls, path_or_id: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any
     ) -> Self:
-        """A scheduler of this class from the scheduler_config.json in a folder or hub repository.
+        """Make a scheduler of this class from the scheduler_config.json in a folder or hub repository.
 
         Args:
             path_or_id: a folder, or a hub id.
-            subfolder: "scheduler" where `path_or_id` is a whole pipeline.
+            subfolder: "scheduler" where `path_or_id` is a complete pipeline.
             hub: `revision`, `token`, `cache_dir`, `local_files_only`.
         """
         from ..checkpoints import read_component_config
@@ -218,7 +218,8 @@ class ConfigMixin:
         return cls.from_config(config)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write scheduler_config.json, which diffusers reads too, into a folder (made if need be)."""
+        """Write scheduler_config.json, which diffusers reads as well, into a folder, and make the folder if
+        needed."""
         target = Path(folder) / CONFIG_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -232,7 +233,7 @@ class ConfigMixin:
             )
 
     def _refuse(self, name: str, allowed: Any, reason: str) -> None:
-        """Say no to an argument of the diffusers class that has one value here."""
+        """Raise an error for an argument of the diffusers class unless it has the one supported value."""
         value = self.config[name]
         if value != allowed:
             raise ValueError(

@@ -46,7 +46,7 @@ class DDIMScheduler(Scheduler):
         super().__init__()
 
     def variance(self, timestep: int, prev_timestep: int) -> float:
-        """The variance of the noise that a step with eta 1 adds (eq. 16, squared)."""
+        """Return the variance of the noise that a step with eta 1 adds (eq. 16, squared)."""
         now, prev = self._alpha_bar(timestep), self._alpha_bar(prev_timestep)
         return (1 - prev) / (1 - now) * (1 - now / prev)
 
@@ -63,9 +63,8 @@ class DDIMScheduler(Scheduler):
         """See `Scheduler.step`.
 
         Args:
-            eta: how much noise to add, from 0 (none: DDIM) to 1 (DDPM's). Above 0, `noise` must be
-                given.
-            use_clipped_model_output: take the noise direction from the clipped clean sample.
+            eta: amount of noise to add, from 0 (none: DDIM) to 1 (as in DDPM). Above 0, `noise` is required.
+            use_clipped_model_output: derive the noise direction from the clipped clean sample.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must be from 0 (no noise added) to 1 (as much as DDPM)")
@@ -82,7 +81,7 @@ class DDIMScheduler(Scheduler):
             epsilon = (sample - alpha * x0) / sigma
 
         variance = eta**2 * self.variance(t, prev_t)
-        # Not below 0: with eta 1 and ᾱ 0 the difference is rounding.
+        # Not below 0: with eta 1 and ᾱ 0, rounding can make the difference negative.
         direction = math.sqrt(max(1 - prev - variance, 0.0))
         x = math.sqrt(prev) * x0 + direction * epsilon
         if eta > 0:

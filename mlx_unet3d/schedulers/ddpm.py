@@ -23,10 +23,10 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "l
 class DDPMScheduler(Scheduler):
     """Denoising diffusion probabilistic models (Ho et al. 2020, arXiv:2006.11239, eq. 7).
 
-    Equals diffusers' DDPMScheduler, but for `variance_type="fixed_large_log"`, which is refused:
-    diffusers takes the root of a negative number there. A `variance_type` of None, as configs of
-    DPM-Solver have it, stands for "fixed_small". With a learned variance (Nichol and Dhariwal 2021)
-    the model output has twice the channels of the sample on axis 1: the prediction, then the variance.
+    Equals diffusers' DDPMScheduler, except that `variance_type="fixed_large_log"` is refused: there,
+    diffusers takes the root of a negative number. A `variance_type` of None, as in configs of DPM-Solver,
+    stands for "fixed_small". With a learned variance (Nichol and Dhariwal 2021), the model output has twice
+    the channels of the sample on axis 1: the prediction, then the variance.
     """
 
     custom_schedules: ClassVar[tuple[str, ...]] = ("timesteps",)
@@ -56,7 +56,7 @@ class DDPMScheduler(Scheduler):
 
     @property
     def uses_noise(self) -> bool:
-        """Each step draws noise, but for one at timestep 0."""
+        """True: each step draws noise, except at timestep 0."""
         return True
 
     def _lay_out(self, steps: int, timesteps: np.ndarray | None = None) -> None:
@@ -98,7 +98,7 @@ class DDPMScheduler(Scheduler):
         return output(x, x0, dtype)
 
     def _split(self, model_output: mx.array, sample: mx.array) -> tuple[mx.array, mx.array | None]:
-        """The prediction, and the learned variance where there is one."""
+        """Return the prediction, and the learned variance or None."""
         if self.config.variance_type not in ("learned", "learned_range"):
             return model_output, None
         channels = sample.shape[1]
@@ -111,11 +111,11 @@ class DDPMScheduler(Scheduler):
         return prediction, variance.astype(mx.float32)
 
     def _deviation(self, small: float, large: float, learned: mx.array | None) -> float | mx.array:
-        """The standard deviation of the noise, from the posterior's variance and beta."""
+        """Return the standard deviation of the noise, from the posterior's variance and beta."""
         kind = self.config.variance_type
         if kind == "learned":
             return mx.sqrt(learned)
-        if kind == "learned_range":  # from -1 to 1: between the two, in the logarithm
+        if kind == "learned_range":  # from -1 to 1, interpolates their logarithms
             share = (learned + 1) / 2
             return mx.exp(0.5 * (share * math.log(large) + (1 - share) * math.log(small)))
         return math.sqrt(large if kind == "fixed_large" else small)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class DEISMultistepScheduler(MultistepScheduler):
     """Diffusion exponential integrator sampler, multistep in log rho (Zhang and Chen 2022, arXiv:2204.13902).
 
-    Equals diffusers' DEISMultistepScheduler, without flow matching, which is refused. Sampling ends at the
+    Equals diffusers' DEISMultistepScheduler, except that flow matching is refused. Sampling ends at the
     smallest sigma of training, or of the karras, exponential or beta spacing. As in diffusers, "dpmsolver"
     and "dpmsolver++" stand for "deis", and the solver types of other solvers for "logrho".
     """
@@ -96,9 +96,9 @@ class DEISMultistepScheduler(MultistepScheduler):
 
 
 def _weights(rhos: Sequence[float], end: float) -> list[float]:
-    """The weight of each output, made at `rhos`, in the step from `rhos[0]` to `end`.
+    """Return the weights of the outputs made at `rhos`, for the step from `rhos[0]` to `end`.
 
-    A polynomial in log rho interpolates the outputs, and is integrated over rho (eq. 14 of the paper).
+    A polynomial in log rho interpolates the outputs and is integrated over rho (eq. 14 of the paper).
     """
     start, places = rhos[0], np.log(rhos)
     weights = []

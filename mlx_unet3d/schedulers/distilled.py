@@ -11,10 +11,10 @@ from .base import Scheduler
 
 
 class DistilledScheduler(Scheduler):
-    """Schedulers whose timesteps are some of those that a model was distilled on.
+    """Base of schedulers that use some of the timesteps on which a model was distilled.
 
-    These are `original_inference_steps` evenly spaced ones, so `timestep_spacing` and `steps_offset` change
-    nothing, as in diffusers; they are in the config for other classes.
+    The distillation has `original_inference_steps` evenly spaced timesteps. As in diffusers,
+    `timestep_spacing` and `steps_offset` have no effect; the config keeps them for other classes.
     """
 
     custom_schedules: ClassVar[tuple[str, ...]] = ("timesteps",)
@@ -32,7 +32,7 @@ class DistilledScheduler(Scheduler):
         sigmas: Sequence[float] | np.ndarray | None = None,
         original_inference_steps: int | None = None,
     ) -> None:
-        """See `Scheduler.set_timesteps`; `original_inference_steps` goes before that of the config."""
+        """See `Scheduler.set_timesteps`; `original_inference_steps` overrides the config's."""
         if original_inference_steps is not None:
             self._check_original(original_inference_steps)
         self._original = original_inference_steps
@@ -46,7 +46,7 @@ class DistilledScheduler(Scheduler):
             )
 
     def _distilled_timesteps(self) -> np.ndarray:
-        """The timesteps of the distillation, falling."""
+        """Return the timesteps of the distillation, falling."""
         config = self.config
         original = config.original_inference_steps if self._original is None else self._original
         return np.arange(original, 0, -1) * (config.num_train_timesteps // original) - 1
@@ -65,5 +65,5 @@ class DistilledScheduler(Scheduler):
         self.timesteps = distilled[self._places(steps, len(distilled))]
 
     def _places(self, steps: int, original: int) -> np.ndarray:
-        """Which of the timesteps of the distillation to take."""
+        """Return the indices of the distillation's timesteps to use."""
         return np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++, multistep, and their stochastic kin."""
+"""DPM-Solver and DPM-Solver++, multistep, and their stochastic variants."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from ..noise import NoiseSource
 
 ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
-FEW_STEPS = 15  # below this, lower_order_final has the last steps made with fewer points
+FEW_STEPS = 15  # for fewer steps, lower_order_final lowers the order of the last ones
 
 
 class DPMSolverMultistepScheduler(MultistepScheduler):
     """DPM-Solver (Lu et al. 2022, arXiv:2206.00927) and DPM-Solver++ (arXiv:2211.01095), multistep.
 
-    Equals diffusers' DPMSolverMultistepScheduler, without flow matching and learned variances,
-    which are refused. `algorithm_type` "dpmsolver++" solves for the clean sample, "dpmsolver" for
-    the noise; "sde-" solves the reverse stochastic equation. As in diffusers, "deis" stands for
-    "dpmsolver++", and the solver types of other solvers for "midpoint", so that configs cross.
+    Equals diffusers' DPMSolverMultistepScheduler, except that flow matching and learned variances are
+    refused. `algorithm_type` "dpmsolver++" solves for the clean sample, "dpmsolver" for the noise; "sde-"
+    solves the reverse stochastic equation. As in diffusers, "deis" stands for "dpmsolver++", and the solver
+    types of other solvers for "midpoint", so that their configs can be used.
     """
 
     custom_schedules: ClassVar[tuple[str, ...]] = ("timesteps",)
@@ -84,7 +84,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
 
     @property
     def uses_noise(self) -> bool:
-        """The "sde-" algorithms draw noise in each step, the last too."""
+        """True for the "sde-" algorithms, which draw noise in each step, even the last."""
         return self._stochastic
 
     @property
@@ -96,7 +96,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         return self.config.algorithm_type.startswith("sde-")
 
     def _usable_timesteps(self) -> int:
-        """How many training timesteps lie above `lambda_min_clipped`."""
+        """Return the number of training timesteps with a log-SNR above `lambda_min_clipped`."""
         signal = np.sqrt(self.alphas_cumprod)
         log_snr = np.log(signal) - np.log(np.sqrt(np.float32(1) - self.alphas_cumprod))
         clipped = np.searchsorted(log_snr[::-1], self.config.lambda_min_clipped)
@@ -123,7 +123,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         return output(x, x0, dtype)
 
     def _order_at(self, index: int) -> int:
-        """How many points to use: as many as there are, and fewer at the end."""
+        """Return the order of a step: at most the number of kept outputs, and lower at the end."""
         config = self.config
         left = len(self.timesteps) - index
         ends_low = config.lower_order_final and len(self.timesteps) < FEW_STEPS
@@ -133,16 +133,16 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         return min(order, 2) if left == 2 and ends_low else order
 
     def _update(self, x: mx.array, index: int, order: int, noise: mx.array | None) -> mx.array:
-        """From `sigmas[index]` to the next.
+        """Step from `sigmas[index]` to the next.
 
-        The four algorithms are one formula: an exponential integrator whose exponent g is the step in
-        lambda, with the sign and factor of the algorithm.
+        One formula covers the four algorithms: an exponential integrator whose exponent g is the step in
+        lambda, with a sign and factor that depend on the algorithm.
         """
         alpha, sigma = alpha_sigma(float(self.sigmas[index + 1]))
         alpha_now, sigma_now = alpha_sigma(float(self.sigmas[index]))
         lambdas = [half_log_snr(sigma) for sigma in (float(self.sigmas[index + 1]), *self._levels)]
         h = lambdas[0] - lambdas[1]
-        if h == 0:  # a timestep that stands twice, or the smallest sigma of training
+        if h == 0:  # a timestep that occurs twice, or the smallest sigma of training
             return x
         if self._predicts_x0:
             ratio, scale, g = sigma / sigma_now, alpha, -h
@@ -158,17 +158,17 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         x = ratio * x - scale * growth * self._outputs[0]
         if order > 1:
             slope, curve = self._differences(lambdas, order)
-            # growth / g - 1 is about g / 2; "midpoint" takes growth / 2 for it.
+            # growth / g - 1 is about g / 2; "midpoint" approximates it by growth / 2.
             midpoint = order == 2 and self.config.solver_type == "midpoint"
             x = x - scale * (0.5 * growth if midpoint else growth / g - 1) * slope
         if order > 2:
-            # The series asks for -0.5 always; diffusers has it so, but for "sde-dpmsolver++".
+            # The series gives -0.5 for all; diffusers uses 0.5 for "sde-dpmsolver++".
             half = 0.5 if self._stochastic else -0.5
             x = x - scale * ((growth - g) / g**2 + half) * curve
         return x if noise is None else x + added * noise
 
     def _differences(self, lambdas: list[float], order: int) -> tuple[mx.array, mx.array | None]:
-        """First and second divided differences of the kept outputs, times h and h²."""
+        """Return first and second divided differences of the kept outputs, times h and h²."""
         h = lambdas[0] - lambdas[1]
         r0 = (lambdas[1] - lambdas[2]) / h
         newest = (self._outputs[0] - self._outputs[1]) / r0

@@ -1,4 +1,4 @@
-"""Euler, ancestral."""
+"""Ancestral Euler sampler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class EulerAncestralDiscreteScheduler(EulerLadder):
-    """Euler steps below the aim, and noise up to it (k-diffusion's sample_euler_ancestral).
+    """Euler steps to below the next sigma, then noise up to it (k-diffusion's sample_euler_ancestral).
 
     Equals diffusers' EulerAncestralDiscreteScheduler.
     """
@@ -42,7 +42,7 @@ class EulerAncestralDiscreteScheduler(EulerLadder):
 
     @property
     def uses_noise(self) -> bool:
-        """Each step draws noise, the last too, where it has no weight."""
+        """True: each step draws noise, even the last, where it has no weight."""
         return True
 
     def _lay_out(self, steps: int) -> None:

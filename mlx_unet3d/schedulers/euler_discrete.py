@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class EulerLadder(SigmaScheduler):
-    """Base of the schedulers whose samples are x0 + sigma * epsilon, of growing variance."""
+    """Base of the variance-exploding schedulers, whose samples are x0 + sigma * epsilon."""
 
     @property
     def init_noise_sigma(self) -> float:
@@ -34,19 +34,19 @@ class EulerLadder(SigmaScheduler):
             steps,
             config.num_train_timesteps,
             config.steps_offset,
-            whole=False,
+            rounded=False,
         ).astype(np.float32)
 
     def _interpolated_sigmas(self, timesteps: np.ndarray) -> np.ndarray:
         return np.interp(timesteps, np.arange(len(self.train_sigmas)), self.train_sigmas)
 
     def scale_model_input(self, sample: mx.array, timestep: Timestep) -> mx.array:
-        """The sample at unit variance: divided by √(sigma² + 1)."""
+        """Return the sample at unit variance, divided by √(sigma² + 1)."""
         sigma = float(self.sigmas[self._current_index(timestep)])
         return (sample.astype(mx.float32) / math.sqrt(sigma**2 + 1)).astype(sample.dtype)
 
     def _denoised(self, model_output: mx.array, sample: mx.array, sigma: float) -> mx.array:
-        """The clean sample that a model output stands for."""
+        """Return the clean sample predicted by a model output."""
         if self.config.prediction_type == "epsilon":
             return sample - sigma * model_output
         if self.config.prediction_type == "v_prediction":
@@ -59,10 +59,9 @@ class EulerLadder(SigmaScheduler):
 
 
 def euler_step(sample: mx.array, x0: mx.array, ratio: float) -> mx.array:
-    """The sample with `ratio` times its noise: along a straight line towards the clean sample.
+    """Return the sample with `ratio` times its noise, on the straight line to the clean sample.
 
-    The same as sample + (sigma_next - sigma) * (sample - x0) / sigma, without the difference of two
-    large numbers.
+    Equals sample + (sigma_next - sigma) * (sample - x0) / sigma, without a difference of large numbers.
     """
     return ratio * sample + (1 - ratio) * x0
 
@@ -71,8 +70,8 @@ class EulerDiscreteScheduler(EulerLadder):
     """Euler's method for the probability flow, with churn (Karras et al. 2022, arXiv:2206.00364,
     alg. 2).
 
-    Equals diffusers' EulerDiscreteScheduler. `sigma_min` and `sigma_max` are the ends of the
-    karras, exponential and beta spacings; None stands for those of the schedule.
+    Equals diffusers' EulerDiscreteScheduler. `sigma_min` and `sigma_max` are the ends of the karras,
+    exponential and beta spacings; None takes those of the schedule.
     """
 
     custom_schedules: ClassVar[tuple[str, ...]] = ("timesteps", "sigmas")
@@ -125,7 +124,7 @@ class EulerDiscreteScheduler(EulerLadder):
         timesteps = self._spaced_timesteps(steps) if timesteps is None else timesteps.astype(np.float32)
         if config.interpolation_type == "linear":
             sigmas = self._interpolated_sigmas(timesteps)
-        else:  # one more than steps: the last step then ends at the smallest of training
+        else:  # one more than steps: the last step then ends at the smallest sigma of training
             ends = np.log(self.train_sigmas[[-1, 0]].astype(np.float64))
             sigmas = np.exp(np.linspace(*ends, steps + 1))
         kind = self.sigma_kind()
@@ -153,9 +152,9 @@ class EulerDiscreteScheduler(EulerLadder):
         """See `Scheduler.step`.
 
         Args:
-            s_churn: how much noise to add before the steps, all steps together; above 0, `noise`
-                must be given (it is drawn only in the steps within the range).
-            s_tmin, s_tmax: the range of sigma in which to add it.
+            s_churn: total amount of noise added before steps; above 0, `noise` is required (drawn only in
+                steps within the range).
+            s_tmin, s_tmax: the range of sigma in which noise is added.
             s_noise: its standard deviation.
         """
         index = self._current_index(timestep)
@@ -170,8 +169,8 @@ class EulerDiscreteScheduler(EulerLadder):
         if gamma > 0:
             extra = s_noise * math.sqrt(sigma_hat**2 - sigma**2)
             sample = sample + extra * self._draw(noise, sample.shape)
-        # The network saw the sample before the churn; diffusers lets only epsilon count at the
-        # raised level.
+        # The network saw the sample before the churn; as in diffusers, only epsilon refers to the raised
+        # level.
         level = sigma_hat if self.config.prediction_type == "epsilon" else sigma
         x0 = self._denoised(model_output, sample, level)
         x = euler_step(sample, x0, sigma_next / sigma_hat)

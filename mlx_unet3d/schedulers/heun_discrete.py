@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class HeunDiscreteScheduler(EulerLadder):
     """Heun's method for the probability flow, without churn (Karras et al. 2022, arXiv:2206.00364, alg. 1).
 
-    Equals diffusers' HeunDiscreteScheduler. A step calls the network at both of its ends and goes along the
-    mean of the two slopes, the last step at its beginning alone: `timesteps` has 2n - 1 entries for n steps.
+    Equals diffusers' HeunDiscreteScheduler. A step calls the network at its beginning and end and follows the
+    mean of both slopes; the last step calls it only at the beginning. So `timesteps` has 2n - 1 entries for n
+    steps.
     """
 
     order: ClassVar[int] = 2
@@ -49,8 +50,8 @@ class HeunDiscreteScheduler(EulerLadder):
         self._reset()
 
     def _reset(self) -> None:
-        self._slope: mx.array | None = None  # at the beginning of the step whose end comes next
-        self._anchor: mx.array | None = None  # the sample there
+        self._slope: mx.array | None = None  # at the beginning of the current step
+        self._anchor: mx.array | None = None  # the sample at that point
 
     def _lay_out(self, steps: int, timesteps: np.ndarray | None = None) -> None:
         timesteps = self._spaced_timesteps(steps) if timesteps is None else timesteps.astype(np.float32)

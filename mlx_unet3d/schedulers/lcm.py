@@ -26,9 +26,9 @@ class LCMScheduler(DistilledScheduler):
     Equals diffusers' LCMScheduler; `pred_original_sample` is its `denoised`. See `DistilledScheduler`
     for the timesteps; `set_alpha_to_one` changes nothing, as in diffusers.
 
-    `distilled_spacing` is this class's own. "linspace", as in diffusers, spreads the steps over all timesteps
-    of the distillation; "strided" takes every k-th of them from the last on, with k the whole part of
-    `original_inference_steps` / steps, as T2V-Turbo does (Li et al. 2024, arXiv:2405.18750).
+    `distilled_spacing` does not exist in diffusers. "linspace", as there, spreads the steps over all
+    timesteps of the distillation; "strided" takes every k-th of them, beginning with the last, with k =
+    `original_inference_steps` // steps, as T2V-Turbo does (Li et al. 2024, arXiv:2405.18750).
     """
 
     @configured
@@ -58,7 +58,7 @@ class LCMScheduler(DistilledScheduler):
 
     @property
     def uses_noise(self) -> bool:
-        """Each step but the last draws noise."""
+        """True: each step except the last draws noise."""
         return self.num_inference_steps != 1
 
     def _places(self, steps: int, original: int) -> np.ndarray:

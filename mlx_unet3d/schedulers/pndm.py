@@ -17,7 +17,8 @@ from .tables import spaced_timesteps
 if TYPE_CHECKING:
     from ..noise import NoiseSource
 
-RUNGE_KUTTA_POINTS = 4  # the first timesteps, between which go three steps of four network calls
+# The first timesteps, with three Runge-Kutta steps of four network calls between them.
+RUNGE_KUTTA_POINTS = 4
 
 # Adams-Bashforth weights of the newest outputs, newest first (eq. 10 of the paper for four).
 MULTISTEP_WEIGHTS = {
@@ -31,9 +32,9 @@ class PNDMScheduler(Scheduler):
     """Pseudo numerical methods for diffusion models (Liu et al. 2022, arXiv:2202.09778, algorithm
     2).
 
-    Equals diffusers' PNDMScheduler: Runge-Kutta steps to begin with, then linear multistep ones.
-    With `skip_prk_steps` (PLMS, as for Stable Diffusion and its video models) the first step is
-    made twice instead, so `timesteps` has one entry more than there are steps.
+    Equals diffusers' PNDMScheduler: Runge-Kutta steps first, then linear multistep ones. With
+    `skip_prk_steps` (PLMS, used with Stable Diffusion and its video models), the first step is made twice
+    instead, so `timesteps` has one entry more than there are steps.
     """
 
     repeats_timesteps: ClassVar[bool] = True
@@ -70,7 +71,7 @@ class PNDMScheduler(Scheduler):
                 f"num_inference_steps={steps} is too few for the Runge-Kutta steps that PNDM "
                 f"begins with; use at least {RUNGE_KUTTA_POINTS}, or skip_prk_steps=True"
             )
-        # t, t - half, t - half, t - stride, and the last again as the next step's t, ...
+        # t, t - half, t - half, t - stride, then the last one again as t of the next step, ...
         half = total // steps // 2
         points = np.stack([spaced[:RUNGE_KUTTA_POINTS] + half, spaced[:RUNGE_KUTTA_POINTS]], axis=1)
         self._runge_kutta = points.reshape(-1)[1:].repeat(2)[1:-1]
@@ -79,8 +80,8 @@ class PNDMScheduler(Scheduler):
     def _reset(self) -> None:
         self._calls = 0
         self._outputs: list[mx.array] = []  # newest first
-        self._slope: mx.array | float = 0.0  # Runge-Kutta's weighted mean in the making
-        self._anchor: mx.array | None = None  # the sample that the running step began with
+        self._slope: mx.array | float = 0.0  # partial sum of Runge-Kutta's weighted mean
+        self._anchor: mx.array | None = None  # the sample at the beginning of the current step
 
     def step(
         self,
@@ -112,7 +113,7 @@ class PNDMScheduler(Scheduler):
         return output(x, x0, dtype)
 
     def _runge_kutta_step(self, model_output: mx.array, t: int, sample: mx.array) -> mx.array:
-        """One of the four calls of a step of pseudo Runge-Kutta (eq. 13 of the paper)."""
+        """Make one of the four calls of a pseudo Runge-Kutta step (eq. 13 of the paper)."""
         half = self.config.num_train_timesteps // self.num_inference_steps // 2
         call = self._calls % 4
         if call == 0:
@@ -125,9 +126,9 @@ class PNDMScheduler(Scheduler):
         return self._transfer(self._anchor, slope, start, t if call % 2 else t - half)
 
     def _multistep(self, model_output: mx.array, t: int, sample: mx.array) -> mx.array:
-        """A step of pseudo linear multistep (eq. 12 of the paper)."""
+        """Make a pseudo linear multistep step (eq. 12 of the paper)."""
         stride = self.config.num_train_timesteps // self.num_inference_steps
-        if self._calls == 1:  # the first step once more, with the mean of the slopes at its ends
+        if self._calls == 1:  # repeat the first step with the mean of the slopes at its ends
             mean = (model_output + self._outputs[0]) / 2
             anchor, self._anchor = self._anchor, None
             return self._transfer(anchor, mean, t + stride, t)
@@ -139,7 +140,7 @@ class PNDMScheduler(Scheduler):
         return self._transfer(sample, slope, t, t - stride)
 
     def _transfer(self, sample: mx.array, slope: mx.array, start: int, end: int) -> mx.array:
-        """From one timestep to another along a model output (eq. 9 of the paper)."""
+        """Move from one timestep to another along a model output (eq. 9 of the paper)."""
         now, then = self._alpha_bar(start), self._alpha_bar(end)
         _, epsilon = self._x0_and_epsilon(slope, sample, math.sqrt(now), math.sqrt(1 - now))
         denominator = now * math.sqrt(1 - then) + math.sqrt(now * (1 - now) * then)

@@ -1,4 +1,4 @@
-"""Base of the schedulers that go down a ladder of noise levels sigma."""
+"""Base of the schedulers that step through falling noise levels sigma."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGMA_KINDS = ("karras", "exponential", "beta", "lu")
 
 
 class SigmaScheduler(Scheduler):
-    """Schedulers whose steps go from `sigmas[i]` to `sigmas[i + 1]`, with sigma = √((1 - ᾱ) / ᾱ).
+    """Base of schedulers whose steps go from `sigmas[i]` to `sigmas[i + 1]`, with sigma = √((1 - ᾱ) / ᾱ).
 
     Attributes:
         sigmas: (n + 1,) float32, falling; the last one is where the last step ends.
@@ -26,14 +26,15 @@ class SigmaScheduler(Scheduler):
     def __init__(self) -> None:
         super().__init__()
         if self.config.get("rescale_betas_zero_snr", False):
-            # Not 0, so that the first sigma stays finite: the smallest number of float16.
+            # Not 0 but the smallest number of float16, so that the first sigma stays finite.
             self.alphas_cumprod[-1] = 2**-24
         self.train_sigmas = np.sqrt((np.float32(1) - self.alphas_cumprod) / self.alphas_cumprod)
         self.sigmas = np.append(self.train_sigmas[::-1], np.float32(0))
         self.sigma_kind()
 
     def sigma_kind(self) -> str | None:
-        """Which spacing of sigmas the config asks for: "karras", ..., or None for that of the timesteps."""
+        """Return the kind of sigma spacing in the config: "karras", ..., or None for that of the
+        timesteps."""
         names = {"lu": "use_lu_lambdas"}
         asked = [
             kind for kind in SIGMA_KINDS if self.config.get(names.get(kind, f"use_{kind}_sigmas"), False)
@@ -46,17 +47,17 @@ class SigmaScheduler(Scheduler):
         return asked[0] if asked else None
 
     def _spaced_sigmas(self, kind: str, ends: np.ndarray, steps: int) -> np.ndarray:
-        """Sigmas of a kind between the ends of a ladder, or the config's sigma_max and sigma_min."""
+        """Return sigmas of a kind between the ends of a schedule, or the config's sigma_max and sigma_min."""
         first, last = self.config.get("sigma_max"), self.config.get("sigma_min")
         first = float(ends[0]) if first is None else first
         last = float(ends[-1]) if last is None else last
         return spaced_sigmas(kind, first, last, steps)
 
     def _check_range(self) -> None:
-        """Steps go by `sigmas`, which end where the tables end, whatever the timesteps are."""
+        """Accept all timesteps: steps depend on `sigmas`, which lie within the tables."""
 
     def _final_sigma(self, sigmas: np.ndarray) -> float:
-        """Where the last step ends, given where the steps begin."""
+        """Return the sigma at which the last step ends, given where the steps begin."""
         return 0.0 if self.config.final_sigmas_type == "zero" else float(self.train_sigmas[0])
 
     def _noise_levels(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +66,8 @@ class SigmaScheduler(Scheduler):
         return alphas, sigmas * alphas
 
     def _sigmas_at(self, timesteps: np.ndarray) -> np.ndarray:
-        """The sigmas to noise with: where sampling stands or begins, else those of the timesteps."""
+        """Return the sigmas for `add_noise`: at the current or first step of sampling, or else those of the
+        timesteps."""
         self._require_schedule()
         if self._begin_index is None:
             places = [self.index_for_timestep(timestep) for timestep in timesteps]
@@ -77,11 +79,11 @@ class SigmaScheduler(Scheduler):
 
 
 def alpha_sigma(sigma: float) -> tuple[float, float]:
-    """(alpha, sigma) of the variance-preserving sample with signal-to-noise 1 / sigma²."""
+    """Return (alpha, sigma) of the variance-preserving sample with signal-to-noise ratio 1 / sigma²."""
     alpha = 1 / math.sqrt(sigma**2 + 1)
     return alpha, sigma * alpha
 
 
 def half_log_snr(sigma: float) -> float:
-    """lambda = log(alpha / sigma) of the DPM-Solver papers; infinite where no noise is left."""
+    """Return lambda = log(alpha / sigma) of the DPM-Solver papers; infinite for sigma 0."""
     return -math.log(sigma) if sigma > 0 else math.inf

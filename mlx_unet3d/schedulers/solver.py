@@ -12,10 +12,10 @@ from .tables import sigma_to_timestep, solver_timesteps
 
 
 class MultistepScheduler(SigmaScheduler):
-    """Schedule, kept outputs and refusals of the multistep solvers."""
+    """Base of the multistep solvers: schedule, kept outputs and refused arguments."""
 
     substitutes: ClassVar[dict[str, dict[str, str]]] = {}
-    """Values of other solvers' configs, each with its substitute here."""
+    """Values in other solvers' configs, with their substitutes here."""
 
     def __init__(self) -> None:
         for name, values in self.substitutes.items():
@@ -38,9 +38,9 @@ class MultistepScheduler(SigmaScheduler):
         self._levels: list[float] = []  # the sigma of each
 
     def _keep(self, model_output: mx.array, index: int) -> None:
-        """Keep a converted model output, made at `sigmas[index]`.
+        """Keep a converted model output made at `sigmas[index]`.
 
-        It replaces one of the same sigma, as two outputs at one point have no slope.
+        It replaces an output of the same sigma, because two outputs at one point define no slope.
         """
         sigma = float(self.sigmas[index])
         same = int(self._levels[:1] == [sigma])
@@ -69,14 +69,14 @@ class MultistepScheduler(SigmaScheduler):
             timesteps = sigma_to_timestep(sigmas, np.log(self.train_sigmas))
             if self._rounds(kind):
                 timesteps = timesteps.round()
-        self.timesteps = timesteps.astype(np.int64)  # cuts off what was not rounded, as diffusers does
+        self.timesteps = timesteps.astype(np.int64)  # truncates unrounded values, as diffusers does
         self.sigmas = np.append(sigmas, self._final_sigma(sigmas)).astype(np.float32)
 
     def _rounds(self, kind: str) -> bool:
         return kind in ("karras", "lu") and self.config.beta_schedule != "squaredcos_cap_v2"
 
     def _converted(self, model_output: mx.array, sample: mx.array, index: int) -> tuple[mx.array, mx.array]:
-        """(x0, epsilon) of a model output, after thresholding."""
+        """Return (x0, epsilon) of a model output, after thresholding."""
         alpha, sigma = alpha_sigma(float(self.sigmas[index]))
         x0, epsilon = self._x0_and_epsilon(model_output, sample, alpha, sigma)
         if self.config.thresholding:

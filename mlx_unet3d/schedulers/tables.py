@@ -1,7 +1,7 @@
 """Noise schedules, timestep spacings and sigma spacings that the schedulers share, in NumPy.
 
-diffusers makes its tables in float32. The tables here are rounded to float32 in the same places,
-because some integer timesteps hang on that rounding; what is computed from them is float64.
+diffusers makes its tables in float32. The tables here are rounded to float32 in the same places, because some
+integer timesteps depend on that rounding; other computations are float64.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ SPACINGS = ("linspace", "leading", "trailing")
 
 
 def make_betas(schedule: str, start: float, end: float, steps: int) -> np.ndarray:
-    """The variances beta_t that the forward process adds, (steps,) float32.
+    """Return the variances beta_t that the forward process adds, (steps,) float32.
 
-    "linear" is of DDPM (Ho et al. 2020), "scaled_linear" of latent diffusion (Rombach et al. 2022),
-    "squaredcos_cap_v2" of improved DDPM (Nichol and Dhariwal 2021), "sigmoid" of GeoDiff
-    (Xu et al. 2022), "laplace" of Hang et al. 2024, and "exp" has ᾱ fall off exponentially.
+    "linear" is from DDPM (Ho et al. 2020), "scaled_linear" from latent diffusion (Rombach et al. 2022),
+    "squaredcos_cap_v2" from improved DDPM (Nichol and Dhariwal 2021), "sigmoid" from GeoDiff (Xu et al.
+    2022), and "laplace" from Hang et al. 2024; for "exp", ᾱ decays exponentially.
     """
     if schedule == "linear":
         return np.linspace(start, end, steps).astype(np.float32)
@@ -49,12 +49,12 @@ def _exp_alpha_bar(t: float) -> float:
 
 
 def cumulative_alphas(betas: np.ndarray) -> np.ndarray:
-    """ᾱ_t, the product of (1 - beta) up to t, (T,) float32."""
+    """Return ᾱ_t, the product of (1 - beta) up to t, (T,) float32."""
     return np.cumprod(np.float32(1) - betas, dtype=np.float64).astype(np.float32)
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Betas whose last timestep is pure noise (Lin et al. 2023, algorithm 1), (T,) float32."""
+    """Return betas whose last timestep is pure noise (Lin et al. 2023, algorithm 1), (T,) float32."""
     signal = np.sqrt(cumulative_alphas(betas))
     first, last = signal[0], signal[-1]
     signal = (signal - last) * (first / (first - last))
@@ -63,19 +63,21 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return np.float32(1) - alphas
 
 
-def spaced_timesteps(spacing: str, steps: int, total: int, offset: int, *, whole: bool = True) -> np.ndarray:
-    """`steps` of the `total` training timesteps, falling (Lin et al. 2023, table 2).
+def spaced_timesteps(
+    spacing: str, steps: int, total: int, offset: int, *, rounded: bool = True
+) -> np.ndarray:
+    """Return `steps` of the `total` training timesteps, falling (Lin et al. 2023, table 2).
 
     Args:
-        spacing: "linspace" (both ends), "leading" (multiples of total // steps, plus `offset`) or
-            "trailing" (back from the last one). `offset` plays no part in the other two.
-        whole: round "linspace" to integers; else its values are float32.
+        spacing: "linspace" (both ends), "leading" (multiples of total // steps, plus `offset`) or "trailing"
+            (back from the last one). `offset` has no effect on the others.
+        rounded: round "linspace" to integers; otherwise its values are float32.
 
     Returns:
         (steps,) float64, or float32 for an unrounded "linspace".
     """
     if spacing == "linspace":
-        if not whole:
+        if not rounded:
             return np.linspace(0, total - 1, steps, dtype=np.float32)[::-1].copy()
         return np.linspace(0, total - 1, steps).round()[::-1].copy()
     if spacing == "trailing":
@@ -86,10 +88,10 @@ def spaced_timesteps(spacing: str, steps: int, total: int, offset: int, *, whole
 def solver_timesteps(
     spacing: str, steps: int, total: int, offset: int, usable: int | None = None
 ) -> np.ndarray:
-    """The spacing of the multistep solvers: one point more than steps, and the last one dropped.
+    """Return the spacing of the multistep solvers: one point more than steps, without the last.
 
     Args:
-        usable: how many of the `total` training timesteps may be used, all if None.
+        usable: number of training timesteps to use, out of `total`; None for all.
     """
     usable = total if usable is None else usable
     if spacing == "trailing":
@@ -98,7 +100,7 @@ def solver_timesteps(
 
 
 def spaced_sigmas(kind: str, first: float, last: float, steps: int) -> np.ndarray:
-    """Noise levels from `first` down to `last`, (steps,) float64.
+    """Return noise levels from `first` down to `last`, (steps,) float64.
 
     Args:
         kind: "karras" (Karras et al. 2022, eq. 5, rho 7), "exponential" and "lu" (even in log
@@ -115,7 +117,7 @@ def spaced_sigmas(kind: str, first: float, last: float, steps: int) -> np.ndarra
 
 
 def _beta_quantile(q: float, a: float = 0.6) -> float:
-    """The q-quantile of Beta(a, a), by bisection on the power series of its distribution function."""
+    """Return the q-quantile of Beta(a, a), by bisection on the power series of its distribution function."""
     if q > 0.5:
         return 1.0 - _beta_quantile(1.0 - q, a)
     norm = math.gamma(a) ** 2 / math.gamma(2 * a)
@@ -123,7 +125,7 @@ def _beta_quantile(q: float, a: float = 0.6) -> float:
     for _ in range(60):
         x = 0.5 * (low + high)
         term, total = 1.0, 1.0 / a
-        for n in range(1, 60):  # x <= 0.5, so 60 terms leave 2**-60
+        for n in range(1, 60):  # x <= 0.5, so that the error of 60 terms is 2**-60
             term *= (n - a) / n * x
             total += term / (a + n)
         low, high = (x, high) if x**a * total < q * norm else (low, x)
@@ -131,7 +133,7 @@ def _beta_quantile(q: float, a: float = 0.6) -> float:
 
 
 def sigma_to_timestep(sigmas: np.ndarray, log_table: np.ndarray) -> np.ndarray:
-    """Fractional training timesteps of noise levels, by interpolation in log sigma.
+    """Return fractional training timesteps of noise levels, by interpolation in log sigma.
 
     Args:
         sigmas: (n,) noise levels.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TCDScheduler(DistilledScheduler):
     """Strategic stochastic sampling of trajectory consistency models (Zheng et al. 2024, arXiv:2402.19159).
 
-    Equals diffusers' TCDScheduler, which neither clips nor thresholds, whatever the config says. See
+    Equals diffusers' TCDScheduler, which never clips or thresholds, regardless of the config. See
     `DistilledScheduler` for the timesteps.
     """
 
@@ -51,13 +51,13 @@ class TCDScheduler(DistilledScheduler):
 
     @property
     def uses_noise(self) -> bool:
-        """Each step but the last draws noise, unless eta is 0."""
+        """True: each step except the last draws noise, unless eta is 0."""
         return self.num_inference_steps != 1
 
     def _distilled_timesteps(self) -> np.ndarray:
         if self._original is None:
             return super()._distilled_timesteps()
-        return np.arange(self.config.num_train_timesteps)[::-1]  # as diffusers: any timestep will do
+        return np.arange(self.config.num_train_timesteps)[::-1]  # any timestep is allowed, as in diffusers
 
     def step(
         self,
@@ -71,15 +71,16 @@ class TCDScheduler(DistilledScheduler):
         """See `Scheduler.step`.
 
         Args:
-            eta: gamma of the paper, how much of each step is noised anew, from 0 (none) to 1 (all). Above 0,
-                `noise` must be given.
+            eta: gamma of the paper, the share of each step that is noised again, from 0 (none) to 1 (all).
+                Above 0, `noise` is required.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must be from 0 (no noise added) to 1 (each step noised anew)")
         index = self._current_index(timestep)
         last = index + 1 == len(self.timesteps)
         prev_t = 0 if last else int(self.timesteps[index + 1])
-        # Denoise down to s, below the aim, then noise up to it. diffusers rounds the product to float32.
+        # Denoise down to s, below the next timestep, then add noise up to it. diffusers rounds the product to
+        # float32.
         s = int(np.floor(np.float32(1 - eta) * np.float32(prev_t)))
         now, aim, below = (self._alpha_bar(t) for t in (int(self.timesteps[index]), prev_t, s))
 

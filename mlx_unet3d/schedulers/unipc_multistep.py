@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 class UniPCMultistepScheduler(MultistepScheduler):
     """Unified predictor-corrector, B(h) version (Zhao et al. 2023, arXiv:2302.04867).
 
-    Equals diffusers' UniPCMultistepScheduler, without flow matching and a foreign predictor
-    (`solver_p`), which are refused. `disable_corrector` lists the steps after which not to correct.
-    `sigma_min` and `sigma_max` are the ends of the karras, exponential and beta spacings; None
-    stands for training's.
+    Equals diffusers' UniPCMultistepScheduler, except that flow matching and another predictor (`solver_p`)
+    are refused. `disable_corrector` lists steps without a corrector. `sigma_min` and `sigma_max` are the ends
+    of the karras, exponential and beta spacings; None takes those of training.
     """
 
     substitutes: ClassVar[dict[str, dict[str, str]]] = {
@@ -87,8 +86,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
         self._last_order = 1
 
     def _final_sigma(self, sigmas: np.ndarray) -> float:
-        # The karras, exponential and beta ladders end at the smallest sigma already; diffusers
-        # repeats it.
+        # The karras, exponential and beta spacings already end at the smallest sigma; diffusers repeats it.
         if self.sigma_kind() is not None and self.config.final_sigmas_type == "sigma_min":
             return float(sigmas[-1])
         return super()._final_sigma(sigmas)
@@ -124,19 +122,19 @@ class UniPCMultistepScheduler(MultistepScheduler):
         return output(x, x0, dtype)
 
     def _update(self, x: mx.array, target: int, order: int, corrector: mx.array | None = None) -> mx.array:
-        """From `sigmas[target - 1]` to `sigmas[target]`: UniP, or with the output at the target, UniC."""
+        """Step from `sigmas[target - 1]` to `sigmas[target]`: UniP, or UniC with the output at the target."""
         alpha, sigma = alpha_sigma(float(self.sigmas[target]))
         alpha_now, sigma_now = alpha_sigma(float(self.sigmas[target - 1]))
         now = half_log_snr(float(self.sigmas[target - 1]))
         h = half_log_snr(float(self.sigmas[target])) - now
-        if h == 0:  # a timestep that stands twice, or the smallest sigma
+        if h == 0:  # a timestep that occurs twice, or the smallest sigma
             return x
         if self.config.predict_x0:
             ratio, scale, g = sigma / sigma_now, alpha, -h
         else:
             ratio, scale, g = alpha / alpha_now, sigma, h
 
-        # Where the older outputs lie, in steps h from the present one, and their differences.
+        # Positions of the older outputs, in steps h from the current one, and their differences.
         places = [(half_log_snr(sigma) - now) / h for sigma in self._levels[1:order]]
         newest = self._outputs[0]
         terms = [(self._outputs[k + 1] - newest) / place for k, place in enumerate(places)]
@@ -151,8 +149,9 @@ class UniPCMultistepScheduler(MultistepScheduler):
 
 
 def _weights(places: Sequence[float], g: float, step: float) -> list[float]:
-    """The weights that make a B(h) step exact for polynomials (eq. 8): Σ_k weight_k place_k^i = b_i."""
-    if len(places) == 1:  # the paper's choice, which keeps the order
+    """Return the weights that make a B(h) step exact for polynomials (eq. 8): Σ_k weight_k place_k^i =
+    b_i."""
+    if len(places) == 1:  # the paper's choice, which preserves the order
         return [0.5]
     phi, factorial, b = math.expm1(g) / g - 1, 1, []
     for i in range(1, len(places) + 1):
