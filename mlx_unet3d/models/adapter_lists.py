@@ -51,7 +51,7 @@ def layers_of_list(
     Args:
         layers: the layers that can have adapters, by path, in the order of registration.
         arrays: up, down, up, down, ...
-        fits: returns True for a down and an up that are a change of a layer.
+        matches: returns True for a down and an up that are a change of a layer.
     """
     if len(arrays) % 2:
         return {}
@@ -63,7 +63,7 @@ def layers_of_list(
             if chosen in found or chosen.bit_count() != len(pairs):
                 continue
             paths = choices.paths(chosen)
-            if all(fits(*pair, layers[path]) for pair, path in zip(pairs, paths, strict=True)):
+            if all(matches(*pair, layers[path]) for pair, path in zip(pairs, paths, strict=True)):
                 found[chosen] = name
         if found:
             return {choices.paths(chosen): name for chosen, name in found.items()}
