@@ -12,6 +12,8 @@ from PIL import Image
 
 from ..pipelines import (
     AnimateDiffPipeline,
+    AnimateDiffSDXLPipeline,
+    AnimateDiffVideoToVideoPipeline,
     I2VGenXLPipeline,
     StableVideoDiffusionPipeline,
     TextToVideoPipeline,
@@ -22,6 +24,7 @@ from ..pipelines.denoising import Steps
 from ..pipelines.loading import pipeline_class
 from . import options
 
+_MOTION = ("motion_adapter", "ip_adapter", "ip_image", "ip_scale")
 _TEXT = ("prompt", "negative_prompt", "clip_skip", "lora", "embedding")
 
 
@@ -57,12 +60,14 @@ FAMILIES = (
         (*_TEXT, "video", "strength"),
         {"strength": "strength"},
     ),
+    Family("AnimateDiff", AnimateDiffPipeline, (*_TEXT, *_MOTION), _SIZE),
     Family(
-        "AnimateDiff",
-        AnimateDiffPipeline,
-        (*_TEXT, "motion_adapter", "ip_adapter", "ip_image", "ip_scale"),
-        _SIZE,
+        "AnimateDiff with --video",
+        AnimateDiffVideoToVideoPipeline,
+        (*_TEXT, *_MOTION, "video", "strength"),
+        {"strength": "strength"},
     ),
+    Family("AnimateDiff on SDXL", AnimateDiffSDXLPipeline, (*_TEXT, *_MOTION), _SIZE),
     Family(
         "Stable Video Diffusion",
         StableVideoDiffusionPipeline,
@@ -87,7 +92,10 @@ FAMILIES = (
         image_becomes="cropped and resized",
     ),
 )
-_VIDEO_PIPELINES = {TextToVideoPipeline: VideoToVideoPipeline}
+_VIDEO_PIPELINES = {
+    TextToVideoPipeline: VideoToVideoPipeline,
+    AnimateDiffPipeline: AnimateDiffVideoToVideoPipeline,
+}
 
 
 def find_family(settings: Mapping[str, Any], **hub: Any) -> Family:
@@ -146,7 +154,7 @@ def encode(
         states.append(
             pipe.encode_prompt(
                 settings["prompt"],
-                settings["negative_prompt"],
+                negative_prompt=settings["negative_prompt"],
                 guidance_scale=settings["guidance"],
                 clip_skip=family.clip_skip if skip is None else skip,
             )

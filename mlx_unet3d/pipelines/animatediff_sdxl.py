@@ -33,6 +33,12 @@ class AnimateDiffSDXLPipeline(PooledTextPrompts, MotionPipeline):
 
     def _check_parts(self) -> None:
         super()._check_parts()
+        if self.unet.config.time_cond_proj_dim is not None:
+            raise ValueError(
+                f"the unet takes guidance as an embedding (time_cond_proj_dim="
+                f"{self.unet.config.time_cond_proj_dim}), which this pipeline does not make; give a UNet "
+                "without, or call the network with timestep_cond"
+            )
         config, pooled = self.unet.config, self.text_encoder_2.config.projection_dim
         wanted = None
         if config.addition_embed_type is not None:

@@ -6,6 +6,7 @@ from typing import Any
 from ..checkpoints import find_folder, read_json
 from ..errors import CheckpointError
 from .animatediff import AnimateDiffPipeline
+from .animatediff_sdxl import AnimateDiffSDXLPipeline
 from .calls import VideoPipeline
 from .i2vgen_xl import I2VGenXLPipeline
 from .stable_video import StableVideoDiffusionPipeline
@@ -17,7 +18,10 @@ PIPELINES: dict[str, type[VideoPipeline]] = {
     "TextToVideoMSPipeline": TextToVideoPipeline,
     "VideoToVideoSDPipeline": VideoToVideoPipeline,
     "AnimateDiffPipeline": AnimateDiffPipeline,
+    "AnimateDiffSDXLPipeline": AnimateDiffSDXLPipeline,
+    "AnimateDiffVideoToVideoPipeline": AnimateDiffPipeline,
     "StableDiffusionPipeline": AnimateDiffPipeline,
+    "StableDiffusionXLPipeline": AnimateDiffSDXLPipeline,
     "StableVideoDiffusionPipeline": StableVideoDiffusionPipeline,
     "I2VGenXLPipeline": I2VGenXLPipeline,
 }

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 import mlx.core as mx  # noqa: E402
 from mlx_unet3d.pipelines.free_init import FreeInit  # noqa: E402
-from test_animatediff import check, difference, folder, pipes, with_scheduler  # noqa: E402, F401
+from test_animatediff_pipelines import check, difference, folder, pipes, with_scheduler  # noqa: E402, F401
 
 pytestmark = [
     pytest.mark.parity,

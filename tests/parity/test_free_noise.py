@@ -14,7 +14,7 @@ import numpy as np  # noqa: E402
 from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin  # noqa: E402
 from mlx_unet3d.pipelines import ContextWindows  # noqa: E402
 from reference import relative_error, to_mlx  # noqa: E402
-from test_animatediff import check, difference, folder, image_pipes, picture, pipes  # noqa: E402, F401
+from test_animatediff_pipelines import check, difference, folder, image_pipes, picture, pipes  # noqa: E402, F401
 from video_networks import KINDS, ours_of, theirs_of  # noqa: E402
 
 pytestmark = [
