@@ -14,7 +14,7 @@ import mlx.core as mx
 parser = argparse.ArgumentParser()
 parser.add_argument("prompt", nargs="?", default="a corgi walking in the park")
 parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
-parser.add_argument("--motion-adapter", default="guoyww/animatediff-motion-adapter-v1-5-2")
+parser.add_argument("--motion-adapter", default="guoyww/animatediff-motion-adapter-v1-5-3")
 parser.add_argument("--motion-lora", help="a folder, file or hub id, of a pan or zoom")
 parser.add_argument("--frames", type=int, default=16)
 parser.add_argument("--steps", type=int, default=25)

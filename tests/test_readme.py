@@ -122,6 +122,7 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 SMALL = {
+    "animatediff.py": ["--frames", "2", "--steps", "2"],
     "memory.py": ["--frames", "2", "--size", "64"],
     "text_to_video.py": ["--frames", "2"],
     "video_to_video.py": ["--frames", "2"],

@@ -14,10 +14,20 @@ from ..checkpoints import checksum
 from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, inside_hub, read_adapter
 from ..chips import working_set
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
+from ..pipelines import AnimateDiffPipeline, AnimateDiffVideoToVideoPipeline
 from ..pipelines.calls import VideoPipeline
+from ..schedulers import scheduler_from_config
 from . import options
 from .families import Family
 from .settings import RECORDED, check, checksum_of_frames
+
+MOTION_SCHEDULE = {
+    "beta_schedule": "linear",
+    "clip_sample": False,
+    "timestep_spacing": "linspace",
+    "steps_offset": 1,
+}
+"""AnimateDiff's, for Stable Diffusion 1.5; on the betas of the base."""
 
 
 def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> VideoPipeline:
@@ -38,6 +48,10 @@ def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> 
         local_files_only=args.local_files_only,
         **more,
     )
+    if more and isinstance(pipe, AnimateDiffPipeline | AnimateDiffVideoToVideoPipeline):
+        # A base of images: the motion modules were trained on another schedule than it.
+        name = settings["scheduler"] or "DDIMScheduler"
+        pipe.scheduler = scheduler_from_config(pipe.scheduler.config.to_dict() | MOTION_SCHEDULE, name)
     settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
     pipe.unet.set_convolution(settings["convolution"])
     if settings["vae_tiling"]:
