@@ -73,7 +73,7 @@ def write_mp4(path: Path, frames: Frames, fps: float, comment: str | None) -> No
     even_height, even_width = height - height % 2, width - width % 2
     if (even_height, even_width) != (height, width):
         if 0 in (even_height, even_width):
-            raise ValueError(f"{width}x{height} pixels are too few for .mp4: 2x2 are the least")
+            raise ValueError(f"{width}x{height} pixels are too few for .mp4; use at least 2x2")
         warnings.warn(
             f".mp4 needs even sizes: {width}x{height} is cut to {even_width}x{even_height}",
             stacklevel=3,

@@ -61,7 +61,7 @@ class MotionAdapterConfig(ModelConfig):
     motion_norm_num_groups: int = key(32, "groups of the group norms of a lone adapter", least=1)
     motion_max_seq_length: int = key(32, "positions, the most frames", least=1)
     use_motion_mid_block: bool = key(True, "motion modules in the mid block")
-    conv_in_channels: int | None = key(None, "input channels of a `conv_in` that PIA brings along", least=1)
+    conv_in_channels: int | None = key(None, "input channels of the `conv_in` of PIA; None without", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
