@@ -1,6 +1,6 @@
-"""The converter: checkpoints as they are found -> folders that load at once, without torch.
+"""The converter: any checkpoint -> a folder that loads directly, without torch.
 
-In a checkout this folder runs as `python -m convert`; installed it is the package `mlx_unet3d_convert`
+In a checkout, this folder runs as `python -m convert`; installed it is the package `mlx_unet3d_convert`
 and the command `mlx-unet3d convert`.
 """
 

@@ -20,7 +20,8 @@ _LICENCE = re.compile(
 
 
 def model_card(plan: CheckpointPlan, layout: str) -> str:
-    """A `README.md` with the hub's front matter; the licence is that of the source's card, if it has one."""
+    """Return a `README.md` with the hub's front matter and the licence of the source's card, if it has
+    one."""
     front = [f"library_name: {layout}", f"pipeline_tag: {_task(plan)}"]
     front += _licence(plan.folder)
     if plan.source != DEMO and not Path(plan.source).expanduser().exists():
@@ -58,13 +59,14 @@ def model_card(plan: CheckpointPlan, layout: str) -> str:
 
 
 def _task(plan: CheckpointPlan) -> str:
-    """The hub's name of what it is for."""
+    """Return the hub's name of the model's task."""
     takes_images = any(kind_of(component.cls).from_image for component in plan.components)
     return "image-to-video" if takes_images else "text-to-video"
 
 
 def _use(plan: CheckpointPlan) -> str:
-    """The line that loads it: as a pipeline, where this package has it, else its first network."""
+    """Return the line that loads the model: as a pipeline if this package has it, or else its first
+    network."""
     name = "" if plan.index is None else str(plan.index.get("_class_name")).replace("SDPipeline", "Pipeline")
     if hasattr(mlx_unet3d, name):
         return f'pipe = mlx_unet3d.{name}.from_pretrained("this-folder")'
@@ -74,7 +76,7 @@ def _use(plan: CheckpointPlan) -> str:
 
 
 def _weights(component: ComponentPlan) -> str:
-    """The dtypes, and which share of the parameters is quantized how."""
+    """Return the dtypes, and the share and settings of quantized parameters."""
     counts: Counter[str] = Counter()
     for tensor in component.tensors:
         own = tensor.quantization
@@ -87,7 +89,7 @@ def _weights(component: ComponentPlan) -> str:
 
 
 def _name(plan: CheckpointPlan) -> str:
-    """The hub id with its commit, or the name of the file or folder, without where it lay."""
+    """Return the hub id with its commit, or the name of the file or folder without its location."""
     local = Path(plan.source).expanduser()
     if local.exists():
         return f"the {'file' if local.is_file() else 'folder'} `{local.resolve().name}`"
@@ -96,7 +98,7 @@ def _name(plan: CheckpointPlan) -> str:
 
 
 def _licence(folder: Path) -> list[str]:
-    """The lines about the licence in the source's card."""
+    """Return the lines about the licence in the source's card."""
     card = folder / "README.md"
     if not card.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Carrying out a plan: a tensor at a time, into a folder that appears whole or not at all."""
+"""Execute a plan: convert one tensor at a time, into a folder that is written completely or not at all."""
 
 import json
 import math
@@ -29,11 +29,11 @@ from .plan import CheckpointPlan, ComponentPlan, TensorPlan
 from .planning import SCHEDULER_CONFIG, plan_checkpoint
 from .upload import check_upload, upload
 
-# Some 6 to 10 dB below what normally distributed weights have: a bound for damage, not for quality.
+# About 6 to 10 dB below the ratio of normally distributed weights: a bound for damage, not for quality.
 _LEAST_RATIO = {2: 2, 3: 8, 4: 12, 5: 18, 6: 24, 8: 24}
 
 _SIGNS = ("model_index.json", "config.json")
-"""What makes a folder a checkpoint."""
+"""Files that make a folder a checkpoint."""
 
 
 def convert(
@@ -60,23 +60,23 @@ def convert(
     Args:
         source, tokenizer, motion_adapter, dtype, layout, variant, quantization, recipe, hub: see
             `plan_checkpoint`.
-        target: folder to make; it appears when all is written, and verified if asked for.
+        target: folder to make; it appears when everything is written and, with `verify`, verified.
         max_shard_size: bytes, or text such as "5GB", above which weights are divided over files.
-        force: replace the checkpoint, or empty folder, at `target`; else it must not be there.
-        verify: read everything back and compare it with the source: bit for bit after the cast, and for
-            quantized weights by their signal-to-noise ratio; then compare a small forward, see
-            `compare_forwards`, for which one network at a time is in memory.
-        upload_repo: "owner/name" on the hub to send the result to when it is finished. A repository that is
-            not there is made, private; one that holds files is refused, or with `force` replaced, before
-            anything is converted. `target` stays, also where the upload fails.
+        force: replace the checkpoint or empty folder at `target`, which otherwise must not exist.
+        verify: read everything back and compare it with the source, bit for bit after the cast, or by
+            signal-to-noise ratio for quantized weights; then compare a small forward, see `compare_forwards`,
+            with one network at a time in memory.
+        upload_repo: "owner/name" on the hub to which the finished result is sent. A missing repository is
+            created as private; one with files is refused or, with `force`, replaced, before anything is
+            converted. `target` stays even if the upload fails.
         progress: show progress bars.
-        say: called with lines about what is done.
+        say: called with lines about the progress.
 
     Raises:
-        FileExistsError: `target` is there, or `upload_repo` holds files, and not `force`.
+        FileExistsError: `target` exists or `upload_repo` has files, without `force`.
         PermissionError: as `find_folder`, or no login that may write to `upload_repo`.
-        OSError: not enough space, or as `find_folder`; ConnectionError where only the upload failed.
-        CheckpointError: the source does not convert, or what was written differs from it.
+        OSError: not enough space, or as `find_folder`; ConnectionError if only the upload failed.
+        CheckpointError: the source cannot be converted, or the result differs from it.
     """
     target = Path(target).expanduser()
     check_target(target, source, force)
@@ -103,7 +103,7 @@ def convert(
     check_space(target, plan.nbytes)
     check_place(target.resolve())
     with claim(target.resolve()), whole_folder(target) as partial:
-        check_target(target, source, force)  # again: another conversion may have been quicker
+        check_target(target, source, force)  # again: another conversion may have made it since
         for component in plan.components:
             write(component, partial / component.name, layout, shard_bytes, progress)
             if verify:
@@ -119,7 +119,7 @@ def convert(
 
 
 def check_target(target: Path, source: str | Path, force: bool) -> None:
-    """Raises unless `target` may be written: absent or to be replaced, and apart from the source."""
+    """Raise an error unless `target` may be written: absent or replaceable, and apart from the source."""
     if target.exists() and not force:
         raise FileExistsError(f"{target} is there; give another --mlx-path, or --force to replace it")
     if target.is_file():
@@ -139,7 +139,7 @@ def check_target(target: Path, source: str | Path, force: bool) -> None:
 
 
 def check_apart(target: Path, plan: CheckpointPlan) -> None:
-    """ValueError where a weight file of the source, links followed, lies in `target`."""
+    """Raise ValueError where a weight file of the source, after following links, is in `target`."""
     for file in (file for component in plan.components for file in component.files):
         if target.resolve() in file.resolve().parents:
             raise ValueError(
@@ -148,7 +148,7 @@ def check_apart(target: Path, plan: CheckpointPlan) -> None:
 
 
 def check_space(target: Path, nbytes: int) -> None:
-    """OSError where the disk has no room for `nbytes`."""
+    """Raise OSError where the disk has no room for `nbytes`."""
     free = shutil.disk_usage(target.absolute().parent).free
     if free < nbytes:
         raise OSError(
@@ -158,7 +158,7 @@ def check_space(target: Path, nbytes: int) -> None:
 
 
 def summary(plan: CheckpointPlan) -> Iterator[str]:
-    """What is read of each network, and why, what comes of it, and what is assumed."""
+    """Return lines about each network: the files read and why, the result, and the assumptions."""
     for component in plan.components:
         dtypes = sorted({str(tensor.dtype).removeprefix("mlx.core.") for tensor in component.tensors})
         names = ", ".join(path.name for path in component.files)
@@ -178,7 +178,7 @@ def summary(plan: CheckpointPlan) -> Iterator[str]:
 def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int, progress: bool) -> None:
     """Write one network.
 
-    Raises CheckpointError where numbers become infinite in float16.
+    Raises CheckpointError where numbers overflow to infinity in float16.
     """
     total = component.nbytes
     with tqdm(desc=component.title, total=total, unit="B", unit_scale=True, disable=not progress) as bar:
@@ -207,7 +207,7 @@ def write(component: ComponentPlan, folder: Path, layout: str, shard_bytes: int,
 
 
 def _infinite(component: ComponentPlan, files: list[Path]) -> list[str]:
-    """The tensors whose numbers were finite in a wider dtype and are written as infinities of float16."""
+    """Return the tensors with numbers that are finite in the source and infinite in float16."""
     keys = {
         name: tensor.key for tensor in component.tensors if tensor.may_overflow for name in tensor.results()
     }
@@ -217,7 +217,7 @@ def _infinite(component: ComponentPlan, files: list[Path]) -> list[str]:
             if name not in keys or info.dtype != "F16" or not info.nbytes:
                 continue
             bits = np.memmap(path, np.int16, "r", info.begin, (info.nbytes // 2,))
-            # Of all bits but those of NaNs, the largest, by either sign.
+            # The largest bits of either sign, except those of NaNs.
             if bits.max() == 0x7C00 or bits.view(np.uint16).max() == 0xFC00:
                 found.append(keys[name])
     return list(dict.fromkeys(found))
@@ -232,9 +232,9 @@ def _counted(tensor: Deferred, bar: tqdm) -> Deferred:
 
 
 def compare(component: ComponentPlan, folder: Path, progress: bool) -> str:
-    """Read a written network back and compare each tensor with the source; returns what was found.
+    """Read a written network back, compare each tensor with the source, and return the finding.
 
-    Raises CheckpointError at the first that differs, or that quantization left with too little of itself.
+    Raises CheckpointError at the first tensor that differs, or whose quantization error is too large.
     """
     written = {}
     for path in weight_files(folder, component.cls.weights_stem):
@@ -264,7 +264,7 @@ def compare(component: ComponentPlan, folder: Path, progress: bool) -> str:
 
 
 def _signal_to_noise(tensor: TensorPlan, written: Mapping[str, tuple[Path, TensorInfo]]) -> float:
-    """How far a weight is above the error that quantization made in it, in decibels."""
+    """Return the signal-to-noise ratio of a quantized weight, in decibels."""
     quantization = tensor.quantization
     parts = {name.rpartition(".")[2]: read_tensor(*written[name]) for name in tensor.results()}
     original = tensor.make().astype(mx.float32)
@@ -281,13 +281,13 @@ def _signal_to_noise(tensor: TensorPlan, written: Mapping[str, tuple[Path, Tenso
 
 
 def write_rest(plan: CheckpointPlan, folder: Path) -> None:
-    """The index, the tokenizer and the scheduler's config."""
+    """Write the index, the tokenizer and the scheduler's config."""
     index = {key: value for key, value in plan.index.items() if key != "_name_or_path"}
     if plan.tokenizer is not None:
         plan.tokenizer.save_pretrained(folder / "tokenizer")
     if plan.scheduler is not None:
         (folder / "scheduler").mkdir()
-        # As it is: what it leaves open stays open.
+        # Unchanged, so that missing keys stay missing.
         write_text(folder / "scheduler" / SCHEDULER_CONFIG, _json(plan.scheduler))
     kept = {"tokenizer", "scheduler", *(component.name for component in plan.components)}
     index = {k: v for k, v in index.items() if k.startswith("_") or k in kept or not isinstance(v, list)}

@@ -1,4 +1,4 @@
-"""Holding a converted network against its source by what it computes: one small forward of each."""
+"""Compare a converted network with its source by one small forward of each."""
 
 import importlib
 import importlib.util
@@ -19,16 +19,16 @@ from .kinds import kind_of
 from .plan import ComponentPlan
 
 _LEAST_RATIO = {mx.float32: 90, mx.float16: 30, mx.bfloat16: 12}
-"""Signal-to-noise ratio in dB that two programs' forwards of equal weights must have, by dtype: bounds for
+"""Least signal-to-noise ratio in dB between two programs' forwards with equal weights, by dtype: bounds for
 mistakes, not for rounding."""
 
 
 def compare_forwards(component: ComponentPlan, folder: Path) -> str:
     """Compare a small forward of the written network with one of the source's weights, and with diffusers'
-    own where torch is installed and the source is a folder that diffusers reads; returns what was found.
+    own if torch is installed and diffusers can read the source; return the findings.
 
-    One network is in memory at a time. Raises CheckpointError where they differ more than their dtype
-    explains; for quantized weights, where nothing of the output is left.
+    One network is in memory at a time. Raises CheckpointError where they differ by more than their dtype
+    explains or, for quantized weights, where the output is lost in the error.
     """
     if kind_of(component.cls).inputs is None:
         return "no forward to compare, as it has none by itself"
@@ -66,7 +66,7 @@ def compare_forwards(component: ComponentPlan, folder: Path) -> str:
         found = f"{ratio:.1f} dB above what quantization changed"
     try:
         reference = _reference_forward(component)
-    except Exception as error:  # whatever another library raises for a checkpoint that it does not read
+    except Exception as error:  # any error of another library for a checkpoint that it cannot read
         reason = str(error).strip().split("\n")[0][:200]
         return f"a forward is {found}; diffusers does not read the source ({reason})"
     if reference is None:
@@ -88,7 +88,7 @@ def _ratio(result: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _forward(model: PretrainedModel) -> np.ndarray:
-    """That of a network of this package, in its dtype: numbers of the time and of texts stay as they are."""
+    """Run a network of this package in its dtype; timesteps and token ids keep theirs."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, np.ndarray):
@@ -101,18 +101,18 @@ def _forward(model: PretrainedModel) -> np.ndarray:
 
 
 def _reference_forward(component: ComponentPlan) -> np.ndarray | None:
-    """diffusers' (or transformers') forward of the source in float32; None where that cannot be had."""
+    """Run the source in diffusers or transformers in float32; None where that is not possible."""
     kind, folder = kind_of(component.cls), component.folder
     readable = folder is not None and component.tensors[0].source_layout == "diffusers"
     if not readable or not all(map(importlib.util.find_spec, ("torch", "diffusers", "transformers"))):
         return None
-    import torch  # only here: most users have none of it
+    import torch  # only here: most users do not have it
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         import diffusers
 
-        diffusers.utils.logging.set_verbosity_error()  # it says of pickles what looks like a failure
+        diffusers.utils.logging.set_verbosity_error()  # its message about pickles looks like a failure
         library = importlib.import_module(kind.library)
         model, report = getattr(library, component.cls.__name__).from_pretrained(
             folder,
@@ -122,7 +122,7 @@ def _reference_forward(component: ComponentPlan) -> np.ndarray | None:
             output_loading_info=True,
             **({"low_cpu_mem_usage": False} if library is diffusers else {}),
         )
-        if report["missing_keys"]:  # names or wrappers that it does not know: it would compute with noise
+        if report["missing_keys"]:  # unknown names or wrappers: it would compute with random weights
             raise ValueError(f"it misses {len(report['missing_keys'])} tensors")
         model.eval()
 

@@ -1,4 +1,4 @@
-"""What becomes of each tensor of one network."""
+"""Plan the conversion of each tensor of one network."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,7 @@ from .recognition import Recognized, weight_files_in
 
 @dataclass(frozen=True)
 class Ways:
-    """What is asked for, of every network."""
+    """The requested settings for every network."""
 
     dtype: mx.Dtype | None
     layout: str
@@ -44,7 +44,7 @@ class Ways:
     recipe: str
 
     def quantize(self, model: PretrainedModel, alone: bool) -> dict[str, Quantization]:
-        """How the layers of a network, of a pipeline or alone, are quantized."""
+        """Return the quantization of a network's layers, in a pipeline or alone."""
         if self.quantization is None:
             return {}
         return kind_of(type(model)).quantize(model, self.quantization, self.recipe, alone)
@@ -52,18 +52,18 @@ class Ways:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a network is read from.
+    """The files and config of a network.
 
     Attributes:
         where: its folder or file, for messages.
         kind: of the network.
-        config: the content of its `config.json`, or what is known without.
+        config: the content of its `config.json`, or the known keys without one.
         headers: of its files.
-        reason: why these files.
-        rename: the parameter of a key, None for one that is not needed.
+        reason: why these files were chosen.
+        rename: the parameter of a key; None for unneeded keys.
         dropped: tensors of the files that are not in the headers.
-        assumed: what of the config is neither in a `config.json` nor in the shapes.
-        folder: where the reference class finds it; None where it does not.
+        assumed: config keys that neither a `config.json` nor the shapes define.
+        folder: where the reference class can load it; None if it cannot.
     """
 
     where: str
@@ -77,7 +77,7 @@ class Source:
     folder: Path | None = None
 
     def model(self) -> PretrainedModel:
-        """The network with weights that nobody has computed."""
+        """Return the network without computing its weights."""
         at = f"{self.where} does not describe a {self.kind.cls.__name__}"
         with naming(at if self.assumed else Path(self.where) / "config.json"):
             return self.kind.cls.from_config(self.config)
@@ -86,7 +86,7 @@ class Source:
 def source_in_folder(
     source: str | Path, name: str, kind: Kind, variant: str | None, hub: dict[str, Any]
 ) -> Source:
-    """A network of a diffusers folder."""
+    """Return a network of a diffusers folder."""
     folder, files, reason = _find_weights(source, name, kind.cls, variant, hub)
     config = read_json(folder / "config.json")
     kind.check_class_name(config, str(folder / "config.json"))
@@ -97,7 +97,7 @@ def source_in_folder(
 
 
 def source_in_file(network: Recognized, variant: str | None) -> Source:
-    """A network in a single file, with the `config.json` beside it if that is of its class."""
+    """Return a network in a single file, with the `config.json` beside it if that is of its class."""
     path, kind = network.path, network.kind
     if variant is not None:
         raise ValueError(
@@ -122,7 +122,7 @@ def source_in_file(network: Recognized, variant: str | None) -> Source:
 
 
 def plan_network(source: Source, name: str, ways: Ways) -> ComponentPlan:
-    """A network, of a pipeline by its name or alone."""
+    """Plan a network: of a pipeline, under its name, or alone."""
     if source.kind.combine is not None:
         raise CheckpointError(
             f"{source.where} is {source.kind.name}, which makes no video by itself; pass "
@@ -146,7 +146,7 @@ def plan_network(source: Source, name: str, ways: Ways) -> ComponentPlan:
 
 
 def plan_combined(base: Source, other: Source, name: str, ways: Ways) -> ComponentPlan:
-    """A network of two sources: what the second has no parameters of is the first's."""
+    """Plan a network of two sources: the first supplies the parameters that the second lacks."""
     if base.kind.combine is None:
         raise CheckpointError(
             f"{base.where} is a {base.kind.name}, into which no motion adapter goes; leave out "
@@ -182,7 +182,7 @@ def plan_combined(base: Source, other: Source, name: str, ways: Ways) -> Compone
 
 
 def part_of(component: ComponentPlan, kind: Kind, config: dict[str, Any], name: str) -> ComponentPlan:
-    """The network within another whose parameters all are in it, under the same names."""
+    """Return the plan of a network within another one, which has all its parameters under the same names."""
     model = kind.cls.from_config(config)
     own = model.expected_tensors().keys()
     return replace(
@@ -205,8 +205,8 @@ def _refuse_quantized(config: dict[str, Any], where: Path) -> None:
 
 
 def _constants(model: PretrainedModel, tensors: list[TensorPlan], ways: Ways) -> dict[str, mx.array]:
-    """Arrays that are made by a formula and that the source has not, for files of diffusers: there they are
-    needed."""
+    """Return arrays made by a formula that the source lacks, for diffusers' files, where they are
+    required."""
     if ways.layout == "mlx":
         return {}
     there = {tensor.name for tensor in tensors}
@@ -231,7 +231,7 @@ def _plan_tensors(
     ways: Ways,
     alone: bool,
 ) -> tuple[list[TensorPlan], dict[str, str]]:
-    """What becomes of each tensor, and the parameter of each key."""
+    """Return the plan of each tensor, and the parameter of each key."""
     headers, layout = source.headers, file_format(source.headers)
     what = f"{source.where} does not fit {type(model).__name__}"
     names = match(what, expected, headers, layout, source.rename)
@@ -263,7 +263,7 @@ def _plan_tensors(
 
 
 def _config(model: PretrainedModel, tensors: list[TensorPlan]) -> dict[str, Any]:
-    """The `config.json` to write."""
+    """Return the `config.json` to write."""
     quantized = {
         tensor.name.removesuffix(".weight"): tensor.quantization
         for tensor in tensors
@@ -283,7 +283,7 @@ def _find_weights(
     if not has_weights(folder, cls.weights_stem, variant, pickles=True) and any(
         path.suffix == ".safetensors" for path in folder.iterdir()
     ):
-        weight_files(folder, cls.weights_stem, variant)  # raises, and says what there is
+        weight_files(folder, cls.weights_stem, variant)  # raises, and lists the available files
     try:
         files = pickle_files(folder, cls.weights_stem, variant)
     except FileNotFoundError as error:
@@ -293,7 +293,7 @@ def _find_weights(
                 f"{error}; it has {', '.join(there[:4])}: choose a variant with --variant, or give "
                 "one file itself"
             ) from error
-        # Neither: the message of the other kind says what there is instead.
+        # Neither: the error for the other kind lists the files that exist.
         return folder, weight_files(folder, cls.weights_stem, variant), "safetensors"
     return folder, files, "torch pickles, read without running them: there is no .safetensors of it"
 

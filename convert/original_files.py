@@ -1,4 +1,4 @@
-"""Weight files without any config, told by their tensors: a network, or those of a pipeline."""
+"""Weight files without a config, identified by their tensors: one network, or those of a pipeline."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +17,14 @@ MOTION_ADAPTER = "motion_adapter"
 
 
 def find_adapter(path_or_id: str | Path, hub: dict[str, Any]) -> Source:
-    """A motion adapter: a folder or hub id of diffusers', or one file.
+    """Find a motion adapter: a folder or hub id in diffusers' format, or one file.
 
     Raises FileNotFoundError as `find_folder`, and CheckpointError for anything else.
     """
     kind = BY_NAME["MotionAdapter"]
     file = Path(path_or_id).expanduser()
     if not file.is_file():
-        where = {key: value for key, value in hub.items() if key != "revision"}  # which is the base's
+        where = {key: value for key, value in hub.items() if key != "revision"}  # the base model's
         return source_in_folder(path_or_id, "", kind, None, where)
     networks = recognize(file)
     if [network.kind for network in networks] != [kind]:
@@ -44,7 +44,7 @@ def plan_originals(
     ways: Ways,
     hub: dict[str, Any],
 ) -> CheckpointPlan:
-    """Weight files without any config, or one: a network, or those of a pipeline."""
+    """Plan weight files without a config, or a single file: one network, or those of a pipeline."""
     recognized = [recognize(path) for path in files]
     found, notes = _choose(recognized, where, adapter)
     sources = {}
@@ -102,7 +102,8 @@ def plan_originals(
 
 
 def _as_others_tell(source: Source, networks: list[Recognized]) -> Source:
-    """The source with what the other networks of its file say of its config, where no `config.json` does."""
+    """Return the source with config keys that other networks of its file define, if it has no
+    `config.json`."""
     for network in networks if source.assumed else ():
         if network.kind.about_others is not None:
             shapes, assumed = network.kind.infer(network.shapes)
@@ -112,7 +113,7 @@ def _as_others_tell(source: Source, networks: list[Recognized]) -> Source:
 
 
 def _known(pipeline: Pipeline, notes: list[str]) -> tuple[str, ...]:
-    """The networks of a pipeline, without those that the converter does not know."""
+    """Return the networks of a pipeline, without those unknown to the converter."""
     unknown = {name: cls for name, cls in pipeline.networks.items() if cls not in BY_NAME}
     notes += [f"{name}: left out, as this converter does not know {cls}" for name, cls in unknown.items()]
     return tuple(name for name in pipeline.networks if name not in unknown)
@@ -136,10 +137,10 @@ def _check_all_there(needed: tuple[str, ...], found: dict[str, Recognized], wher
 def _choose(
     files: list[list[Recognized]], where: Path, adapter: Source | None
 ) -> tuple[dict[str, Recognized], list[str]]:
-    """The network to take for each name among those of each file, and what to say of the others.
+    """Return the network to use for each name among those of all files, and notes about the others.
 
-    A file of one network goes before one that holds others, too: the autoencoder of ModelScope comes in a
-    whole checkpoint of an image model. Of such a checkpoint alone the autoencoder is taken.
+    A file with a single network is preferred: the autoencoder of ModelScope comes in a complete checkpoint of
+    an image model. From such a checkpoint, only the autoencoder is used.
 
     Raises CheckpointError where two files are equally good.
     """
@@ -166,7 +167,7 @@ def _choose(
 
 
 def _only_the_autoencoder(found: dict[str, Recognized], networks: list[Recognized]) -> list[str]:
-    """Leave what else is in the checkpoint of an image model away; returns what to say of it."""
+    """Drop all other networks in the checkpoint of an image model, and return a note about them."""
     unet = found.get("unet")
     base = unet is not None and unet.kind.combine is not None
     if "vae" not in found or not (base or (unet is None and is_image_model(networks))):
@@ -181,7 +182,7 @@ def _only_the_autoencoder(found: dict[str, Recognized], networks: list[Recognize
 
 
 def _without_the_needed(found: dict[str, Recognized]) -> dict[str, Recognized]:
-    """The networks with what none of the same file needs as dropped, at the first of them."""
+    """Return the networks, the first of each file with the tensors that none of the file needs as dropped."""
     made, seen = {}, set()
     for name, network in found.items():
         beside = [set(other.dropped) for other in found.values() if other.path == network.path]

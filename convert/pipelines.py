@@ -1,4 +1,4 @@
-"""What the folder of a pipeline holds besides the networks of its source."""
+"""Parts of a pipeline's folder besides the networks of its source."""
 
 from dataclasses import replace
 
@@ -8,10 +8,10 @@ from .plan import CheckpointPlan
 
 
 def finish(plan: CheckpointPlan, ways: Ways) -> CheckpointPlan:
-    """The plan with those parts of a network that the pipeline has once more under another name.
+    """Return the plan with the parts of a network that the pipeline also has under another name.
 
-    Only diffusers asks for them: there the index of AnimateDiff has the motion modules of the UNet as a
-    `motion_adapter`, too. They are the same tensors of the same files.
+    Only diffusers needs them: its index of AnimateDiff also has the motion modules of the UNet as a
+    `motion_adapter`. They are the same tensors of the same files.
     """
     index, components = dict(plan.index), list(plan.components)
     for component in plan.components:

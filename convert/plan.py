@@ -1,4 +1,4 @@
-"""What a conversion would do: what becomes of each tensor, network and checkpoint."""
+"""The plan of a conversion: of each tensor, network and checkpoint."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ from mlx_unet3d.models.pretrained import PretrainedModel
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the source on its way.
+    """The plan of one tensor of the source.
 
     Attributes:
-        key: its name in the source; of a part of a tensor, `name[0:4]`.
+        key: its name in the source; `name[0:4]` for a part of a tensor.
         name: the parameter that it becomes.
-        path, info: where it lies.
-        layout: how its axes are turned, see `mlx_unet3d.checkpoints.layouts`.
+        path, info: its file and its entry in the header.
+        layout: how its axes are permuted, see `mlx_unet3d.checkpoints.layouts`.
         shape, dtype: of the result, before it is quantized.
         source_layout, target_layout: "mlx" or "diffusers".
-        quantization: how it is quantized; None for not at all.
+        quantization: how it is quantized; None for no quantization.
     """
 
     key: str
@@ -41,7 +41,7 @@ class TensorPlan:
 
     @property
     def turned(self) -> str:
-        """How its axes are turned, in the letters of `mlx_unet3d.checkpoints.layouts`; empty if they stay."""
+        """The permutation of its axes, in the letters of `mlx_unet3d.checkpoints.layouts`; empty for none."""
         if self.source_layout == self.target_layout or self.layout in ("identity", "linear"):
             return ""
         diffusers, mlx = {
@@ -53,17 +53,17 @@ class TensorPlan:
 
     @property
     def may_overflow(self) -> bool:
-        """Whether finite numbers may become infinite: those of a wider dtype in float16."""
+        """True if finite numbers may become infinite: those of a wider dtype in float16."""
         return self.dtype == mx.float16 and self.info.dtype != "F16"
 
     @property
     def working_bytes(self) -> int:
-        """Bytes to be held at once while it is converted: as read, as cast, and with its axes turned."""
+        """Bytes in memory while it is converted: as read, as cast, and with its axes permuted."""
         result = math.prod(self.shape) * self.dtype.size
         return self.info.nbytes + 2 * result
 
     def make(self) -> mx.array:
-        """The result before it is quantized, read and computed anew."""
+        """Read the tensor and return the result before it is quantized."""
         array = read_tensor(self.path, self.info)
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(self.dtype)
@@ -72,7 +72,8 @@ class TensorPlan:
         return to_diffusers(self.layout, array) if self.target_layout == "diffusers" else array
 
     def results(self) -> dict[str, Deferred]:
-        """The tensors to write, by name, to be made when they are written, in the order of the names."""
+        """Return the tensors to write, in the order of their names; they are computed when they are
+        written."""
         if self.quantization is None:
             return {self.name: Deferred(self.shape, self.dtype, self.make)}
         module = self.name.removesuffix("weight")
@@ -80,7 +81,7 @@ class TensorPlan:
         made: dict[str, mx.array] = {}
 
         def make(part: str) -> mx.array:
-            if part not in made:  # all parts at once; each is dropped when it is taken
+            if part not in made:  # all parts at once; each is dropped when it is used
                 made.update(self.quantization.quantize(self.make()))
                 mx.async_eval(list(made.values()))
             return made.pop(part)
@@ -91,7 +92,7 @@ class TensorPlan:
         }
 
     def restored(self, result: mx.array) -> mx.array:
-        """A result turned back to the shape of the source, for comparison."""
+        """Return a result in the shape of the source, for comparison."""
         if self.target_layout == "diffusers":
             result = to_mlx(self.layout, result)
         if self.source_layout == "diffusers":
@@ -101,19 +102,19 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """One network on its way.
+    """The plan of one network.
 
     Attributes:
         name: "unet", "vae", "text_encoder"; empty where the source is a single network.
         cls: its class.
         config: the keys of the `config.json` to write.
-        files: the files read.
+        files: the files to read.
         reason: why these files.
-        tensors: what becomes of each tensor.
-        dropped: tensors of the source that the network does not have, by documented rules.
-        assumed: what of the config is neither in a `config.json` nor in the shapes.
-        constants: arrays to write that the source has not, as they are made by a formula.
-        folder: where the reference class finds the source; None where it does not.
+        tensors: the plan of each tensor.
+        dropped: tensors of the source that the network does not need, by documented rules.
+        assumed: config keys that neither a `config.json` nor the shapes define.
+        constants: arrays to write that the source lacks, made by a formula.
+        folder: where the reference class can load the source; None if it cannot.
     """
 
     name: str
@@ -129,12 +130,12 @@ class ComponentPlan:
 
     @property
     def title(self) -> str:
-        """What to call it."""
+        """The name of the network in messages."""
         return self.name or self.cls.__name__
 
     @property
     def assumption(self) -> str:
-        """The assumed part of the config in words; empty where nothing is assumed."""
+        """The assumed config keys in words; empty for none."""
         if not self.assumed:
             return ""
         values = ", ".join(f"{key}={value!r}" for key, value in self.assumed.items())
@@ -148,24 +149,25 @@ class ComponentPlan:
 
     @property
     def quantization(self) -> dict[str, Quantization]:
-        """How its layers are quantized, by path."""
+        """The quantization of its layers, by path."""
         named = {tensor.name: tensor.quantization for tensor in self.tensors}
         return {name.removesuffix(".weight"): own for name, own in named.items() if own is not None}
 
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """All of a checkpoint.
+    """The plan of a checkpoint.
 
     Attributes:
         source: file, folder or hub id as given.
-        folder: where its files are; the file itself where one was given.
+        folder: where its files are; the file itself if one was given.
         index: the `model_index.json` to write; None for a single network.
         components: its networks.
-        hub: keywords of `find_folder` that say where to look; of a hub id, always the same commit.
-        tokenizer: the one to write; None for a single network, or a pipeline without.
-        scheduler: the config to write, as the source has it; None likewise.
-        notes: what else is to be said.
+        hub: keywords of `find_folder` that locate it; for a hub id, always the same commit.
+        tokenizer: the tokenizer to write; None for a single network, or a pipeline without one.
+        scheduler: the scheduler's config to write, as in the source; None for a single network, or without
+            one.
+        notes: other messages for the user.
     """
 
     source: str
@@ -184,14 +186,14 @@ class CheckpointPlan:
 
     @property
     def working_bytes(self) -> int:
-        """Bytes of weights to be held at once, about: a tensor, and some that wait to be written, with what
-        they are made of, such as single precision for half."""
+        """Approximate bytes of weights in memory: a tensor, and some that wait to be written, with their
+        sources, such as single precision for half."""
         largest = max(tensor.working_bytes for component in self.components for tensor in component.tensors)
         return largest + 3 * AHEAD
 
     @property
     def verifying_bytes(self) -> int:
-        """Bytes of weights to be held at once where forwards are compared: the largest network."""
+        """Bytes of weights in memory while forwards are compared: the largest network."""
         sizes = (
             sum(math.prod(tensor.shape) * tensor.dtype.size for tensor in component.tensors)
             for component in self.components

@@ -1,4 +1,4 @@
-"""Finding out what a conversion would do: which files are read, and how. Reads headers only."""
+"""Plan a conversion: choose the files and how to read them. Reads only headers."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ PUBLISHED_FILES = (
     "VQGAN_autoencoder.pth",
     "README.md",
 )
-"""What to download of a repository on the hub that has no config; folders are read whatever the names."""
+"""Files to download from a repository on the hub without a config; in folders, names do not matter."""
 
 
 def plan_checkpoint(
@@ -44,30 +44,30 @@ def plan_checkpoint(
     recipe: str = "mixed",
     **hub: Any,
 ) -> CheckpointPlan:
-    """Find out what a conversion would do; no tensor is read.
+    """Plan a conversion without reading tensors.
 
     Args:
         source: folder or hub id of a diffusers pipeline or of one network, in safetensors or torch pickles;
-            or original files, which are told by their tensors: one of a network of `kinds`, a checkpoint that
-            holds several, or a folder of such files. A single file may have diffusers' names, too.
-        tokenizer: folder or hub id of a CLIP tokenizer, or of a pipeline that has one, in place of the
-            source's; original files come without.
-        motion_adapter: folder, hub id or file of AnimateDiff's motion modules, to be put into the UNet of the
-            source, which is one of Stable Diffusion.
-        dtype: of all floating tensors; None for that of most bytes of each network.
+            or original files, identified by their tensors: a file of one of `kinds`, a checkpoint with
+            several networks, or a folder of such files. A single file may also have diffusers' names.
+        tokenizer: folder or hub id of a CLIP tokenizer, or of a pipeline with one, in place of the source's;
+            original files have none.
+        motion_adapter: folder, hub id or file of AnimateDiff's motion modules, to be inserted into the
+            source's Stable Diffusion UNet.
+        dtype: of all floating-point tensors; None for the dtype of most bytes of each network.
         layout: "mlx" or "diffusers", of the result.
         variant: weight files such as "fp16", of a diffusers folder.
-        quantization, recipe: how the UNet is quantized, see `PretrainedModel.quantize`; None for not at
-            all. The linear layers of a pipeline's text encoder then have 8 bits; one that is converted alone
-            is quantized as asked for. The VAE, which is small and whose errors are seen at once, keeps its
-            floating point.
+        quantization, recipe: how the UNet is quantized, see `PretrainedModel.quantize`; None for no
+            quantization. The linear layers of a pipeline's text encoder then have 8 bits; a text encoder
+            converted alone is quantized as requested. The VAE, which is small and whose errors are visible,
+            is not quantized.
         hub: `revision`, `local_files_only`, `token`, `cache_dir`, as in `find_folder`.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `find_folder`.
-        ValueError: settings that do not go with each other or with the source, such as original files of a
-            pipeline without `tokenizer`.
-        CheckpointError: the files are damaged, are of no known kind, or do not fit their config.
+        ValueError: settings that contradict each other or the source, such as original files of a pipeline
+            without `tokenizer`.
+        CheckpointError: the files are damaged, of an unknown kind, or do not match their config.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be 'mlx' or 'diffusers'")
@@ -105,7 +105,7 @@ def _plan_pipeline(
     ways: Ways,
     hub: dict[str, Any],
 ) -> CheckpointPlan:
-    """A folder with a `model_index.json`."""
+    """Plan a folder with a `model_index.json`."""
     path = folder / "model_index.json"
     index = read_json(path)
     notes, scheduler = [], None
@@ -137,7 +137,7 @@ def _plan_pipeline(
         if name == "unet" and base is not None:
             kind = base
         if kind is None:
-            if name in COMPONENTS and entry != [None, None]:  # a pipeline is of no use without
+            if name in COMPONENTS and entry != [None, None]:  # a pipeline is of no use without these
                 raise CheckpointError(
                     f"{path} has for {name} {repr(entry)[:200]}; this converter knows "
                     f"{', '.join(BY_NAME)}: convert a pipeline of these"
@@ -168,7 +168,7 @@ def _plan_pipeline(
         scheduler = read_json(where / SCHEDULER_CONFIG)
         with naming(where / SCHEDULER_CONFIG):
             made = scheduler_of_pipeline(scheduler, index["scheduler"])
-        # The class that model_index.json asks for, in a config that says so.
+        # model_index.json decides the class; the config may lack it.
         scheduler |= {"_class_name": type(made).__name__}
     known = {"tokenizer", "scheduler", *within, *(component.name for component in components)}
     notes += [
@@ -186,7 +186,7 @@ def _plan_pipeline(
 
 
 def _of_videos(index: dict[str, Any], pipeline: Pipeline) -> tuple[dict[str, Any], list[str]]:
-    """The index of a pipeline of images as one of videos, and what to say of it."""
+    """Return the index of an image pipeline as one of videos, and a note about it."""
     own = pipeline.index()
     made = {k: index.get(k, v) if k == "tokenizer" else v for k, v in own.items()}
     left = [k for k, v in index.items() if k not in made and isinstance(v, list) and any(v)]

@@ -1,4 +1,4 @@
-"""Telling which network a weight file holds, by the names of its tensors and never by its own."""
+"""Identify the networks in a weight file by the names of its tensors, never by its own name."""
 
 import difflib
 import math
@@ -20,9 +20,9 @@ from .kinds import KINDS, Family, Kind
 from .kinds.others import other
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-"""What weight files are looked for by in a folder; what they hold is told by their content."""
+"""Suffixes of weight files in a folder; their content identifies the networks."""
 
-# Telling what a file is nearest to compares all kinds of keys; real files have a hundred, and short ones.
+# Finding the nearest kind compares all kinds of keys; real files have about a hundred, all short.
 _COMPARED, _LONGEST = 500, 200
 
 
@@ -34,11 +34,11 @@ class Recognized:
         path: the file.
         kind: of the network.
         family: of the file.
-        prefix: what its keys have in front.
-        header: the parts of tensors that are parameters, by what to call them, see `Part.of`.
-        names: the parameter of each.
-        dropped: keys of the file that the network has no use for.
-        unused: the shapes of those that are its own.
+        prefix: the prefix of its keys.
+        header: the parts of tensors that are parameters, by their titles, see `Part.of`.
+        names: the parameter of each part.
+        dropped: keys of the file that the network does not need.
+        unused: the shapes of dropped keys that belong to this network.
     """
 
     path: Path
@@ -52,12 +52,12 @@ class Recognized:
 
     @property
     def shapes(self) -> Shapes:
-        """The shapes of all its tensors, of those it has no use for too, under their own names."""
+        """Return the shapes of all its tensors, with those that it does not need, under their own names."""
         shapes = {self.names[key]: info.shape for key, info in self.header.tensors.items()}
         return Shapes(str(self.path), self.unused | shapes, file_format({self.path: self.header}))
 
     def line(self) -> str:
-        """A line about it: its name in a pipeline, its class, size and why it is taken for that."""
+        """Return a line about it: its name in a pipeline, its class, its size, and how it was identified."""
         infos = self.header.tensors.values()
         parameters, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
         dtypes = "/".join(sorted({info.dtype for info in infos}))
@@ -68,25 +68,25 @@ class Recognized:
 
     @property
     def reason(self) -> str:
-        """Why it is taken for what it is, and how it is read."""
+        """Return how it was identified, and how it is read."""
         kind = f"{self.family.title}, as it has {self.prefix}{self.family.signs[-1]}"
         return f"{kind}; a torch pickle, read without running it" if is_pickle(self.path) else kind
 
 
 def recognize(path: Path) -> list[Recognized]:
-    """Read the header of a weight file and tell which networks it holds; no tensor is read.
+    """Read the header of a weight file and identify its networks, without reading tensors.
 
-    Of several, such as in a whole checkpoint of latent diffusion, each has a prefix of its own. A checkpoint
-    of an image model, whose UNet is none of `KINDS`, gives the others.
+    In a file of several networks, such as a complete checkpoint of latent diffusion, each has its own prefix.
+    From the checkpoint of an image model, whose UNet is not in `KINDS`, the other networks are returned.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged, holds none of `KINDS`, one of them twice or several without
-            prefixes, or a fused tensor that does not come apart.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: it is damaged, holds none of `KINDS`, one of them twice or several without prefixes,
+            or a fused tensor that cannot be split.
     """
     header = read_pickle(path) if is_pickle(path) else read_header(path)
     bare = {without_wrappers(key): info for key, info in header.tensors.items()}
-    if len(bare) == len(header.tensors):  # else some are there with a wrapper and without
+    if len(bare) == len(header.tensors):  # otherwise some would appear with a wrapper and without
         header = Header(bare, header.metadata)
     beside = other(header.tensors)
     if beside is not None:
@@ -107,7 +107,7 @@ def recognize(path: Path) -> list[Recognized]:
 
 
 def _recognized(path: Path, header: Header, kind: Kind, family: Family, prefix: str) -> Recognized:
-    """The parts of one network of the file."""
+    """Return the parts of one network of the file."""
     keys = {key.removeprefix(prefix): key for key in header.tensors if key.startswith(prefix)}
     naming = family.naming(keys.keys())
     parts, names, unused = {}, {}, {}
@@ -126,18 +126,18 @@ def _recognized(path: Path, header: Header, kind: Kind, family: Family, prefix: 
 
 
 def is_image_model(networks: Collection[Recognized]) -> bool:
-    """Whether the file of the networks is a checkpoint of latent diffusion with a UNet of another kind."""
+    """Return True if their file is a checkpoint of latent diffusion with a UNet of another kind."""
     unused = set.intersection(*(set(network.dropped) for network in networks))
     return any(key.startswith(WITHIN) for key in unused)
 
 
 def weight_files_in(folder: Path) -> list[Path]:
-    """The files of a folder, not of those in it, that may hold weights, by name."""
+    """Return the possible weight files directly in a folder, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
 
 
 def _choices() -> Iterator[tuple[Kind, Family, str]]:
-    """All that a file, or a part of it, may be."""
+    """Return all candidates for a file or a part of it."""
     for kind in KINDS:
         for family in kind.families:
             for prefix in kind.usual_prefixes(family):
@@ -154,8 +154,8 @@ def _matches(keys: Collection[str]) -> Iterator[tuple[Kind, Family, str]]:
 
 
 def _unknown(path: Path, keys: Collection[str]) -> str:
-    """What the file is nearest to, and what it lacks to be that."""
-    # Few of thousands, as layers repeat.
+    """Return the nearest kind of file, and the tensors that this file lacks."""
+    # Only few of thousands, as layers repeat.
     kinds = dict.fromkeys(re.sub(r"\d+", "0", key) for key in keys if len(key) <= _LONGEST)
     kinds = list(kinds)[:_COMPARED]
 

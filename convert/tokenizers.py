@@ -1,4 +1,4 @@
-"""The tokenizer, which original files do not hold."""
+"""Find the tokenizer, which original files lack."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,12 +22,12 @@ class _Component(Protocol):
 def find_tokenizer(
     path_or_id: str | Path, components: Iterable[_Component], hub: dict[str, Any]
 ) -> mlx_unet3d.CLIPTokenizer:
-    """The tokenizer of a folder or hub id, in its folder `tokenizer` where it has that.
+    """Find the tokenizer of a folder or hub id, in its folder `tokenizer` if it has one.
 
     Raises FileNotFoundError as `find_folder`, and CheckpointError for a tokenizer that is damaged or has more
-    tokens than the text encoder among `components`.
+    tokens than the text encoder in `components`.
     """
-    where = {key: value for key, value in hub.items() if key != "revision"}  # which is the source's
+    where = {key: value for key, value in hub.items() if key != "revision"}  # the source's
     try:
         folder = find_folder(path_or_id, subfolder="tokenizer", files=FILES, **where)
     except FileNotFoundError:
@@ -45,7 +45,7 @@ def find_tokenizer(
 
 
 def padded_as_trained(tokenizer: mlx_unet3d.CLIPTokenizer) -> tuple[mlx_unet3d.CLIPTokenizer, list[str]]:
-    """The tokenizer, padding with id 0 as OpenCLIP does and the UNet has seen it, and what to say of it."""
+    """Return the tokenizer padding with id 0, as OpenCLIP did in the UNet's training, and a note about it."""
     if tokenizer.pad_token_id == 0:
         return tokenizer, []
     first = next((token for token, token_id in tokenizer.vocab.items() if token_id == 0), None)
@@ -62,7 +62,7 @@ def padded_as_trained(tokenizer: mlx_unet3d.CLIPTokenizer) -> tuple[mlx_unet3d.C
 
 
 def with_tokenizer(plan: CheckpointPlan, tokenizer: str | Path | None) -> CheckpointPlan:
-    """The plan with another tokenizer, where one was given."""
+    """Return the plan with another tokenizer, if one was given."""
     if tokenizer is None:
         return plan
     if plan.index is None or "tokenizer" not in plan.index:

@@ -1,4 +1,4 @@
-"""Sending a converted checkpoint to the hub."""
+"""Send a converted checkpoint to the hub."""
 
 import re
 import shlex
@@ -10,18 +10,18 @@ from mlx_unet3d.checkpoints.hub import LOGIN, is_broken_connection
 
 
 def check_upload(repo: str, *, force: bool = False, token: str | bool | None = None) -> None:
-    """Ask the hub, before the work, whether `upload` may send something to `repo`.
+    """Ask the hub before the conversion if `upload` may send files to `repo`.
 
     Args:
-        repo: "owner/name"; it need not be there yet.
-        force: it may hold files, which will be replaced.
-        token: hub token; None takes the one that `hf auth login` stored.
+        repo: "owner/name"; it need not exist.
+        force: allow files in it, which will be replaced.
+        token: hub token; None takes the one stored by `hf auth login`.
 
     Raises:
-        ValueError: no such name.
-        FileExistsError: the repository holds files and not `force`.
-        PermissionError: no login, or one that may not write there.
-        ConnectionError: the hub is out of reach.
+        ValueError: an invalid name.
+        FileExistsError: the repository has files, without `force`.
+        PermissionError: no login, or one without permission to write there.
+        ConnectionError: the hub cannot be reached.
     """
     from huggingface_hub import HfApi, errors
 
@@ -56,15 +56,15 @@ def check_upload(repo: str, *, force: bool = False, token: str | bool | None = N
 
 
 def upload(folder: Path, repo: str, *, force: bool = False, token: str | bool | None = None) -> str:
-    """Send a folder to a repository, made if it is not there, and then private; returns its address.
+    """Send a folder to a repository, created as private if it is missing, and return its address.
 
     Args:
         folder: what to send.
-        repo: "owner/name"; one that is there keeps its visibility.
-        force: what `repo` holds and `folder` does not is removed in the same commit.
+        repo: "owner/name"; an existing repository keeps its visibility.
+        force: remove files of `repo` that `folder` does not have in the same commit.
         token: as in `check_upload`.
 
-    Raises ConnectionError where that fails; the folder stays as it is.
+    Raises ConnectionError if that fails; the folder stays.
     """
     from huggingface_hub import HfApi
 
@@ -88,7 +88,7 @@ def upload(folder: Path, repo: str, *, force: bool = False, token: str | bool | 
 
 
 def _check_login(user: dict[str, Any], repo: str) -> None:
-    """PermissionError for a token that can only read, or an owner that is somebody else."""
+    """Raise PermissionError for a token that can only read, or another owner."""
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PermissionError(
             f"the login of {user['name']} may only read; make a token that may write at "
@@ -104,5 +104,5 @@ def _check_login(user: dict[str, Any], repo: str) -> None:
 
 
 def _is_from_the_hub(error: Exception) -> bool:
-    """Whether an error is what the hub answered or befell the way to it, and no fault of a program."""
+    """Return True for an answer of the hub or a failed connection to it, False for errors in a program."""
     return isinstance(error, OSError | ValueError) or is_broken_connection(error)

@@ -169,7 +169,10 @@ FAMILY_COPIES = {
     "svd-xt": SVD_COPIES,
     "i2vgen-xl": COPIES
     | {
-        "the network itself": (2, "channels first to channels last, of four channels"),
+        "the network itself": (
+            2,
+            "channels first to channels last, and frames inside, of the image's four channels",
+        ),
         "image_latents_temporal_encoder.attn1": (1, MERGE),
     },
 }

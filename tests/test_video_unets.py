@@ -237,6 +237,23 @@ def test_refused_configs(kind):
         cls(no_such_key=1)
 
 
+def test_empty_texts_are_refused(unet):
+    made = arguments(unet)
+    position = 5 if type(unet).__name__ == "I2VGenXLUNet" else 2
+    made[position] = mx.zeros((2, 0, 12))
+    with pytest.raises(ValueError, match=r"encoder_hidden_states has shape \(2, 0, 12\); .*tokens, 12\)"):
+        unet(*made)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["motion_layers_per_block", "motion_transformer_layers_per_block", "motion_num_attention_heads"],
+)
+def test_lists_of_a_motion_adapter_have_an_entry_a_level(name):
+    with pytest.raises(ValueError, match=f"same number of `{name}` as `block_out_channels`"):
+        MotionAdapter((16, 32), motion_norm_num_groups=8, **{name: (1, 1, 1)})
+
+
 def test_a_network_of_numpy_numbers():
     unet = UNetMotionModel(**{**CONFIGS["UNetMotionModel"], "layers_per_block": np.int64(1)})
     assert unet.config.layers_per_block == 1

@@ -1,4 +1,4 @@
-"""The networks that can be converted, a file each, and all that the converter knows of them."""
+"""The networks that can be converted, one module each."""
 
 from mlx_unet3d.checkpoints.parts import Part
 
@@ -33,7 +33,7 @@ COMPONENTS = tuple(dict.fromkeys(kind.component for kind in KINDS))
 
 
 def kind_of(cls: type) -> Kind:
-    """The kind of a network's class."""
+    """Return the kind of a network's class."""
     return BY_NAME[cls.__name__]
 
 

@@ -17,12 +17,12 @@ from .kind import Config, Family, Inputs, Kind, diffusers_files, never
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _BLOCK = re.compile(r"(encoder\.down|decoder\.up)\.(\d{1,4})\.(?:block\.(\d{1,4})\.(.+)|(\w+)\.conv\.(\w+))")
 _MID = re.compile(r"((?:en|de)coder)\.mid\.(?:block_([12])\.(.+)|attn_1\.(\w+)\.(\w+))")
-# Of training: the loss with its discriminator, and the running mean of all weights.
+# From training: the loss with its discriminator, and the moving average of all weights.
 _UNUSED = ("loss.", "model_ema.")
 
 
 def naming(keys: Collection[str]) -> Naming:
-    """Of an LDM autoencoder, whose decoder counts its levels from the finest."""
+    """Return the naming of LDM's autoencoder, whose decoder counts its levels from the finest."""
     ups = [int(match[2]) for match in map(_BLOCK.fullmatch, keys) if match and match[1] == "decoder.up"]
     finest = max(ups, default=0)
 
@@ -77,7 +77,7 @@ def infer(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def inputs(config: Config) -> Inputs:
-    """Latents to decode."""
+    """Return latents to decode."""
     latents = np.random.default_rng(0).normal(size=(1, config["latent_channels"], 4, 4))
     return Inputs((latents.astype(np.float32),), method="decode")
 

@@ -22,7 +22,8 @@ _RESNET = re.compile(r"(decoder\..+\.resnets\.\d+)\.(.+)")
 
 
 def naming(keys: Collection[str]) -> Naming:
-    """Of `svd.safetensors`, whose first stage has an encoder as well, and whose conditions a decoder."""
+    """Return the naming of `svd.safetensors`, whose first stage also has an encoder, and whose conditions
+    also have a decoder."""
     within = [key.removeprefix(_DECODER) for key in keys if key.startswith(_DECODER)]
     frame_by_frame = autoencoder_kl.naming(within)
 
@@ -65,7 +66,7 @@ def infer(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def inputs(config: Config) -> Inputs:
-    """Latents of two frames to decode."""
+    """Return latents of two frames to decode."""
     latents = np.random.default_rng(0).normal(size=(2, config["latent_channels"], 4, 4))
     return Inputs((latents.astype(np.float32),), {"num_frames": 2}, "decode")
 

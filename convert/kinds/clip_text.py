@@ -32,12 +32,13 @@ _LAYER = {
     "mlp.c_proj": "mlp.fc2",
 }
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.(.+)")
-# The image tower, and what compares images with texts.
+# The image tower, and the parameters that compare images with texts.
 _UNUSED = re.compile(r"visual\..*|logit_scale|logit_bias|text_projection(\..*)?|attn_mask")
 
 
 def naming(keys: Collection[str]) -> Naming:
-    """Of OpenCLIP. The UNets were trained on the states before the last layer, which is left out."""
+    """Return the naming of OpenCLIP, without the last layer: the UNets were trained on the states before
+    it."""
     last = max((int(match[1]) for match in map(_BLOCK.fullmatch, keys) if match), default=0)
 
     def parts(key: str) -> list[Part]:
@@ -82,7 +83,7 @@ def infer(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def inputs(config: Config) -> Inputs:
-    """Five words and the end of the text."""
+    """Return five words and the end of the text."""
     words = np.random.default_rng(0).integers(1, config["vocab_size"] - 2, 5)
     return Inputs((np.array([[*words, config["vocab_size"] - 1]]),))
 

@@ -1,4 +1,4 @@
-"""A network as the converter sees it: all that differs from one to another is said in its `Kind`."""
+"""The description of a network for the converter: a `Kind` holds everything specific to it."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ from .pipeline import Pipeline
 
 Config = Mapping[str, Any]
 Inference = Callable[[Shapes], tuple[dict[str, Any], dict[str, Any]]]
-"""The config that the shapes tell, and the keys that no shape tells, with the values of published files.
+"""Infers the config keys that shapes define, and returns values of published files for the others.
 
-Raises CheckpointError where a tensor that tells something is missing.
+Raises CheckpointError where a required tensor is missing.
 """
 
 
@@ -27,14 +27,14 @@ class Family:
     """A kind of file.
 
     Attributes:
-        title: what to call it.
-        signs: tensors that all files of the kind have, and no other kind has all of.
-        naming: which parameters a key holds, made of all keys.
-        within: what the keys may have in front, besides the network's name in a pipeline, where the network
-            is a part of a larger one.
+        title: its name in messages.
+        signs: tensors that all files of the kind have, and that no other kind has together.
+        naming: makes, from all keys, the function that returns the parameters in a key.
+        within: possible prefixes of keys, besides the network's name in a pipeline, if the network is part of
+            a larger one.
         without: tensors that no file of the kind has.
-        alone: whether the keys may have nothing in front.
-        assumed: what of the config no shape tells, where it is not what the kind's `infer` says.
+        alone: True if keys may have no prefix.
+        assumed: config keys that shapes do not define, where they differ from the kind's `infer`.
     """
 
     title: str
@@ -48,11 +48,11 @@ class Family:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of a small forward, NumPy arrays and numbers, the same for this package and the reference.
+    """Arguments of a small forward, NumPy arrays and numbers, for this package and the reference.
 
     Attributes:
         args, kwargs: the arguments.
-        method: that of the network; None for a call.
+        method: the method of the network; None to call it.
     """
 
     args: tuple[Any, ...]
@@ -60,7 +60,7 @@ class Inputs:
     method: str | None = None
 
     def run(self, model: Any, convert: Callable[[Any], Any]) -> Any:
-        """The array that `model` makes of the arguments, each of them converted."""
+        """Return the array that `model` computes from the converted arguments."""
         args = [convert(value) for value in self.args]
         kwargs = {
             name: {k: convert(v) for k, v in value.items()} if isinstance(value, dict) else convert(value)
@@ -73,13 +73,14 @@ class Inputs:
 
 
 Rule = Callable[[PretrainedModel, Quantization, str, bool], dict[str, Quantization]]
-"""How the layers of a network are quantized, given what is asked for, a recipe, and whether it is alone."""
+"""Returns the quantization of a network's layers, given the requested one, a recipe, and True if it is
+alone."""
 
 
 def as_asked(
     model: PretrainedModel, quantization: Quantization, recipe: str, alone: bool
 ) -> dict[str, Quantization]:
-    """Quantize by the recipe; ValueError where no layer divides into groups."""
+    """Quantize by the recipe; ValueError if no layer divides into groups."""
     chosen = choose(model, quantization, recipe)
     if not chosen:
         raise ValueError(
@@ -92,7 +93,7 @@ def as_asked(
 def linear_beside_others(
     model: PretrainedModel, quantization: Quantization, recipe: str, alone: bool
 ) -> dict[str, Quantization]:
-    """Quantize as asked where it is alone; of a pipeline, the linear layers to 8 bits."""
+    """Quantize as requested if the network is alone; in a pipeline, quantize linear layers to 8 bits."""
     if alone:
         return as_asked(model, quantization, recipe, alone)
     return choose(model, Quantization(bits=8), "linear")
@@ -101,7 +102,7 @@ def linear_beside_others(
 def never(
     model: PretrainedModel, quantization: Quantization, recipe: str, alone: bool
 ) -> dict[str, Quantization]:
-    """Keep an autoencoder of a pipeline as it is; ValueError for one that is alone."""
+    """Do not quantize the autoencoder of a pipeline; ValueError for one that is alone."""
     if alone:
         raise ValueError(
             "a VAE is not quantized, as it is small and its errors are seen at once; leave out -q"
@@ -116,19 +117,19 @@ class Kind:
     Attributes:
         cls: its class.
         component: its name in a pipeline.
-        families: the files that it comes in, besides folders with a `config.json`.
-        infer: its config from shapes, see `Inference`.
-        inputs: those of a small forward, by its config; None for what has no forward.
+        families: its kinds of files, besides folders with a `config.json`.
+        infer: infers its config from shapes, see `Inference`.
+        inputs: makes the inputs of a small forward from its config; None without a forward.
         quantize: see `Rule`.
         library: the package of the reference class, which has the same name.
-        pipeline: of a UNet, the pipeline of its original files.
-        from_image: whether it makes videos of images.
-        combine: of what is no network by itself but a part of one: the config of that, given its own, that of
-            the other part, and both files for messages. Raises CheckpointError where they do not go together.
-        called: its class in `config.json`, where that is not `cls`.
-        parts: the networks that lie within one of this kind, by their names in its pipeline: the class,
-            and the config by that of the network.
-        about_others: what a file of this network tells of the configs of the others in it.
+        pipeline: the pipeline of a UNet's original files.
+        from_image: True if it makes videos from images.
+        combine: for a part of a network: makes the network's config from its own, that of the other part, and
+            both files for messages. Raises CheckpointError where they do not match.
+        called: its class in `config.json`, if that is not `cls`.
+        parts: the networks within one of this kind, by their names in its pipeline: the class, and a function
+            that makes the config from that of the network.
+        about_others: makes config keys of the other networks in a file from the config of this one.
     """
 
     cls: type[PretrainedModel]
@@ -147,11 +148,11 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """Its class, to be written and told of."""
+        """The name of its class in files and messages."""
         return self.called or self.cls.__name__
 
     def check_class_name(self, config: Config, where: str) -> None:
-        """CheckpointError where a `config.json` is that of another class."""
+        """Raise CheckpointError for the `config.json` of another class."""
         if not self.called:
             self.cls.check_class_name(config, where)
         elif config.get("_class_name") not in (None, self.called):
@@ -163,8 +164,8 @@ class Kind:
         return (self.called,) if self.called else self.cls.class_names or (self.cls.__name__,)
 
     def prefixes(self, family: Family, keys: Collection[str]) -> Iterator[str]:
-        """What keys of a network of a family have in front: nothing in a file of it alone, else its name in a
-        pipeline, what it is within, and what wrappers add, in any nesting."""
+        """Return possible prefixes of a network's keys: none in a file of its own, or its name in a pipeline,
+        the network around it, and wrappers, in any nesting."""
         sign = family.signs[0]
         within = [unwrapped(f"{prefix}{sign}")[1] for prefix in family.within]
         within += [sign] if family.alone else []
@@ -175,12 +176,12 @@ class Kind:
                     yield key.removesuffix(sign)
 
     def usual_prefixes(self, family: Family) -> tuple[str, ...]:
-        """What the keys of a family have in front without wrappers."""
+        """Return the prefixes of a family's keys without wrappers."""
         return (*(("",) if family.alone else ()), *family.within, f"{self.component}.")
 
 
 def own_names(cls: type[PretrainedModel]) -> Callable[[Collection[str]], Naming]:
-    """The naming of files that diffusers or transformers wrote."""
+    """Return the naming of files written by diffusers or transformers."""
 
     def make(keys: Collection[str]) -> Naming:
         def naming(key: str) -> list[Part]:
@@ -193,7 +194,7 @@ def own_names(cls: type[PretrainedModel]) -> Callable[[Collection[str]], Naming]
 
 
 def diffusers_files(cls: type[PretrainedModel], *signs: str, without: tuple[str, ...] = ()) -> Family:
-    """The family of files that diffusers or transformers wrote."""
+    """Return the family of files written by diffusers or transformers."""
     article = "an" if cls.__name__[0] in "AEIOU" and not cls.__name__.startswith("UN") else "a"
     title = f"{article} {cls.__name__} with diffusers' names"
     return Family(title, signs, own_names(cls), without=without)

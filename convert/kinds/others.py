@@ -1,4 +1,4 @@
-"""Files that are beside those that can be converted, told by their tensors, and where they belong."""
+"""Known files that cannot be converted, identified by their tensors, and their use."""
 
 import re
 from collections.abc import Collection
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Other:
-    """A kind of file that is no network of this converter.
+    """A kind of file without a network for this converter.
 
     Attributes:
-        title: what to call it.
-        sign: a pattern that a tensor of it has in its name, and none of a network has.
-        cure: where it belongs.
-        beside: what the name of another tensor has in it; empty for nothing.
+        title: its name in messages.
+        sign: a pattern in the name of one of its tensors, and of no network's.
+        cure: how to use it.
+        beside: a part of another tensor's name; empty for none.
     """
 
     title: str
@@ -67,7 +67,7 @@ OTHERS = (
 
 
 def other(keys: Collection[str]) -> Other | None:
-    """What else the file of these tensors is; None for none of `OTHERS`."""
+    """Return the kind of a file with these tensors; None if it is not in `OTHERS`."""
     for kind in OTHERS:
         if any(map(kind.sign.search, keys)) and any(kind.beside in key for key in keys):
             return kind

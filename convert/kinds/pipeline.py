@@ -1,4 +1,4 @@
-"""Pipelines of original files, which come without an index and a scheduler."""
+"""Pipelines of original files, which have no index or scheduler."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from mlx_unet3d.models.pretrained import DIFFUSERS_VERSION
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The pipeline that a UNet is for.
+    """The pipeline of a UNet.
 
     Attributes:
         name: diffusers' class.
         networks: the class of each network, by its name in the pipeline.
         scheduler: the content of `scheduler_config.json`.
-        tokenizer: whether it has one.
-        only: which configs of the UNet it is for; None for all.
-        pads_with_zero: whether texts were padded with id 0 in training, as OpenCLIP does.
+        tokenizer: True if it has one.
+        only: returns True for the UNet configs that it supports; None for all.
+        pads_with_zero: True if texts were padded with id 0 in training, as OpenCLIP does.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Pipeline:
     pads_with_zero: bool = True
 
     def index(self) -> dict[str, Any]:
-        """The content of `model_index.json`."""
+        """Return the content of `model_index.json`."""
         parts = {
             name: ["transformers" if cls.startswith("CLIP") else "diffusers", cls]
             for name, cls in self.networks.items()

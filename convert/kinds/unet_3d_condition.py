@@ -15,7 +15,7 @@ TRANSFORMER_IN_HEADS = 8  # of any UNet3DConditionModel
 
 
 def levels_of_3d(shapes: Shapes) -> dict[str, Any]:
-    """What the shapes tell of the levels of a UNet of 3-D blocks."""
+    """Infer the config keys about the levels of a UNet of 3-D blocks."""
     levels = range(shapes.count("down_blocks.{}.resnets.0.conv1.weight"))
     ups = range(shapes.count("up_blocks.{}.resnets.0.conv1.weight"))
 
@@ -55,7 +55,7 @@ def infer(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def inputs(config: Config) -> Inputs:
-    """A sample of two frames, as small as the levels allow, and a text."""
+    """Return a sample of two frames, as small as the levels allow, and a text."""
     rng = np.random.default_rng(0)
     size, dim = 2 ** (len(config["block_out_channels"]) - 1), config["cross_attention_dim"]
     sample = rng.normal(size=(1, config["in_channels"], 2, size, size)).astype(np.float32)

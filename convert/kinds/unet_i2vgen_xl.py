@@ -30,7 +30,7 @@ _FUSED = f"{_ENCODER}.0.fn.to_qkv.weight"
 
 
 def naming(keys: Collection[str]) -> Naming:
-    """Of `i2vgen_xl_00854500.pth`."""
+    """Return the naming of `i2vgen_xl_00854500.pth`."""
     blocks = unet_naming(keys)
 
     def parts(key: str) -> list[Part]:
@@ -56,7 +56,7 @@ def infer(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def inputs(config: Config) -> Inputs:
-    """A sample of two frames, as small as the levels allow, an image, its embedding and a text."""
+    """Return a sample of two frames, as small as the levels allow, an image, its embedding and a text."""
     rng = np.random.default_rng(0)
     size, dim = 2 ** (len(config["block_out_channels"]) - 1), config["cross_attention_dim"]
     sample, latents, image, text = (

@@ -17,7 +17,7 @@ from .pipeline import Pipeline
 
 
 def naming_2d(keys: Collection[str]) -> Naming:
-    """Of the UNet in a checkpoint of Stable Diffusion."""
+    """Return the naming of the UNet in a checkpoint of Stable Diffusion."""
     return unet_naming(keys, _layer)
 
 
@@ -55,7 +55,7 @@ def infer(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check_base(config: Config, where: str) -> None:
-    """Raises CheckpointError for a UNet that no motion module was made for, by its name."""
+    """Raise CheckpointError for a UNet without motion modules made for it, and name it."""
     channels, text = config.get("in_channels", 4), config.get("cross_attention_dim", 1280)
     added = config.get("addition_embed_type") is not None
     reason = None
@@ -74,9 +74,9 @@ def check_base(config: Config, where: str) -> None:
 
 
 def combine(base: Config, adapter: Config, where: str, where_adapter: str) -> dict[str, Any]:
-    """The config of a `UNetMotionModel` of a 2-D UNet and a motion adapter.
+    """Return the config of a `UNetMotionModel` from those of a 2-D UNet and a motion adapter.
 
-    Raises CheckpointError, by name, where no such module was made for this UNet.
+    Raises CheckpointError, which names the UNet, if no such module was made for it.
     """
     check_base(base, where)
     if adapter.get("conv_in_channels") is not None:
@@ -109,16 +109,17 @@ def _adapter(config: Config) -> dict[str, Any]:
 
 
 def about_others(config: Config) -> dict[str, Config]:
-    """The autoencoder of Stable Diffusion XL has other latents, under the same names and shapes."""
+    """Return the config of Stable Diffusion XL's autoencoder, which has other latents under the same names
+    and shapes."""
     if config.get("addition_embed_type") is None:
         return {}
     return {"vae": dict(scaling_factor=0.13025, sample_size=1024, force_upcast=True)}
 
 
 def inputs(config: Config) -> Inputs:
-    """A small sample of two frames, a text for each, and for SDXL its conditions."""
+    """Return a small sample of two frames, a text for each, and SDXL's conditions."""
     rng = np.random.default_rng(0)
-    # Norms a frame: those of a single pixel of a channel would be nothing but rounding.
+    # Large enough for norms a frame: those of a single pixel would be mere rounding.
     size, dim = 2 ** len(config["block_out_channels"]), config["cross_attention_dim"]
     sample = rng.normal(size=(1, config["in_channels"], 2, size, size)).astype(np.float32)
     text = rng.normal(size=(2, 5, dim if isinstance(dim, int) else dim[-1])).astype(np.float32)
@@ -132,7 +133,7 @@ def inputs(config: Config) -> Inputs:
     return Inputs((sample, 500, text), more)
 
 
-# Betas of Stable Diffusion with the schedule that motion modules were trained with.
+# Betas of Stable Diffusion, with the schedule of the motion modules' training.
 _SCHEDULER = mlx_unet3d.DDIMScheduler(
     beta_start=0.00085,
     beta_end=0.012,
@@ -207,4 +208,4 @@ UNET_2D = Kind(
     called="UNet2DConditionModel",
     about_others=about_others,
 )
-"""Not a network by itself: a part of a `UNetMotionModel`, with a motion adapter."""
+"""Not a network of its own: part of a `UNetMotionModel`, together with a motion adapter."""

@@ -15,12 +15,12 @@ from mlx_unet3d.checkpoints.shapes import Shapes
 from .kind import Config, Family, Inputs, Kind, diffusers_files
 from .pipeline import Pipeline
 
-_HEAD_DIM = 64  # of all published ones
+_HEAD_DIM = 64  # of all published networks
 _TIME_IDS = 3  # frames a second, motion bucket, noise
 
 
 def naming(keys: Collection[str]) -> Naming:
-    """Of the UNet in `svd.safetensors`."""
+    """Return the naming of the UNet in `svd.safetensors`."""
     return unet_naming(keys, _layer)
 
 
@@ -76,9 +76,9 @@ def infer(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def inputs(config: Config) -> Inputs:
-    """A sample of two frames, almost as small as the levels allow, an image embedding and time ids."""
+    """Return a sample of two frames, almost as small as the levels allow, an image embedding and time ids."""
     rng = np.random.default_rng(0)
-    # Norms a frame: those of a single pixel of a channel would be nothing but rounding.
+    # Large enough for norms a frame: those of a single pixel would be mere rounding.
     size, dim = 2 ** len(config["block_out_channels"]), config["cross_attention_dim"]
     sample = rng.normal(size=(1, 2, config["in_channels"], size, size)).astype(np.float32)
     image = rng.normal(size=(1, 1, dim if isinstance(dim, int) else dim[-1])).astype(np.float32)

@@ -18,12 +18,12 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end: by SIGTERM, or by a terminal that closed."""
+    """The process was asked to stop by SIGTERM, or the terminal closed."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
-    # Not at the top: without a backend MLX cannot be imported, which has to be said in one line.
+    """Return the parser of the command."""
+    # Not at the top: without a backend, importing MLX fails, and the command must say so in one line.
     from . import bench, convert, decode, doctor, generate, info, plan
 
     parser = argparse.ArgumentParser(
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     if (problem := missing_backend()) is not None:
         print(f"mlx-unet3d: error: {problem}", file=sys.stderr)
         return EXIT_FAILED
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has enough of it
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except (ValueError, TypeError, OSError, NonFiniteError, RuntimeError, MemoryError) as error:
@@ -72,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _signals_as_errors() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the work as Ctrl-C does, so that what is done is kept.
+    """Let SIGTERM and SIGHUP end the work like Ctrl-C, so that finished work is saved.
 
-    Only the first of them, so that the keeping is not cut off; one that is ignored, as under nohup, stays so.
+    Only the first signal counts, so that it does not interrupt the saving; ignored signals, as under nohup,
+    stay ignored.
     """
 
     def end(number: int, _frame: object) -> None:
@@ -85,7 +86,7 @@ def _signals_as_errors() -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows lacks the second
+            number = getattr(signal, name, None)  # Windows does not have the second
             if number is not None and signal.getsignal(number) == signal.SIG_DFL:
                 before[number] = signal.signal(number, end)
     try:

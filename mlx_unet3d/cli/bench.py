@@ -1,4 +1,4 @@
-"""mlx-unet3d bench: what a step takes on this machine, as a row for a table."""
+"""mlx-unet3d bench: measure the time and memory of a step on this machine, as a row for a table."""
 
 import argparse
 import statistics
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         mx.synchronize()
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
-    step = statistics.median(seconds[1:])  # the first compiles kernels
+    step = statistics.median(seconds[1:])  # the first run compiles kernels
     start = time.perf_counter()
     pipe.decode(latents)
     decoding = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""mlx-unet3d convert: a checkpoint as it is found -> a folder that loads at once."""
+"""mlx-unet3d convert: any checkpoint -> a folder that loads directly."""
 
 import argparse
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from ..checkpoints.storage import parse_size
 from ..errors import printable
 from . import options
 
-_ALL = 10**6  # lines of what does not fit; a damaged header may name more
+_ALL = 10**6  # lines about mismatches; a damaged header may have more
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -87,7 +87,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # Only this command needs it.
+    # Only this command needs the converter.
     import mlx_unet3d_convert as converter
 
     from ..layers.quantized import Quantization
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         try:
             plan = converter.plan_checkpoint(args.hf_path, **common)
-        except MismatchError as error:  # of which the message shows a part
+        except MismatchError as error:  # its message shows only some mismatches
             print(*map(printable, error.lines(_ALL)), sep="\n")
             raise
         print(*map(printable, table(plan)), sep="\n")
@@ -132,8 +132,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(plan) -> Iterator[str]:
-    """A line a tensor: name, dtype and shape in the source and in the result, and how its axes are turned;
-    what is assumed; and what the conversion takes."""
+    """Yield a line a tensor (name, dtype and shape in the source and the result, and the permutation of its
+    axes), then the assumptions and the cost of the conversion."""
     for component in plan.components:
         names = ", ".join(path.name for path in component.files)
         yield f"{component.title}: {names} ({component.reason})"

@@ -1,4 +1,4 @@
-"""mlx-unet3d decode: latents that `generate` left -> a video."""
+"""mlx-unet3d decode: latents saved by `generate` -> a video."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ from ..pipelines.decoding import decode_latents
 from . import options
 from .settings import DEFAULTS, is_same_model, of_file, public, trusted
 
-# What the command line can change of what the file says.
+# Settings of the file that the command line can override.
 _CHANGED = ("model", "revision", "variant", "fps", "vae_dtype", "vae_tiling", "decode_chunk_size")
 _FPS = 8.0
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     settings = DEFAULTS | of_file(saved.settings, saved.path)
     given = {key: getattr(args, key) for key in _CHANGED if getattr(args, key) is not None}
     if args.model is not None and not is_same_model(args.model, settings["model"]):
-        settings |= {"revision": None, "variant": None}  # they were the other model's
+        settings |= {"revision": None, "variant": None}  # they belong to the other model
     settings |= given
     if settings["model"] is None:
         raise ValueError(f"{saved.path} does not name its model; give --model")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_video(args: argparse.Namespace, saved: SavedLatents, settings: dict[str, Any], output: str) -> None:
-    """Decode latents with these settings, and write them."""
+    """Decode latents with these settings and write the video."""
     latents, _ = saved.read()
     rate = settings["fps"] or _FPS
     options.advise()

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def facts() -> dict[str, str]:
-    """Name -> value, ready to paste into an issue."""
+    """Return facts by name, ready to paste into an issue."""
     device = mx.device_info()
     memory = device.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform()
@@ -67,7 +67,7 @@ def facts() -> dict[str, str]:
 
 
 def matmul_rate(dtype: mx.Dtype, size: int = 1024) -> float:
-    """GFLOP/s of a square matrix product."""
+    """Return the GFLOP/s of a square matrix product."""
     a = mx.random.normal((size, size)).astype(dtype)
     mx.eval(a, a @ a)
     repeats, start = 0, time.perf_counter()

@@ -1,4 +1,4 @@
-"""mlx-unet3d info: what a checkpoint is and what would be used of it."""
+"""mlx-unet3d info: describe a checkpoint and the parts of it that would be used."""
 
 import argparse
 from pathlib import Path
@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = find_folder(args.path) if args.path == DEMO else Path(args.path).expanduser()
     if folder.is_file():
-        # Only a file needs the converter.
+        # Only single files need the converter.
         from mlx_unet3d_convert.recognition import recognize
 
         for network in recognize(folder):

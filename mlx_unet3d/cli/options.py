@@ -1,4 +1,4 @@
-"""What several sub-commands share: kinds of arguments, dtypes, output names, stage reports."""
+"""Shared by sub-commands: kinds of arguments, dtypes, output names, stage reports."""
 
 import argparse
 import math
@@ -16,14 +16,14 @@ from ..errors import printable_lines
 from ..memory import parse_memory
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-# Far above what any network was trained for, and low enough for plans to be made in no time.
+# Far above the training of any network, and low enough to plan quickly.
 _MOST_FRAMES, _LONGEST_SIDE, _MOST_PIXELS = 4096, 2**15, 2**28
 _MOST_TEXT = 100_000
 _MOST = 1_000_000
 
 
 def count(text: str) -> int:
-    """An integer of at least 1, and not beyond all measure."""
+    """Parse an integer from 1 up to a generous limit."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
@@ -31,7 +31,7 @@ def count(text: str) -> int:
 
 
 def text(value: str) -> str:
-    """Text that can be encoded and is no book."""
+    """Parse text that can be encoded and is not too long."""
     if len(value) > _MOST_TEXT:
         raise argparse.ArgumentTypeError(f"{len(value)} characters are more than {_MOST_TEXT}")
     try:
@@ -42,14 +42,14 @@ def text(value: str) -> str:
 
 
 def path(value: str) -> str:
-    """A path or an id, which is not empty."""
+    """Parse a path or an id, which must not be empty."""
     if not value.strip() or "\0" in value:
         raise argparse.ArgumentTypeError("it names nothing")
     return text(value)
 
 
 def one_of(*names: str) -> Callable[[str], str]:
-    """One of some names."""
+    """Return a parser of one of some names."""
 
     def parse(value: str) -> str:
         if value not in names:
@@ -60,7 +60,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def seed(text: str) -> int:
-    """An integer of 64 bits, signed or not."""
+    """Parse an integer of 64 bits, signed or unsigned."""
     value = int(text)
     if not -(2**63) <= value < 2**64:
         raise argparse.ArgumentTypeError("a seed of more than 64 bits; use 0 <= seed < 2**64")
@@ -68,12 +68,12 @@ def seed(text: str) -> int:
 
 
 def frames(text: str) -> int:
-    """A number of frames."""
+    """Parse a number of frames."""
     return _at_most(count(text), _MOST_FRAMES)
 
 
 def side(text: str) -> int:
-    """Pixels of one side of a frame."""
+    """Parse the pixels of one side of a frame."""
     return _at_most(count(text), _LONGEST_SIDE)
 
 
@@ -84,7 +84,7 @@ def _at_most(value: int, most: int) -> int:
 
 
 def check_size(num_frames: int | None, height: int | None, width: int | None) -> None:
-    """ValueError for a video of more pixels than any machine has memory for."""
+    """Raise ValueError for a video with more pixels than any machine can hold."""
     pixels = (num_frames or 1) * (height or 1) * (width or 1)
     if pixels > _MOST_PIXELS:
         raise ValueError(
@@ -94,7 +94,8 @@ def check_size(num_frames: int | None, height: int | None, width: int | None) ->
 
 
 def check_latents(path: Path, shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
-    """ValueError unless latents (B, C, F, h, w) are those of the one video that their settings describe."""
+    """Raise ValueError unless latents (B, C, F, h, w) belong to the single video that their settings
+    describe."""
     if shape[0] != 1:
         raise ValueError(f"{path} holds {shape[0]} videos; give a file of one")
     sizes = [settings.get(name) for name in ("num_frames", "height", "width")]
@@ -102,7 +103,7 @@ def check_latents(path: Path, shape: tuple[int, ...], settings: Mapping[str, Any
         raise ValueError(f"{path} does not say the size of its video; give a file that `generate` left")
     check_size(*sizes)
     frames, height, width = sizes
-    # A VAE makes 1 to 64 pixels of a latent, and an input video may have some over.
+    # A latent stands for 1 to 64 pixels each way; an input video may have a remainder.
     fits = any((height // factor, width // factor) == shape[3:] for factor in range(1, 65))
     if shape[2] != frames or not fits:
         raise ValueError(
@@ -112,7 +113,7 @@ def check_latents(path: Path, shape: tuple[int, ...], settings: Mapping[str, Any
 
 
 def number(text: str) -> float:
-    """A finite number."""
+    """Parse a finite number."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} must be a finite number")
@@ -120,7 +121,7 @@ def number(text: str) -> float:
 
 
 def rate(text: str) -> float:
-    """A finite number above 0."""
+    """Parse a finite number above 0."""
     value = number(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} must be above 0")
@@ -128,7 +129,7 @@ def rate(text: str) -> float:
 
 
 def memory_size(text: str) -> float:
-    """GiB of a size such as 16GB."""
+    """Parse a size such as 16GB to GiB."""
     try:
         return parse_memory(text)
     except ValueError as error:
@@ -136,7 +137,7 @@ def memory_size(text: str) -> float:
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
-    """Which model, and how its VAE runs; `weights`: whether its weights are read, not configs alone."""
+    """Add the options of the model and its VAE; `weights`: True if weights are read, not only configs."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -162,20 +163,20 @@ def add_model_options(parser: argparse.ArgumentParser, *, weights: bool = True) 
 
 
 def advise() -> None:
-    """One line for users who could have it 20 times faster."""
+    """Print one line for users who could run it 20 times faster."""
     advice = blas.advice()
     if advice:
         print(f"mlx-unet3d: {advice}", file=sys.stderr)
 
 
 def say(text: str) -> None:
-    """Print lines for the user, in which names of files may be."""
+    """Print lines for the user, which may contain file names."""
     print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Prints time and peak memory of a stage when it is done."""
+    """Print time and peak memory of a stage when it ends."""
     mx.reset_peak_memory()
     start = time.perf_counter()
     yield
@@ -187,12 +188,12 @@ LATENTS_SUFFIX = ".latents.safetensors"
 
 
 def latents_path(output: str) -> Path:
-    """Where the latents of a video are kept until it is written."""
+    """Return the path where the latents of a video are kept until it is written."""
     return Path(output.rstrip("/") + LATENTS_SUFFIX)
 
 
 def output_of(latents: Path) -> str:
-    """The video that a file of latents was to become; ValueError where the name does not say."""
+    """Return the path of the video for a file of latents; ValueError where the name does not tell it."""
     output = str(latents).removesuffix(LATENTS_SUFFIX)
     if output in (str(latents), ""):
         raise ValueError(f"{latents}: the name tells no output; give --output")

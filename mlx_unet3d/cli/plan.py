@@ -1,4 +1,4 @@
-"""mlx-unet3d plan: what a video will take, before anything is downloaded or computed."""
+"""mlx-unet3d plan: predict the memory and time of a video before anything is downloaded or computed."""
 
 import argparse
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def chip(text: str) -> Chip:
-    """The chip of a name."""
+    """Return the chip of a name."""
     try:
         return find_chip(text)
     except ValueError as error:
@@ -69,7 +69,7 @@ def chip(text: str) -> Chip:
 
 @dataclass(frozen=True)
 class Machine:
-    """A name, and the bytes that MLX should keep to."""
+    """A name, and the bytes that MLX should use at most."""
 
     name: str
     budget: int
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype if args.dtype is not None else "float16" if metal else "float32"
     height, width = size_of(networks, args)
     frames = args.num_frames if args.num_frames is not None else networks.default_frames
-    if frames is not None and frames > 1:  # of one frame, the plan itself says what to do
+    if frames is not None and frames > 1:  # for one frame, the plan itself says what to do
         options.check_size(frames, height, width)
     plans = []
     for machine in machines:
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def machines_of(args: argparse.Namespace) -> list[Machine]:
-    """That of the command line; those that are sold with a chip; or this one."""
+    """Return the machine on the command line, the machines sold with a chip, or this one."""
     if args.memory is not None:
         name = f"{args.chip.name} with " if args.chip is not None else "a Mac with "
         return [Machine(f"{name}{args.memory:g} GB", working_set(args.memory))]
@@ -125,7 +125,7 @@ def machines_of(args: argparse.Namespace) -> list[Machine]:
 
 
 def size_of(networks: memory.Networks, args: argparse.Namespace) -> tuple[int, int]:
-    """Height and width in pixels."""
+    """Return height and width in pixels."""
     default = networks.default_size
     if default is None and (args.height is None or args.width is None):
         raise ValueError("the config of the unet has no sample_size: give --height and --width")
@@ -136,7 +136,7 @@ def size_of(networks: memory.Networks, args: argparse.Namespace) -> tuple[int, i
 def report(
     plans: list[tuple[Machine, memory.Plan]], model: str, dtype: str, guidance: bool, chip: Chip | None
 ) -> list[str]:
-    """Lines about plans for machines, the smallest first; the stages are those of the last."""
+    """Return lines about plans for machines, the smallest first, with the stages of the last."""
     last = plans[-1][1]
     guided = "with" if guidance else "without"
     lines = [f"{model}: {last.video}, {guided} guidance, {dtype}", ""]
@@ -160,5 +160,5 @@ def report(
 
 
 def gigabytes(nbytes: int) -> str:
-    """Bytes in 10^9, to two places."""
+    """Format bytes in 10^9, to two places."""
     return f"{nbytes / 1e9:.2f} GB"

@@ -203,7 +203,7 @@ def _with_changes(base: nn.Module, parts: list[tuple[LowRank, float]]) -> dict[s
     if biases:
         if "bias" not in base:
             raise ValueError(
-                "an adapter brings a bias for a layer that has none, and cannot be fused; leave it beside"
+                "an adapter has a bias for a layer that has none, and cannot be fused; leave it beside"
             )
         made["bias"] = sum((b.astype(mx.float32) for b in biases), base.bias).astype(base.bias.dtype)
     return made

@@ -175,8 +175,8 @@ class MultiIPAdapterImageProjection(nn.Module):
                 "with one array for each"
             )
         for i, (x, layer) in enumerate(zip(embeds, self.image_projection_layers, strict=True)):
-            fits = x.ndim == 3 + len(layer.axes) and x.shape[0] == batch and x.shape[-1] == layer.channels
-            if not fits or 0 in x.shape:
+            matches = x.ndim == 3 + len(layer.axes) and x.shape[0] == batch and x.shape[-1] == layer.channels
+            if not matches or 0 in x.shape:
                 axes = ", ".join((str(batch), "images", *layer.axes, str(layer.channels)))
                 raise ValueError(
                     f"image_embeds[{i}] has shape {tuple(x.shape)}; it must be ({axes}) for the "

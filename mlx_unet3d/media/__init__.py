@@ -1,4 +1,4 @@
-"""Frames <-> files: GIF, WebP, PNG, folders of PNG and MP4, with the settings that made them inside."""
+"""Frames <-> files: GIF, WebP, PNG, folders of PNG and MP4, with the settings of the video inside."""
 
 from .files import check_writable, encoders, read_image, read_metadata, read_video, write_video
 from .frames import to_uint8

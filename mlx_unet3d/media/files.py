@@ -1,4 +1,4 @@
-"""write_video, read_video and read_metadata: which format, is it possible, and whole files only."""
+"""write_video, read_video and read_metadata: choose the format, check, and write complete files only."""
 
 import os
 import re
@@ -21,9 +21,9 @@ SUFFIXES = {
     ".apng": "png",
     ".mp4": "mp4",
 }
-READ_ONLY_SUFFIXES = {".m4v": "mp4", ".mov": "mp4"}  # the same container
+READ_ONLY_SUFFIXES = {".m4v": "mp4", ".mov": "mp4"}  # the same container format
 
-# What a folder of frames may hold besides when it is written anew; macOS leaves the second.
+# Other files that a folder of frames may contain when it is replaced; macOS makes the second.
 OWN_FILES = re.compile(r"\d{5,}\.png|\.DS_Store")
 
 PathLike = str | os.PathLike[str]
@@ -38,25 +38,25 @@ def write_video(
     *,
     overwrite: bool = True,
 ) -> Path:
-    """Writes a clip in the format that the suffix names; the file appears whole or not at all.
+    """Write a clip in the format of the suffix; the file is written completely or not at all.
 
     - `.gif`: one palette of 256 colours for all frames, ordered dithering; at most 50 fps.
     - `.webp`: lossy at quality 90; small and near.
     - `.png`, `.apng`: animated PNG, lossless.
     - `.mp4`: H.264 (yuv420p, BT.709) by ffmpeg; an odd last row or column is cut off with a warning.
-    - no suffix, a slash at the end, or a folder that is there: 00000.png, ... in that folder, lossless.
-      Frames of an earlier clip in it are replaced; a folder with anything else in it is refused.
+    - no suffix, a slash at the end, or an existing folder: 00000.png, ... in that folder, lossless. Frames of
+      an earlier clip are replaced; a folder with other files is refused.
 
     Args:
-        path: where to; its parent folder must be there.
+        path: file or folder to write; its parent folder must exist.
         frames: uint8 (F, H, W, 3), red green blue, see `to_uint8`; or a list of images, or of arrays
             (H, W, 3).
-        fps: frames a second, 0.1 to 240. GIF counts in 10 ms and WebP and PNG in 1 ms: frames
-            of two lengths take turns there, so that the rate holds over the clip.
-        metadata: what made the clip; goes into the file as flat JSON, see `read_metadata`.
-        loop: 0 repeats forever, n shows the clip n times. Only 0 for .mp4 and folders, which
-            leave that to the player.
-        overwrite: False refuses a path where something is.
+        fps: frames a second, 0.1 to 240. Durations are multiples of 10 ms in GIF and of 1 ms in WebP and PNG:
+            frames of two durations alternate there, so that the rate is right over the clip.
+        metadata: settings of the clip, stored in the file as flat JSON, see `read_metadata`.
+        loop: 0 repeats forever, n shows the clip n times. Only 0 for .mp4 and folders, where the player
+            decides.
+        overwrite: False refuses an existing path.
 
     Returns:
         The path written.
@@ -64,7 +64,7 @@ def write_video(
     Raises:
         TypeError, ValueError: frames, fps, loop or metadata that cannot be written.
         OSError: as `check_writable`.
-        RuntimeError: ffmpeg failed; holds the last lines of what it said.
+        RuntimeError: ffmpeg failed; contains the last lines of its output.
     """
     frames = as_frames(frames)
     check_frames(frames)
@@ -94,17 +94,17 @@ def check_writable(
     loop: int = 0,
     overwrite: bool = True,
 ) -> None:
-    """Raises what `write_video` would raise after the long wait for the frames.
+    """Raise the errors of `write_video` early, before the frames are computed.
 
     Raises:
-        ValueError: the suffix is unknown or nothing here can encode it, or a value is out of range.
+        ValueError: the suffix is unknown or has no encoder here, or a value is out of range.
         TypeError: a value has the wrong type.
-        FileNotFoundError, NotADirectoryError, PermissionError: the parent folder is missing, no
-            folder, or closed to writing.
-        OSError: a file that was written there on trial could not be, or the name is too long.
+        FileNotFoundError, NotADirectoryError, PermissionError: the parent folder is missing, not a folder, or
+            not writable.
+        OSError: a test file could not be written there, or the name is too long.
         IsADirectoryError: the path has the suffix of a file and is a folder.
-        FileExistsError: the path is there and `overwrite` False, or it is a folder with more in
-            it than frames.
+        FileExistsError: the path exists and `overwrite` is False, or it is a folder with other files than
+            frames.
     """
     kind, target = _kind(path), Path(path)
     check_fps(fps, gif.MAX_FPS if kind == "gif" else MAX_FPS)
@@ -154,21 +154,21 @@ def _check_place(target: Path, kind: str, overwrite: bool) -> None:
 def read_video(
     path: PathLike, *, num_frames: int | None = None, size: Size = (None, None)
 ) -> tuple[Frames, float]:
-    """Reads a clip: GIF, WebP, PNG, a folder of PNG files, MP4 or MOV (by ffmpeg).
+    """Read a clip: GIF, WebP, PNG, a folder of PNG files, MP4 or MOV (by ffmpeg).
 
     Args:
         path: of the clip.
-        num_frames: read no more than so many, the first; None for all.
-        size: height and width that each frame is resized to as it is read, None for as it is.
+        num_frames: number of frames to read, from the first; None for all.
+        size: height and width to which each frame is resized as it is read; None for no resizing.
 
     Returns:
-        uint8 frames (F, H, W, 3) and the frames a second. Frames held longer than the others are
-        repeated, so that the rate is even; 8.0 stands for files that state none.
+        uint8 frames (F, H, W, 3) and the frames a second. Frames shown longer than others are repeated, so
+        that the rate is even; files without a rate have 8.0.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: unknown suffix, a damaged file, no ffmpeg for MP4, or more pixels than memory should be
-            spent on: 2**25 a frame, 2**29 bytes in all, after the resizing.
+        FileNotFoundError: the path does not exist.
+        ValueError: unknown suffix, a damaged file, no ffmpeg for MP4, or too many pixels: more than 2**25 a
+            frame, or 2**29 bytes in all, after resizing.
     """
     kind, source = _existing(path)
     reading = Reading(source, num_frames, size)
@@ -194,11 +194,11 @@ def read_image(path: PathLike) -> Image.Image:
 
 
 def read_metadata(path: PathLike) -> dict[str, MetadataValue]:
-    """The `metadata` that `write_video` put into a file or folder; needs no ffmpeg.
+    """Return the `metadata` that `write_video` stored in a file or folder, without ffmpeg.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: the file holds none, so it was not made by this program.
+        FileNotFoundError: the path does not exist.
+        ValueError: the file has none, so this program did not make it.
     """
     kind, source = _existing(path)
     if kind == "mp4":
@@ -208,7 +208,7 @@ def read_metadata(path: PathLike) -> dict[str, MetadataValue]:
 
 
 def encoders() -> dict[str, str | None]:
-    """What writes each format here, with its version; None where nothing does."""
+    """Return the encoder of each format and its version; None without one."""
     pillow = f"Pillow {PIL.__version__}"
     webp = f"{pillow}, libwebp {features.version('webp')}" if features.check("webp") else None
     ffmpegs = [ffmpeg for ffmpeg in mp4.installed() if ffmpeg.has_x264]
@@ -218,7 +218,7 @@ def encoders() -> dict[str, str | None]:
 
 def _kind(path: PathLike, suffixes: Mapping[str, str] = SUFFIXES) -> str:
     text, suffix = os.fspath(path), Path(path).suffix.lower()
-    if Path(path).name in ("", ".."):  # "", ".", "/", "..": the folder in use, and never meant
+    if Path(path).name in ("", ".."):  # "", ".", "/", "..": the folder in use, certainly a mistake
         raise ValueError(f"{text!r} is no name for a video; give one, such as video.gif")
     if text.endswith(("/", os.sep)):
         return "folder"

@@ -1,4 +1,4 @@
-"""The frames that files are made of: uint8 (F, H, W, 3), red green blue, and their times."""
+"""Frames of files, uint8 (F, H, W, 3), red green blue, and their durations."""
 
 import itertools
 import math
@@ -16,24 +16,24 @@ from ..errors import NonFiniteError
 
 Frames = NDArray[np.uint8]
 
-# The rate of ModelScope's clips; also what is taken for files that state none.
+# The rate of ModelScope's clips, also used for files without a rate.
 DEFAULT_FPS = 8.0
 MIN_FPS, MAX_FPS = 0.1, 240.0
-# A few bytes of a file can stand for any number of pixels; no clip for a network comes near these.
+# A few bytes of a file can encode any number of pixels; clips for a network are far below these bounds.
 MAX_PIXELS = 2**25  # of a frame: 8K video
 MAX_BYTES = 2**29  # of the frames of a clip
 MAX_FRAMES = 10_000
 
 Size = tuple[int | None, int | None]
-"""Height and width to resize frames to, each None for as it is."""
+"""Height and width to which frames are resized, each None for no change."""
 
 
 class RefusedClipError(ValueError):
-    """A clip that breaks a rule of this package, not one of its format."""
+    """A clip that exceeds a limit of this package, not of its format."""
 
 
 def to_uint8(frames: NDArray[np.floating] | mx.array) -> Frames:
-    """Float frames in [0, 1], of any shape, as uint8: `round(255 * x)`, halves to even.
+    """Convert float frames in [0, 1], of any shape, to uint8: `round(255 * x)`, halves to even.
 
     Raises:
         TypeError: not a float array.
@@ -63,7 +63,8 @@ def to_uint8(frames: NDArray[np.floating] | mx.array) -> Frames:
 
 
 def as_frames(frames: Frames | Sequence[Image.Image | Frames]) -> Frames:
-    """Frames (F, H, W, 3) of a list of images or of arrays (H, W, 3); anything else as it is."""
+    """Stack a list of images or of arrays (H, W, 3) to frames (F, H, W, 3); return anything else
+    unchanged."""
     if not isinstance(frames, list | tuple) or not frames:
         return frames
     arrays = [np.asarray(f.convert("RGB")) if isinstance(f, Image.Image) else f for f in frames]
@@ -75,7 +76,7 @@ def as_frames(frames: Frames | Sequence[Image.Image | Frames]) -> Frames:
 
 
 def check_frames(frames: Frames) -> None:
-    """Raises TypeError or ValueError unless frames are uint8 (F, H, W, 3) with something in them."""
+    """Raise TypeError or ValueError unless frames are uint8 (F, H, W, 3) and not empty."""
     if not isinstance(frames, np.ndarray):
         raise TypeError(f"frames are a {type(frames).__name__}; give a uint8 NumPy array")
     if frames.dtype != np.uint8:
@@ -85,7 +86,7 @@ def check_frames(frames: Frames) -> None:
 
 
 def check_fps(fps: float, highest: float = MAX_FPS) -> None:
-    """Raises TypeError or ValueError unless `MIN_FPS <= fps <= highest`."""
+    """Raise TypeError or ValueError unless `MIN_FPS <= fps <= highest`."""
     if isinstance(fps, bool) or not isinstance(fps, Real):
         raise TypeError(f"fps={fps!r} is a {type(fps).__name__}; give a number")
     if not (math.isfinite(fps) and MIN_FPS <= fps <= highest):
@@ -93,10 +94,11 @@ def check_fps(fps: float, highest: float = MAX_FPS) -> None:
 
 
 def durations(count: int, fps: float, unit: int) -> list[int]:
-    """Milliseconds of each of `count` frames, multiples of `unit`, that never drift from the rate.
+    """Return the durations of `count` frames in milliseconds, multiples of `unit` that never drift from the
+    rate.
 
-    Every frame ends at the multiple next to its true end: at 8 frames a second and a unit of 10,
-    130 and 120 take turns.
+    Every frame ends at the multiple nearest to its true end: at 8 frames a second and a unit of 10, 130 and
+    120 alternate.
     """
     period = 1000 / Fraction(fps) / unit
     ends = [math.floor(i * period + Fraction(1, 2)) for i in range(count + 1)]
@@ -104,14 +106,14 @@ def durations(count: int, fps: float, unit: int) -> list[int]:
 
 
 def even_rate(times: Sequence[float], unit: int) -> tuple[list[int], float]:
-    """Undoes `durations`: how often to repeat each frame for an even rate, and that rate.
+    """Undo `durations`: return the number of repeats of each frame that gives an even rate, and that rate.
 
-    Encoders merge equal neighbours into one longer frame, and other programs hold frames as they
-    please; a time within one `unit` of the shortest counts as one period.
+    Encoders merge equal adjacent frames into one longer frame, and other programs use any durations; a
+    duration within one `unit` of the shortest counts as one period.
     """
     if all(time <= 0 for time in times):
         return [1] * len(times), DEFAULT_FPS
-    known = [time if time > 0 else 100 for time in times]  # what viewers make of a 0
+    known = [time if time > 0 else 100 for time in times]  # the duration that viewers use for 0
     shortest = min(known)
     single = [time for time in known if time <= shortest + unit]
     period = sum(single) / len(single)
@@ -120,12 +122,12 @@ def even_rate(times: Sequence[float], unit: int) -> tuple[list[int], float]:
 
 
 class Reading:
-    """The frames of one clip while they are read: only those wanted, resized at once, within the bounds.
+    """Collects the frames of one clip as they are read: only the requested ones, resized, within the limits.
 
     Args:
         path: of the clip, for messages.
-        num_frames: how many are wanted; None for all.
-        size: to resize them to.
+        num_frames: number of requested frames; None for all.
+        size: height and width to which they are resized.
     """
 
     def __init__(self, path: Path, num_frames: int | None = None, size: Size = (None, None)):
@@ -134,14 +136,15 @@ class Reading:
         self.seen = 0
 
     def check_size(self, width: int, height: int) -> None:
-        """RefusedClipError for a frame that takes more memory than it should, before it is decoded."""
+        """Raise RefusedClipError for a frame that would take too much memory, before it is decoded."""
         if width * height > MAX_PIXELS or 0 in (width, height):
             raise RefusedClipError(
                 f"{self.path} has a frame of {width}x{height} pixels; at most {MAX_PIXELS:,} pixels are read"
             )
 
     def enter(self, width: int, height: int) -> bool:
-        """Whether the next frame is wanted; RefusedClipError as `check_size`, and for too many."""
+        """Return True if the next frame is requested; RefusedClipError as `check_size`, and for too many
+        frames."""
         self.check_size(width, height)
         self.seen += 1
         if self.seen > MAX_FRAMES:
@@ -149,7 +152,7 @@ class Reading:
         return self.num_frames is None or len(self.frames) < self.num_frames
 
     def add(self, frame: Frames) -> None:
-        """Keep a frame (H, W, 3)."""
+        """Store a frame (H, W, 3)."""
         height, width = (
             n if n is not None else own for n, own in zip(self.size, frame.shape[:2], strict=True)
         )
@@ -159,7 +162,7 @@ class Reading:
         self._check(len(self.frames))
 
     def clip(self, repeats: Sequence[int] | None = None) -> Frames:
-        """The frames (F, H, W, 3), each as often as `repeats` says."""
+        """Return the frames (F, H, W, 3), each repeated by its number in `repeats`."""
         shapes = {frame.shape for frame in self.frames}
         if len(shapes) > 1:
             sizes = ", ".join(sorted(f"{width}x{height}" for height, width, _ in shapes)[:4])

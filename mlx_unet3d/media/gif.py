@@ -1,4 +1,4 @@
-"""GIF: one palette for the whole clip, and dithering that stands still."""
+"""GIF: one palette for all frames, and dithering that does not flicker."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ Palette = NDArray[np.uint8]
 Indices = NDArray[np.uint8]
 
 SAMPLED_PIXELS = 1 << 18
-CANDIDATES = 4  # palette colours next to a colour, of which two are mixed
+CANDIDATES = 4  # nearest palette colours of a colour, two of which are mixed
 
 
 def write_gif(path: Path, frames: Frames, fps: float, comment: str | None, loop: int) -> None:
-    """Writes an animated GIF; `loop` 0 repeats forever, n shows the clip n times."""
+    """Write an animated GIF; `loop` 0 repeats forever, n shows the clip n times."""
     palette, indices = quantize(frames)
     images = []
     for index in indices:
@@ -29,7 +29,7 @@ def write_gif(path: Path, frames: Frames, fps: float, comment: str | None, loop:
     options: dict[str, object] = {}
     if comment is not None:
         options["comment"] = comment.encode("ascii")
-    if loop != 1:  # the file counts the repeats after the first showing
+    if loop != 1:  # the file counts repeats after the first showing
         options["loop"] = max(0, loop - 1)
     images[0].save(
         path,
@@ -37,8 +37,8 @@ def write_gif(path: Path, frames: Frames, fps: float, comment: str | None, loop:
         save_all=True,
         append_images=images[1:],
         duration=durations(len(images), fps, UNIT),
-        palette=palette.tobytes(),  # else each frame carries a copy
-        optimize=False,  # would shrink those of some frames
+        palette=palette.tobytes(),  # otherwise each frame has a copy
+        optimize=False,  # would shrink the palettes of some frames
         **options,
     )
 
@@ -61,21 +61,20 @@ def _padded(colours: NDArray[np.integer]) -> Palette:
 
 
 def _shared_palette(frames: Frames) -> Palette:
-    """Median cut, then k-means, over pixels spread evenly over all frames."""
+    """Return a palette by median cut, then k-means, of pixels sampled evenly from all frames."""
     pixels = frames.reshape(-1, 3)
     step = -(-len(pixels) // SAMPLED_PIXELS)
-    # An odd step meets all columns of a clip whose width is a power of two.
+    # An odd step visits all columns of a clip whose width is a power of two.
     sample = Image.fromarray(pixels[:: step | 1][None])
     reduced = sample.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1)
     return _padded(np.array(reduced.getpalette()).reshape(-1, 3)[:256])
 
 
 def _dither(frames: Frames, palette: Palette) -> Indices:
-    """Ordered dithering between the two palette colours whose mix comes nearest to each pixel.
+    """Dither each pixel between the two palette colours whose mix is nearest to it, in a fixed pattern.
 
-    Error diffusion would be a little nearer in one frame, but it changes a quarter of the pixels
-    of a scene that stands still: it crawls. Here a pixel's index depends on its own colour and
-    place only.
+    Error diffusion would be slightly more exact in one frame, but flickers: it changes a quarter of the
+    pixels of a static scene. Here, a pixel's index depends only on its own colour and position.
     """
     colours = palette.astype(np.float32)
     first, second = _pairs(frames, colours)
@@ -93,12 +92,12 @@ def _dither(frames: Frames, palette: Palette) -> Indices:
 
 
 def _cells(pixels: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """Number of the colour cell, 4 levels wide in each channel: (..., 3) -> (...)."""
+    """(..., 3) -> (...), the index of a colour cell, which spans 4 levels of each channel."""
     return (pixels >> 2).astype(np.uint32) @ np.array([1 << 12, 1 << 6, 1], np.uint32)
 
 
 def _pairs(frames: Frames, colours: NDArray[np.float32]) -> tuple[Indices, Indices]:
-    """For each colour cell in use: the nearest palette colour, and the one to mix it with."""
+    """Return, for each colour cell in use, the nearest palette colour and the one to mix it with."""
     used = np.zeros(1 << 18, bool)
     for frame in frames:
         used[_cells(frame)] = True

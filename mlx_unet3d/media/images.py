@@ -1,4 +1,4 @@
-"""WebP, PNG, folders of PNG, and reading these, GIF and JPEG."""
+"""Write WebP, PNG and folders of PNG; read these, GIF and JPEG."""
 
 import contextlib
 import math
@@ -23,13 +23,13 @@ UNIT = 1  # milliseconds
 WEBP_QUALITY = 90
 
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
-EXIF_ASCII = b"ASCII\0\0\0"  # names the character set, in the first 8 bytes of a user comment
+EXIF_ASCII = b"ASCII\0\0\0"  # the character set, in the first 8 bytes of a user comment
 
-# Whatever the name says, Pillow tries all formats that it has, and some start other programs.
+# Pillow tries all its formats regardless of the name, and some start other programs.
 FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
 MAX_FILE_BYTES = 2**28
 
-# What Pillow's readers raise, by format, over a file that is cut off, overwritten or made to hurt.
+# Errors that Pillow's readers raise for truncated, overwritten or malicious files.
 DAMAGE = (
     OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
     AssertionError, RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -39,7 +39,7 @@ PNG_COMMENT, PNG_RATE = "Comment", "fps"
 
 
 def write_webp(path: Path, frames: Frames, fps: float, comment: str | None, loop: int) -> None:
-    """Writes an animated WebP, lossy at quality 90."""
+    """Write an animated WebP, lossy at quality 90."""
     exif = Image.Exif()
     if comment is not None:
         exif[EXIF_IFD] = {USER_COMMENT: EXIF_ASCII + comment.encode("ascii")}
@@ -58,7 +58,7 @@ def write_webp(path: Path, frames: Frames, fps: float, comment: str | None, loop
 
 
 def write_png(path: Path, frames: Frames, fps: float, comment: str | None, loop: int) -> None:
-    """Writes an animated PNG, or a still one for one frame; lossless."""
+    """Write an animated PNG, or a still one for one frame; lossless."""
     first, *rest = map(Image.fromarray, frames)
     info = _png_info(comment)
     if not rest:
@@ -69,7 +69,7 @@ def write_png(path: Path, frames: Frames, fps: float, comment: str | None, loop:
 
 
 def write_folder(folder: Path, frames: Frames, fps: float, comment: str | None) -> None:
-    """Fills an empty folder with 00000.png, ...; the first one carries the rate and the comment."""
+    """Fill an empty folder with 00000.png, ...; the first one has the rate and the comment."""
     for i, frame in enumerate(frames):
         info = _png_info(comment if i == 0 else None)
         if i == 0:
@@ -85,11 +85,11 @@ def _png_info(comment: str | None) -> PngImagePlugin.PngInfo:
 
 
 def read_animation(reading: Reading) -> tuple[Frames, float]:
-    """Frames (F, H, W, 3) and rate of an animated or still image; long frames are repeated."""
+    """Read frames (F, H, W, 3) and rate of an animated or still image; long frames are repeated."""
     with open_image(reading.path) as image:
         unit = gif.UNIT if image.format == "GIF" else UNIT
         times = []
-        reading.check_size(*image.size)  # for the first is decoded when it is looked for
+        reading.check_size(*image.size)  # because seeking the first frame decodes it
         for frame in ImageSequence.Iterator(image):
             if reading.enter(*frame.size):
                 reading.add(np.asarray(frame.convert("RGB")))
@@ -99,7 +99,7 @@ def read_animation(reading: Reading) -> tuple[Frames, float]:
 
 
 def read_folder(reading: Reading) -> tuple[Frames, float]:
-    """Frames (F, H, W, 3) of all PNG files in the order of their numbers, and their rate."""
+    """Read frames (F, H, W, 3) from all PNG files in the order of their numbers, and their rate."""
     folder, fps = reading.path, DEFAULT_FPS
     paths = png_files(folder)
     first = None
@@ -127,7 +127,7 @@ def _rate(text: object, path: Path) -> float:
 
 
 def png_files(folder: Path) -> list[Path]:
-    """The PNG files of a folder, 2.png before 10.png; ValueError where there are none."""
+    """Return the PNG files of a folder, 2.png before 10.png; ValueError for a folder without any."""
     paths = [path for path in folder.iterdir() if path.suffix.lower() == ".png"]
     paths = [path for path in paths if not path.name.startswith(".")]
     if not paths:
@@ -141,7 +141,7 @@ def png_files(folder: Path) -> list[Path]:
 
 
 def read_comment(path: Path) -> str | bytes | None:
-    """The text that a writer of this file put into an image, None where there is none."""
+    """Return the text that a writer of this module stored in an image; None without one."""
     with open_image(path) as image:
         if image.format == "WEBP":
             comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
@@ -150,8 +150,8 @@ def read_comment(path: Path) -> str | bytes | None:
 
 
 class _Metered:
-    """A file that is read in as many pieces as its size explains: readers look for the next block of a file
-    of zeros byte by byte, for minutes."""
+    """A file with a limit on the number of reads, in proportion to its size: in a file of zeros, Pillow would
+    search for the next block byte by byte, for minutes."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file, self._left = file, 100_000 + size // 64
@@ -166,7 +166,7 @@ class _Metered:
 
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """An image opened; what Pillow raises over its contents, then and later, becomes a ValueError."""
+    """Open an image; Pillow's errors about its contents, on opening and later, become ValueErrors."""
     with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_FILE_BYTES:
@@ -175,9 +175,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             )
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # of large pictures, which are bounded more closely, and of tags
+                # Of large pictures, which have stricter limits here, and of tags.
+                warnings.simplefilter("ignore")
                 with Image.open(_Metered(file, size), formats=FORMATS) as image:
                     yield image
         except RefusedClipError:

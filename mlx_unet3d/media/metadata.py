@@ -1,4 +1,4 @@
-"""The settings that made a clip, as text inside its file: one flat JSON object."""
+"""The settings of a clip as text in its file: one flat JSON object."""
 
 import json
 import math
@@ -8,16 +8,16 @@ from ..inputs import parse_json
 
 MetadataValue = str | int | float | bool | None
 
-# A process takes arguments of 128 KiB on Linux, and ffmpeg takes the text as one.
+# The text is an argument of ffmpeg, and Linux limits arguments to 128 KiB.
 MAX_BYTES = 120_000
 
 
 def encode_metadata(metadata: Mapping[str, MetadataValue]) -> str:
-    """One line of JSON in ASCII, which no container or shell can damage.
+    """Encode as one line of JSON in ASCII, which no container or shell can damage.
 
     Raises:
-        TypeError: a key is no string, or a value neither string, number, boolean nor None.
-        ValueError: a number is infinite or NaN, or the text longer than `MAX_BYTES`.
+        TypeError: a key is not a string, or a value is neither string, number, boolean nor None.
+        ValueError: a number is infinite or NaN, or the text is longer than `MAX_BYTES`.
     """
     for key, value in metadata.items():
         if not isinstance(key, str):
@@ -40,7 +40,7 @@ def encode_metadata(metadata: Mapping[str, MetadataValue]) -> str:
 
 
 def decode_metadata(text: str | bytes | None, path: object) -> dict[str, MetadataValue]:
-    """The object that `encode_metadata` wrote; ValueError where `text` is another's, or nothing."""
+    """Decode the text of `encode_metadata`; ValueError for other text, or None."""
     if isinstance(text, str | bytes) and len(text) <= MAX_BYTES:
         try:
             found = parse_json(text)

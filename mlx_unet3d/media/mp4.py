@@ -1,4 +1,4 @@
-"""MP4: H.264 through an ffmpeg process; the container's own atoms are read here."""
+"""MP4: H.264 through an ffmpeg process; the atoms of the container are read here."""
 
 import os
 import shutil
@@ -18,10 +18,10 @@ from ..errors import printable_lines
 from ..inputs import open_input
 from .frames import MAX_PIXELS, Frames, Reading
 
-CRF = 17  # x264's constant rate factor: no loss that an eye finds
+CRF = 17  # x264's constant rate factor: no visible loss
 INSTALL = 'install ffmpeg (`brew install ffmpeg`), or `pip install "mlx-unet3d[video]"`'
-COMMENT = "\u00a9cmt"  # iTunes' name for a comment, ffmpeg's too
-# The movie header takes some 20 bytes a frame; a file has a handful of atoms, or one a fragment.
+COMMENT = "\u00a9cmt"  # the name of a comment in iTunes and ffmpeg
+# The movie header takes about 20 bytes a frame; a file has a few atoms, or one a fragment.
 _MAX_MOVIE_BYTES, _MAX_ATOMS = 2**26, 100_000
 
 
@@ -35,7 +35,7 @@ class Ffmpeg:
 
 
 def installed() -> list[Ffmpeg]:
-    """The ffmpeg on PATH, then that of imageio-ffmpeg, as far as they are there and run."""
+    """Return the ffmpeg on PATH and that of imageio-ffmpeg, if they exist and run."""
     executables = [shutil.which("ffmpeg"), _imageio_ffmpeg()]
     found = []
     for executable in dict.fromkeys(filter(None, executables)):
@@ -58,7 +58,7 @@ def _imageio_ffmpeg() -> str | None:
 
 
 def find_encoder() -> Ffmpeg:
-    """The first ffmpeg with x264; ValueError, with what to install, where there is none."""
+    """Return the first ffmpeg with x264; ValueError, which says how to install one, if there is none."""
     candidates = installed()
     for ffmpeg in candidates:
         if ffmpeg.has_x264:
@@ -68,12 +68,12 @@ def find_encoder() -> Ffmpeg:
 
 
 def write_mp4(path: Path, frames: Frames, fps: float, comment: str | None) -> None:
-    """Writes H.264 in yuv420p, BT.709, index first; an odd row or column is cut off with a warning."""
+    """Write H.264 in yuv420p, BT.709, index first; an odd row or column is cut off with a warning."""
     _, height, width, _ = frames.shape
     even_height, even_width = height - height % 2, width - width % 2
     if (even_height, even_width) != (height, width):
         if 0 in (even_height, even_width):
-            raise ValueError(f"{width}x{height} pixels are too few for .mp4: 2x2 are the least")
+            raise ValueError(f"{width}x{height} pixels are too few for .mp4; use at least 2x2")
         warnings.warn(
             f".mp4 needs even sizes: {width}x{height} is cut to {even_width}x{even_height}",
             stacklevel=3,
@@ -83,7 +83,7 @@ def write_mp4(path: Path, frames: Frames, fps: float, comment: str | None) -> No
     command = [find_encoder().executable, "-hide_banner", "-loglevel", "error", "-y"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{even_width}x{even_height}"]
     command += ["-framerate", f"{rate.numerator}/{rate.denominator}", "-i", "pipe:0", "-an"]
-    # Without a stated matrix, players guess one by the size of the picture, and colours shift.
+    # Without a declared matrix, players guess one from the size of the picture, and colours shift.
     colours = "out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"
     command += ["-vf", f"scale={colours},format=yuv420p", "-color_range", "tv"]
     command += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
@@ -99,14 +99,14 @@ def write_mp4(path: Path, frames: Frames, fps: float, comment: str | None) -> No
 
 
 def read_mp4(reading: Reading) -> tuple[Frames, float]:
-    """Frames (F, H, W, 3), upright, and the mean rate, to which uneven frame times are evened out."""
+    """Read frames (F, H, W, 3), upright, at the mean rate: uneven frame times are resampled."""
     path = reading.path
     candidates = installed()
     if not candidates:
         raise ValueError(f"reading {path} needs ffmpeg: {INSTALL}")
     rate = video_rate(path)
     command = [candidates[0].executable, "-hide_banner", "-loglevel", "error", "-nostdin"]
-    # As a file of this format and nothing else: by its content it could be a list of other files.
+    # Only as this format: ffmpeg might take the content for a list of other files.
     command += ["-protocol_whitelist", "file,pipe", "-f", "mov", "-max_pixels", str(MAX_PIXELS)]
     command += ["-i", f"file:{path.absolute()}", "-map", "0:v:0"]
     command += ["-r", f"{rate.numerator}/{rate.denominator}"]
@@ -119,7 +119,7 @@ def read_mp4(reading: Reading) -> tuple[Frames, float]:
             while (frame := _next_ppm(process.stdout, reading)) is not None:
                 reading.add(frame)
             status = process.wait()
-        finally:  # also where a frame is one too many
+        finally:  # also when a frame exceeds a limit
             process.kill()
             process.wait()
             process.stdout.close()
@@ -130,7 +130,7 @@ def read_mp4(reading: Reading) -> tuple[Frames, float]:
 
 
 def _next_ppm(pipe: IO[bytes], reading: Reading) -> Frames | None:
-    """The next image (H, W, 3) of a stream of PPM files: "P6", sizes, 255, pixels; None at its end."""
+    """Read the next image (H, W, 3) of a stream of PPM files: "P6", sizes, 255, pixels; None at its end."""
     header = [pipe.readline(100) for _ in range(3)]
     if not header[0]:
         return None
@@ -138,7 +138,7 @@ def _next_ppm(pipe: IO[bytes], reading: Reading) -> Frames | None:
     if not reading.enter(width, height):
         return None
     pixels = pipe.read(height * width * 3)
-    if len(pixels) != height * width * 3:  # it broke off
+    if len(pixels) != height * width * 3:  # the stream ended early
         return None
     return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
@@ -157,13 +157,13 @@ def _tail(stderr: bytes, lines: int = 10) -> str:
 
 
 def read_comment(path: Path) -> bytes | None:
-    """The comment tag (moov/udta/meta/ilst/©cmt) of an MP4 file, None where it has none."""
+    """Read the comment tag (moov/udta/meta/ilst/©cmt) of an MP4 file; None without one."""
     data = _first(_movie(path), "udta", "meta", "ilst", COMMENT, "data")
     return None if data is None else bytes(data[8:])  # after type and locale
 
 
 def video_rate(path: Path) -> Fraction:
-    """Mean frames a second of the first video track, from its table of sample times."""
+    """Return the mean frames a second of the first video track, from its table of sample times."""
     for track in _find(_movie(path), "trak"):
         handler = _first(track, "mdia", "hdlr")
         if handler is None or handler[8:12] != b"vide":
@@ -189,7 +189,7 @@ def video_rate(path: Path) -> Fraction:
 
 
 def _movie(path: Path) -> memoryview:
-    """The body of the moov atom: all about the tracks, without their samples."""
+    """Return the body of the moov atom, which describes the tracks without their samples."""
     with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = 0
@@ -229,13 +229,13 @@ def _atoms(data: memoryview) -> Iterator[tuple[str, memoryview]]:
 
 
 def _find(data: memoryview, *names: str) -> Iterator[memoryview]:
-    """The bodies of all atoms under the path `names`."""
+    """Yield the bodies of all atoms under the path `names`."""
     if not names:
         yield data
         return
     for kind, body in _atoms(data):
         if kind == names[0]:
-            # meta is versioned: 4 bytes before its children, in all but old QuickTime files
+            # meta has 4 bytes for its version before its children, except in old QuickTime files
             versioned = kind == "meta" and bytes(body[4:8]) != b"hdlr"
             yield from _find(body[4:] if versioned else body, *names[1:])
 

@@ -53,13 +53,13 @@ class AutoencoderKLConfig(ModelConfig):
     norm_num_groups: int = key(32, "groups of the group norms", least=1)
     sample_size: int | tuple[int, int] = key(32, "pixels of the training images, and of a tile")
     scaling_factor: float = key(0.18215, "between latents and the input of a UNet, see `scale_latents`")
-    shift_factor: float | None = key(None, "the same, taken away before scaling; None for 0")
+    shift_factor: float | None = key(None, "subtracted from latents before scaling; None for 0")
     latents_mean: tuple[float, ...] | None = key(None, "must be None")
     latents_std: tuple[float, ...] | None = key(None, "must be None")
     force_upcast: bool = key(
         True, "asks pipelines for single precision; the model computes in the dtype of its weights"
     )
-    use_quant_conv: bool = key(True, "a 1x1 convolution behind the encoder")
+    use_quant_conv: bool = key(True, "a 1x1 convolution after the encoder")
     use_post_quant_conv: bool = key(True, "a 1x1 convolution before the decoder")
     mid_block_add_attention: bool = key(True, "attention between the two resnets of the mid blocks")
 
@@ -88,10 +88,10 @@ def check_autoencoder(config: Any) -> None:
     if len(levels) > _MOST_LEVELS or config.layers_per_block > _MOST_LAYERS:
         raise ValueError(
             f"layers_per_block={config.layers_per_block} in {len(levels)} levels: "
-            f"{_MOST_LAYERS} in {_MOST_LEVELS} are the most"
+            f"use at most {_MOST_LAYERS} in {_MOST_LEVELS}"
         )
     if not levels:
-        raise ValueError("block_out_channels=() must have a level at least")
+        raise ValueError("block_out_channels=() must have at least one level")
     if not config.scaling_factor > 0:
         raise ValueError(f"scaling_factor={config.scaling_factor!r} must be greater than 0")
 

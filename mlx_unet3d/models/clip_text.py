@@ -91,8 +91,8 @@ class CLIPTextWithProjectionConfig(CLIPTextConfig):
     projection_dim: int = key(512, "P, channels of the embedding of a text", least=1)
     eos_token_id: int = key(
         49407,
-        "the token whose state is the embedding of its text, at its first place; 2, as older files have it "
-        "whatever the tokenizer, stands for the largest id of a text",
+        "the token whose first occurrence gives the embedding of a text; 2, which older files have for any "
+        "tokenizer, stands for the largest id of a text",
         least=0,
     )
 

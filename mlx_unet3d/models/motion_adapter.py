@@ -62,7 +62,7 @@ class MotionAdapterConfig(ModelConfig):
     motion_norm_num_groups: int = key(32, "groups of the group norms of a lone adapter", least=1)
     motion_max_seq_length: int = key(32, "positions, the most frames", least=1)
     use_motion_mid_block: bool = key(True, "motion modules in the mid block")
-    conv_in_channels: int | None = key(None, "input channels of a `conv_in` that PIA brings along", least=1)
+    conv_in_channels: int | None = key(None, "input channels of the `conv_in` of PIA; None without", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +152,7 @@ def motion_parameters(model: nn.Module) -> dict[str, mx.array]:
     return {name: array for name, array in tree_flatten(model.parameters()) if _MOTION in name}
 
 
-def _one_more(depths: int | tuple[int, ...]) -> int | tuple[int, ...]:
+def _one_more(depths: PerLevel) -> PerLevel:
     """Return the numbers of an up block, which has one layer more: repeat the last."""
     return depths if isinstance(depths, int) else (*depths, depths[-1])
 
@@ -182,7 +182,7 @@ def infer_adapter(shapes: Shapes) -> dict[str, Any]:
     levels = shapes.count("down_blocks.{}.motion_modules.0.norm.weight")
     if not levels:
         raise CheckpointError(
-            f"{shapes.where} has no down_blocks.0.motion_modules.0.norm.weight, so it is no motion "
+            f"{shapes.where} has no down_blocks.0.motion_modules.0.norm.weight, so it is not a motion "
             "adapter; give the file or folder of one"
         )
     tables = [shape for name, shape in shapes.shapes.items() if name.endswith(".pe") and len(shape) == 3]
@@ -286,18 +286,18 @@ def motion_config(
     for way in ("down", "up"):
         types = config.get(f"{way}_block_types")
         if types is not None:
-            kind = way.capitalize()
-            made[f"{way}_block_types"] = tuple(
-                f"CrossAttn{kind}BlockMotion" if "CrossAttn" in name else f"{kind}BlockMotion"
-                for name in types
-            )
+            attends = ["CrossAttn" if "CrossAttn" in name else "" for name in types]
+            made[f"{way}_block_types"] = tuple(f"{a}{way.capitalize()}BlockMotion" for a in attends)
     if not config.get("num_attention_heads"):
         made["num_attention_heads"] = config.get("attention_head_dim", 8)
     if adapter is not None:
         levels = len(made.get("down_block_types", cls.config_class.down_block_types))
         widths = adapter["block_out_channels"]
-        of_unet, of_adapter = _as_tuple(config.get("layers_per_block", 2)), adapter["motion_layers_per_block"]
-        if len(widths) != levels or any(entry(of_unet, i) != entry(of_adapter, i) for i in range(levels)):
+        of_unet, of_adapter = (
+            value if isinstance(value, tuple) else (value,) * levels
+            for value in (_as_tuple(config.get("layers_per_block", 2)), adapter["motion_layers_per_block"])
+        )
+        if len(widths) != levels or of_unet != of_adapter:
             raise ValueError(
                 f"the motion adapter has {of_adapter} layers in {len(widths)} levels, the UNet {of_unet} in "
                 f"{levels}; take an adapter for this base model (Stable Diffusion 1.5, SDXL)"

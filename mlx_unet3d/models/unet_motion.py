@@ -120,25 +120,19 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
             motion_layers=config.temporal_transformer_layers_per_block,
             motion_positions=config.motion_max_seq_length,
         )
-        mid_layers, mid_motion = (
-            config.transformer_layers_per_mid_block,
-            config.temporal_transformer_layers_per_mid_block,
-        )
-        if mid_layers is None:
-            last = levels[-1].transformer_layers
-            mid_layers = last if isinstance(last, int) else 1
-        up_spatial, up_motion = (
-            config.reverse_transformer_layers_per_block,
-            config.reverse_temporal_transformer_layers_per_block,
+        reverse = dict(
+            transformer_layers=config.reverse_transformer_layers_per_block,
+            motion_layers=config.reverse_temporal_transformer_layers_per_block,
         )
         up_levels = [
-            replace(
-                level,
-                transformer_layers=level.transformer_layers if up_spatial is None else entry(up_spatial, i),
-                motion_layers=level.motion_layers if up_motion is None else entry(up_motion, i),
-            )
+            replace(level, **{name: entry(value, i) for name, value in reverse.items() if value is not None})
             for i, level in enumerate(reversed(levels))
         ]
+        last, mid_layers = levels[-1].transformer_layers, config.transformer_layers_per_mid_block
+        if mid_layers is None:
+            mid_layers = last if isinstance(last, int) else 1
+        mid_motion = config.temporal_transformer_layers_per_mid_block
+        mid_motion = 1 if mid_motion is None else mid_motion
         before = {}
         if config.addition_embed_type is not None:
             before["add_embedding"] = TimestepEmbedding(
@@ -147,11 +141,7 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
         self._build(
             levels,
             UNetMidBlockCrossAttnMotion if config.use_motion_mid_block else UNetMidBlock2DCrossAttn,
-            mid_level=replace(
-                levels[-1],
-                transformer_layers=mid_layers,
-                motion_layers=1 if mid_motion is None else mid_motion,
-            ),
+            mid_level=replace(levels[-1], transformer_layers=mid_layers, motion_layers=mid_motion),
             up_levels=up_levels,
             **before,
         )

@@ -90,6 +90,7 @@ class VideoUNet(UNetOptions, AttentionControl, PretrainedModel):
             image_channels: channels that `_prepare` puts beside the sample.
         """
         config, first, last = self.config, levels[0], len(levels) - 1
+        up = up_levels or levels[::-1]
         widths = [level.channels for level in levels]
         layers = [entry(config.layers_per_block, i) for i in range(len(levels))]
         padding, scale = config.get("downsample_padding", 1), config.get("mid_block_scale_factor", 1.0)
@@ -108,9 +109,7 @@ class VideoUNet(UNetOptions, AttentionControl, PretrainedModel):
         around = (widths[-1], *widths[::-1], widths[0])
         self.up_blocks = [
             getattr(blocks, name)(level, around[i + 2], around[i], layers[last - i] + 1, i < last, i)
-            for i, (name, level) in enumerate(
-                zip(config.up_block_types, up_levels or levels[::-1], strict=True)
-            )
+            for i, (name, level) in enumerate(zip(config.up_block_types, up, strict=True))
         ]
         self.mid_block = mid(mid_level or levels[-1], config.get("mid_block_layers", 1), scale)
         self.conv_norm_out = group_norm(first.norm_num_groups, widths[0], first.norm_eps)
@@ -235,13 +234,13 @@ class VideoUNet(UNetOptions, AttentionControl, PretrainedModel):
         dim = entry(self.config.cross_attention_dim, -1)  # the mid block's, which always attends
         if dim is None:
             return None
-        rows, alternative = batch, ": one row of text a sample"
+        rows, note = batch, ": one row of text a sample"
         states = context.states if isinstance(context, TextContext) else context
         if self.takes_context_per_frame:
-            alternative = f" or ({batch * frames}, tokens, {dim}): one row of text a sample or frame"
+            note = f" or ({batch * frames}, tokens, {dim}): one row of text a sample or frame"
             if states is not None and states.shape[:1] == (batch * frames,):
                 rows = batch * frames
-        note = f"{alternative}, as wide as cross_attention_dim"
+        note = f"{note}, as wide as cross_attention_dim"
         check_input("encoder_hidden_states", states, (rows, "tokens", dim), self.dtype, note)
         return context
 
@@ -322,7 +321,7 @@ def _features(deep: mx.array, skip: mx.array, cond: Conditions) -> mx.array:
 
 @dataclass(frozen=True)
 class _AddToSkips:
-    """The step that adds `down_block_additional_residuals`."""
+    """The step that adds `down_block_additional_residuals` to the skips."""
 
     residuals: Sequence[mx.array]
 

@@ -63,9 +63,9 @@ class VideoUNetConfig(ModelConfig):
         super().__post_init__()
         levels = len(self.down_block_types)
         if levels > _MOST_LEVELS:
-            raise ValueError(f"down_block_types has {levels} levels; {_MOST_LEVELS} are the most")
+            raise ValueError(f"down_block_types has {levels} levels; use at most {_MOST_LEVELS}")
         if levels == 0:
-            raise ValueError("down_block_types=() must have a level at least")
+            raise ValueError("down_block_types=() must have at least one level")
         check_lengths(self, ["down_block_types"], "up_block_types")
         check_lengths(self, ["block_out_channels", *keys_per_level(self)], "down_block_types")
         for name, value in self.items():
