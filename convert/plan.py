@@ -163,8 +163,9 @@ class CheckpointPlan:
         index: the `model_index.json` to write; None for a single network.
         components: its networks.
         hub: keywords of `find_folder` that say where to look; of a hub id, always the same commit.
-        tokenizer: the one to write; None for a single network, or a pipeline without.
-        scheduler: the config to write, as the source has it; None likewise.
+        tokenizers: those to write, by their names in the pipeline; none for a single network.
+        scheduler, feature_extractor: the configs to write, as the source has them; None for a single network,
+            or a pipeline without.
         notes: what else is to be said.
     """
 
@@ -173,8 +174,9 @@ class CheckpointPlan:
     index: dict[str, Any] | None
     components: list[ComponentPlan]
     hub: dict[str, Any] = field(default_factory=dict)
-    tokenizer: mlx_unet3d.CLIPTokenizer | None = None
+    tokenizers: dict[str, mlx_unet3d.CLIPTokenizer] = field(default_factory=dict)
     scheduler: dict[str, Any] | None = None
+    feature_extractor: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -67,7 +67,7 @@ class Inputs:
             for name, value in self.kwargs.items()
         }
         result = (model if self.method is None else getattr(model, self.method))(*args, **kwargs)
-        for name in ("sample", "last_hidden_state"):
+        for name in ("sample", "text_embeds", "image_embeds", "last_hidden_state"):
             result = getattr(result, name, result)
         return result
 
@@ -121,7 +121,7 @@ class Kind:
         inputs: those of a small forward, by its config; None for what has no forward.
         quantize: see `Rule`.
         library: the package of the reference class, which has the same name.
-        pipeline: of a UNet, the pipeline of its original files.
+        pipelines: of a UNet, the pipelines that its original files make, each for some configs.
         from_image: whether it makes videos of images.
         combine: of what is no network by itself but a part of one: the config of that, given its own, that of
             the other part, and both files for messages. Raises CheckpointError where they do not go together.
@@ -138,7 +138,7 @@ class Kind:
     inputs: Callable[[Config], Inputs] | None
     quantize: Rule = as_asked
     library: str = "diffusers"
-    pipeline: Pipeline | None = None
+    pipelines: tuple[Pipeline, ...] = ()
     from_image: bool = False
     combine: Callable[[Config, Config, str, str], dict[str, Any]] | None = None
     called: str = ""
@@ -149,6 +149,10 @@ class Kind:
     def name(self) -> str:
         """Its class, to be written and told of."""
         return self.called or self.cls.__name__
+
+    def pipeline(self, config: Config) -> Pipeline | None:
+        """The pipeline of a UNet of a config; None for what is no UNet."""
+        return next((made for made in self.pipelines if made.only is None or made.only(config)), None)
 
     def check_class_name(self, config: Config, where: str) -> None:
         """CheckpointError where a `config.json` is that of another class."""

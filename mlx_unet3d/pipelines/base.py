@@ -61,13 +61,17 @@ class Recommended:
     """A checkpoint's recommendation for its use, in `model_index.json` under "_recommended".
 
     Attributes:
-        num_frames, num_inference_steps, guidance_scale: defaults of a call; None for diffusers' own.
+        num_frames, num_inference_steps, guidance_scale, height, width, fps: defaults of a call; None for
+            diffusers' own.
         vocabulary: all words that it knows, lower case, where these are few; empty for a model of any text.
     """
 
     num_frames: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: int | None = None
     vocabulary: tuple[str, ...] = ()
 
     @classmethod
