@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from .card import model_card
 from .forward import compare_forwards
+from .kinds.pipeline import FEATURE_EXTRACTOR
 from .plan import CheckpointPlan, ComponentPlan, TensorPlan
-from .planning import SCHEDULER_CONFIG, plan_checkpoint
+from .planning import PREPROCESSOR_CONFIG, SCHEDULER_CONFIG, plan_checkpoint
 from .upload import check_upload, upload
 
 # About 6 to 10 dB below the ratio of normally distributed weights: a bound for damage, not for quality.
@@ -281,15 +282,20 @@ def _signal_to_noise(tensor: TensorPlan, written: Mapping[str, tuple[Path, Tenso
 
 
 def write_rest(plan: CheckpointPlan, folder: Path) -> None:
-    """Write the index, the tokenizer and the scheduler's config."""
+    """The index, the tokenizers and the configs of what has no weights."""
     index = {key: value for key, value in plan.index.items() if key != "_name_or_path"}
-    if plan.tokenizer is not None:
-        plan.tokenizer.save_pretrained(folder / "tokenizer")
-    if plan.scheduler is not None:
-        (folder / "scheduler").mkdir()
-        # Unchanged, so that missing keys stay missing.
-        write_text(folder / "scheduler" / SCHEDULER_CONFIG, _json(plan.scheduler))
-    kept = {"tokenizer", "scheduler", *(component.name for component in plan.components)}
+    for name, tokenizer in plan.tokenizers.items():
+        tokenizer.save_pretrained(folder / name)
+    configs = {
+        "scheduler": (SCHEDULER_CONFIG, plan.scheduler),
+        FEATURE_EXTRACTOR: (PREPROCESSOR_CONFIG, plan.feature_extractor),
+    }
+    configs = {name: (file, config) for name, (file, config) in configs.items() if config is not None}
+    for name, (file, config) in configs.items():
+        (folder / name).mkdir()
+        # As it is: what it leaves open stays open.
+        write_text(folder / name / file, _json(config))
+    kept = {*plan.tokenizers, *configs, *(component.name for component in plan.components)}
     index = {k: v for k, v in index.items() if k.startswith("_") or k in kept or not isinstance(v, list)}
     write_text(folder / "model_index.json", _json(index))
 

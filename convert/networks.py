@@ -62,8 +62,9 @@ class Source:
         reason: why these files were chosen.
         rename: the parameter of a key; None for unneeded keys.
         dropped: tensors of the files that are not in the headers.
-        assumed: config keys that neither a `config.json` nor the shapes define.
-        folder: where the reference class can load it; None if it cannot.
+        assumed: what of the config is neither in a `config.json` nor in the shapes.
+        folder: where the reference class finds it; None where it does not.
+        called: the names that it goes by, of files and repositories and in their metadata.
     """
 
     where: str
@@ -75,6 +76,7 @@ class Source:
     dropped: list[str] = field(default_factory=list)
     assumed: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    called: str = ""
 
     def model(self) -> PretrainedModel:
         """Return the network without computing its weights."""
@@ -93,7 +95,10 @@ def source_in_folder(
     _refuse_quantized(config, folder)
     headers = {path: read_pickle(path) if is_pickle(path) else read_header(path) for path in files}
     rename = kind.cls.rename_key
-    return Source(str(folder), kind, config, headers, reason, rename, folder=folder)
+    at = Path(source).expanduser()
+    given = at.resolve().name if at.is_dir() else str(source)
+    called = " ".join((given, str(config.get("_name_or_path", ""))))
+    return Source(str(folder), kind, config, headers, reason, rename, folder=folder, called=called)
 
 
 def source_in_file(network: Recognized, variant: str | None) -> Source:
@@ -116,8 +121,18 @@ def source_in_file(network: Recognized, variant: str | None) -> Source:
         config |= assumed
     names = {unwrapped(key)[1]: parameter for key, parameter in network.names.items()}
     headers = {path: network.header}
+    called = " ".join((path.name, network.header.metadata.get("modelspec.title", "")))
     return Source(
-        where, kind, config, headers, reason, lambda key, _: names[key], network.dropped, assumed, folder
+        where,
+        kind,
+        config,
+        headers,
+        reason,
+        lambda key, _: names[key],
+        network.dropped,
+        assumed,
+        folder,
+        called,
     )
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from mlx_unet3d.errors import CheckpointError
 
-from .kinds import BY_NAME, Pipeline
+from .kinds import BY_NAME
+from .kinds.motion_training import Training, training_of
 from .networks import Source, Ways, plan_combined, plan_network, source_in_file, source_in_folder
-from .pipelines import finish
+from .pipelines import finish, with_recommendation
 from .plan import CheckpointPlan, ComponentPlan
 from .recognition import Recognized, is_image_model, recognize
 from .tokenizers import find_tokenizer, padded_as_trained, with_tokenizer
@@ -50,7 +51,8 @@ def plan_originals(
     sources = {}
     for name, network in found.items():
         beside = next(networks for networks in recognized if networks[0].path == network.path)
-        sources[name] = _as_others_tell(source_in_file(network, ways.variant), beside)
+        others = [other for other in found.values() if other not in beside]
+        sources[name] = _as_others_tell(source_in_file(network, ways.variant), [*beside, *others])
     unet = found.get("unet")
     if adapter is None and unet is not None and unet.kind.combine is not None and len(sources) > 1:
         adapter = sources.pop(MOTION_ADAPTER, None)  # in the same folder
@@ -70,40 +72,70 @@ def plan_originals(
         component = plan(*sources, alone=True)
         made = CheckpointPlan(str(source), where, None, [component], hub, notes=notes)
         return with_tokenizer(made, tokenizer)
-    pipeline = None if unet is None else unet.kind.pipeline
-    if pipeline is not None and pipeline.only is not None and not pipeline.only(sources["unet"].config):
-        others = [name for name in sources if name != "unet"]
-        notes.append(
-            f"{', '.join(others)}: left out, as this converter makes no pipeline of this UNet; convert "
-            "them alone"
-        )
-        component = plan("unet", alone=True)
-        made = CheckpointPlan(str(source), where, None, [component], hub, notes=notes)
-        return with_tokenizer(made, tokenizer)
-    needed = ("unet", *found) if pipeline is None else _known(pipeline, notes)
-    _check_all_there(needed, found, where)
-    if pipeline.tokenizer and tokenizer is None:
+    pipeline = None if unet is None else unet.kind.pipeline(sources["unet"].config)
+    needed = tuple(found) if pipeline is None else tuple(pipeline.networks)
+    _check_all_there("unet" if pipeline is None else "", needed, found, where)
+    for name in needed:
+        wanted, cls = pipeline.networks[name], found[name].kind.cls.__name__
+        if cls != wanted:
+            raise CheckpointError(
+                f"{found[name].path} holds {found[name].family.title}, and a {pipeline.name} needs a "
+                f"{wanted}; give a file with that"
+            )
+    if pipeline.tokenizers and tokenizer is None:
         raise ValueError(
             f"{where} is a pipeline in original files, which come without a tokenizer; pass --tokenizer "
             "with a folder that has vocab.json and merges.txt, or a pipeline or hub id that has them, such "
             "as the same model in diffusers' form"
         )
     components = [plan(name, alone=False) for name in needed]
-    words = None
-    if pipeline.tokenizer:
-        words = find_tokenizer(tokenizer, components, hub)
-        if pipeline.pads_with_zero:
-            words, said = padded_as_trained(words)
-            notes += said
+    words = {}
+    for name, with_zero in pipeline.tokenizers.items():
+        given = find_tokenizer(tokenizer, name, components, hub)
+        words[name], said = padded_as_trained(name, given, with_zero)
+        notes += said
+    index, scheduler = pipeline.index(), dict(pipeline.scheduler)
+    recommended = pipeline.recommend(sources["unet"].config, sources["unet"].called)
+    if adapter is not None:
+        training = training_of_adapter(adapter)
+        scheduler = training.scheduler_config(scheduler)
+        index["scheduler"] = ["diffusers", training.scheduler]
+        recommended |= training.recommended
+        notes += about_training(training)
     made = CheckpointPlan(
-        str(source), where, pipeline.index(), components, hub, words, dict(pipeline.scheduler), notes
+        str(source),
+        where,
+        with_recommendation(index, recommended),
+        components,
+        hub,
+        words,
+        scheduler,
+        pipeline.image_processor(),
+        notes,
     )
     return finish(made, ways)
 
 
+def training_of_adapter(adapter: Source) -> Training:
+    """How the motion modules of an adapter were trained, by its tensors and names."""
+    keys = [*adapter.dropped, *(key for header in adapter.headers.values() for key in header.tensors)]
+    return training_of(
+        adapter.called,
+        authors=any(".temporal_transformer." in key for key in keys),
+        mid=bool(adapter.config.get("use_motion_mid_block", True)),
+        tables=any(key.endswith(".pe") for key in keys),
+    )
+
+
+def about_training(training: Training) -> list[str]:
+    """What to say of the sampler that an adapter wants."""
+    settings = ", ".join(f"{key}={value!r}" for key, value in training.settings.items())
+    said = f"scheduler: {training.scheduler} with {settings}, as {training.title} were trained"
+    return [said, *([f"{MOTION_ADAPTER}: {training.advice}"] if training.advice else [])]
+
+
 def _as_others_tell(source: Source, networks: list[Recognized]) -> Source:
-    """Return the source with config keys that other networks of its file define, if it has no
-    `config.json`."""
+    """The source with what other networks say of its config, where no `config.json` does."""
     for network in networks if source.assumed else ():
         if network.kind.about_others is not None:
             shapes, assumed = network.kind.infer(network.shapes)
@@ -112,15 +144,8 @@ def _as_others_tell(source: Source, networks: list[Recognized]) -> Source:
     return source
 
 
-def _known(pipeline: Pipeline, notes: list[str]) -> tuple[str, ...]:
-    """Return the networks of a pipeline, without those unknown to the converter."""
-    unknown = {name: cls for name, cls in pipeline.networks.items() if cls not in BY_NAME}
-    notes += [f"{name}: left out, as this converter does not know {cls}" for name, cls in unknown.items()]
-    return tuple(name for name in pipeline.networks if name not in unknown)
-
-
-def _check_all_there(needed: tuple[str, ...], found: dict[str, Recognized], where: Path) -> None:
-    missing = " and ".join(name for name in needed if name not in found)
+def _check_all_there(more: str, needed: tuple[str, ...], found: dict[str, Recognized], where: Path) -> None:
+    missing = more or " and ".join(name for name in needed if name not in found)
     if missing and where.is_file():
         raise CheckpointError(
             f"{where} holds the {' and the '.join(found)}, and no {missing}, which a pipeline needs; put the "
@@ -145,9 +170,9 @@ def _choose(
     Raises CheckpointError where two files are equally good.
     """
     found: dict[str, Recognized] = {}
-    shared = {networks[0].path for networks in files if len(networks) > 1}
+    shared = {networks[0].path for networks in files if _is_checkpoint(networks)}
     notes = []
-    for networks in sorted(files, key=lambda networks: len(networks) > 1):
+    for networks in sorted(files, key=_is_checkpoint):
         for network in networks:
             name = network.kind.component
             other = found.setdefault(name, network)
@@ -163,7 +188,22 @@ def _choose(
             )
     if len(files) == 1 and adapter is None:
         notes += _only_the_autoencoder(found, files[0])
+        if _is_clip(files[0]):
+            del found["image_encoder"]
+            notes.append("image_encoder: left out; it goes into the pipeline of a UNet that takes images")
+    unet = found.get("unet")
+    if unet is not None and not unet.kind.from_image and found.pop("image_encoder", None) is not None:
+        notes.append(f"image_encoder: left out, as a pipeline of {unet.kind.name} takes no images")
     return _without_the_needed(found), notes
+
+
+def _is_checkpoint(networks: list[Recognized]) -> bool:
+    """Whether a file holds more than one network; the two towers of a CLIP are one."""
+    return len(networks) > 1 and not _is_clip(networks)
+
+
+def _is_clip(networks: list[Recognized]) -> bool:
+    return {network.kind.component for network in networks} == {"text_encoder", "image_encoder"}
 
 
 def _only_the_autoencoder(found: dict[str, Recognized], networks: list[Recognized]) -> list[str]:
@@ -176,7 +216,7 @@ def _only_the_autoencoder(found: dict[str, Recognized], networks: list[Recognize
     cure = "; pass --motion-adapter to make a video model of it" if base else ""
     return [
         f"{other}: left out, as {name} is the checkpoint of an image model{cure}"
-        for other in ("unet", "text_encoder")
+        for other in ("unet", "text_encoder", "text_encoder_2")
         if found.pop(other, None) is not None
     ]
 

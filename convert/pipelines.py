@@ -1,6 +1,8 @@
 """Parts of a pipeline's folder besides the networks of its source."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from .kinds import BY_NAME, kind_of
 from .networks import Ways, part_of
@@ -21,3 +23,16 @@ def finish(plan: CheckpointPlan, ways: Ways) -> CheckpointPlan:
                 components.append(part_of(component, BY_NAME[cls], config(component.config), name))
                 index[name] = ["diffusers", cls]
     return replace(plan, index=index, components=components)
+
+
+def with_recommendation(index: dict[str, Any], recommended: Mapping[str, Any]) -> dict[str, Any]:
+    """The index with what is recommended for its use; what it says of that itself stays."""
+    own = index.get("_recommended")
+    both = {**recommended, **(own if isinstance(own, dict) else {})}
+    return {**index, "_recommended": both} if both else index
+
+
+def lists(index: Mapping[str, Any], name: str) -> bool:
+    """Whether a `model_index.json` has a component of that name, and not only a place for it."""
+    entry = index.get(name)
+    return isinstance(entry, list) and len(entry) == 2 and None not in entry

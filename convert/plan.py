@@ -163,11 +163,11 @@ class CheckpointPlan:
         folder: where its files are; the file itself if one was given.
         index: the `model_index.json` to write; None for a single network.
         components: its networks.
-        hub: keywords of `find_folder` that locate it; for a hub id, always the same commit.
-        tokenizer: the tokenizer to write; None for a single network, or a pipeline without one.
-        scheduler: the scheduler's config to write, as in the source; None for a single network, or without
-            one.
-        notes: other messages for the user.
+        hub: keywords of `find_folder` that say where to look; of a hub id, always the same commit.
+        tokenizers: those to write, by their names in the pipeline; none for a single network.
+        scheduler, feature_extractor: the configs to write, as the source has them; None for a single network,
+            or a pipeline without.
+        notes: what else is to be said.
     """
 
     source: str
@@ -175,8 +175,9 @@ class CheckpointPlan:
     index: dict[str, Any] | None
     components: list[ComponentPlan]
     hub: dict[str, Any] = field(default_factory=dict)
-    tokenizer: mlx_unet3d.CLIPTokenizer | None = None
+    tokenizers: dict[str, mlx_unet3d.CLIPTokenizer] = field(default_factory=dict)
     scheduler: dict[str, Any] | None = None
+    feature_extractor: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -6,23 +6,36 @@ from typing import Any
 
 import mlx_unet3d
 import mlx.core as mx
-from mlx_unet3d.checkpoints import find_folder, read_json
+from mlx_unet3d import image_processor
+from mlx_unet3d.checkpoints import find_folder, read_component_config, read_json
 from mlx_unet3d.checkpoints.config import naming
 from mlx_unet3d.checkpoints.source import choose_variants, pinned_revision
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.image_processor import CLIPImageProcessorConfig
 from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.schedulers import scheduler_of_pipeline
 
 from .kinds import BY_NAME, COMPONENTS, Kind, Pipeline
+from .kinds.motion_training import ANIMATE_LCM
+from .kinds.pipeline import FEATURE_EXTRACTOR, TOKENIZERS
 from .networks import Source, Ways, class_name, plan_combined, plan_network, source_in_folder
-from .original_files import MOTION_ADAPTER, find_adapter, plan_originals
-from .pipelines import finish
+from .original_files import (
+    MOTION_ADAPTER,
+    about_training,
+    find_adapter,
+    plan_originals,
+    training_of_adapter,
+)
+from .pipelines import finish, lists, with_recommendation
 from .plan import CheckpointPlan
 from .recognition import weight_files_in
 from .tokenizers import with_tokenizer
 
 LAYOUTS = ("mlx", "diffusers")
 SCHEDULER_CONFIG = "scheduler_config.json"
+PREPROCESSOR_CONFIG = image_processor.CONFIG_NAME
+_IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor")
+_SETTINGS = ("force_zeros_for_empty_prompt",)  # of pipelines of images, which those of videos have as well
 PUBLISHED_FILES = (
     "text2video_pytorch_model.pth",
     "open_clip_pytorch_model.bin",
@@ -108,27 +121,29 @@ def _plan_pipeline(
     """Plan a folder with a `model_index.json`."""
     path = folder / "model_index.json"
     index = read_json(path)
-    notes, scheduler = [], None
+    notes, scheduler, training = [], None, None
     unet = index.get("unet")
     base = _known(unet[-1]) if isinstance(unet, list) and unet else None
-    if base is not None and base.combine is not None:
-        if adapter is None and index.get(MOTION_ADAPTER, [None])[0] is not None:
-            adapter = source_in_folder(source, MOTION_ADAPTER, BY_NAME["MotionAdapter"], None, hub)
-        own = source_in_folder(source, "unet", base, ways.variant, hub)
-        if adapter is not None and not base.pipeline.only(own.config):
-            component = plan_combined(own, adapter, "", ways)
-            left = "the rest: left out, as this converter makes no pipeline of this UNet; convert it alone"
-            return CheckpointPlan(str(source), folder, None, [component], hub, notes=[left])
-        if index.get("_class_name") != base.pipeline.name:
-            index, notes = _of_videos(index, base.pipeline)
-            scheduler = dict(base.pipeline.scheduler)
-        index["unet"] = base.pipeline.index()["unet"]
-    elif adapter is not None and base is None:
+    if adapter is not None and (base is None or base.combine is None):
         raise CheckpointError(
             f"{path} has no UNet of Stable Diffusion, into which the motion adapter {adapter.where} could "
             "go; give the base model, or leave out --motion-adapter"
         )
+    config = {} if base is None else read_component_config(source, "config.json", subfolder="unet", **hub)
+    pipeline = None if base is None else base.pipeline(config)
+    if base is not None and base.combine is not None:
+        videos = index.get("_class_name") == pipeline.name
+        if adapter is not None:
+            base.combine(config, adapter.config, str(folder / "unet"), adapter.where)  # before anything else
+            training = training_of_adapter(adapter)
+        elif lists(index, MOTION_ADAPTER):
+            adapter = source_in_folder(source, MOTION_ADAPTER, BY_NAME["MotionAdapter"], None, hub)
+            training = None if videos else training_of_adapter(adapter)
+        if not videos:
+            index, notes = _of_videos(index, pipeline)
+        index["unet"] = pipeline.index()["unet"]
     within = {} if base is None else BY_NAME[base.cls.__name__].parts
+    needed = COMPONENTS if pipeline is None else pipeline.networks
     kinds: dict[str, Kind] = {}
     for name, entry in index.items():
         if name in within:
@@ -137,7 +152,7 @@ def _plan_pipeline(
         if name == "unet" and base is not None:
             kind = base
         if kind is None:
-            if name in COMPONENTS and entry != [None, None]:  # a pipeline is of no use without these
+            if name in needed and entry != [None, None]:  # a pipeline is of no use without
                 raise CheckpointError(
                     f"{path} has for {name} {repr(entry)[:200]}; this converter knows "
                     f"{', '.join(BY_NAME)}: convert a pipeline of these"
@@ -160,17 +175,36 @@ def _plan_pipeline(
             components.append(plan_network(own, name, ways))
     if not components:
         raise CheckpointError(f"{path} lists none of {', '.join(BY_NAME)}; there is nothing to convert")
-    words = None
-    if tokenizer is None and "tokenizer" in index:
-        words = mlx_unet3d.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **hub)
-    if scheduler is None and "scheduler" in index:
+    words = {}
+    for name in TOKENIZERS if tokenizer is None else ():
+        if lists(index, name):
+            words[name] = mlx_unet3d.CLIPTokenizer.from_pretrained(source, subfolder=name, **hub)
+    if "scheduler" in index:
         where = find_folder(source, subfolder="scheduler", files=(SCHEDULER_CONFIG,), **hub)
         scheduler = read_json(where / SCHEDULER_CONFIG)
+        if training is not None:
+            with naming(where / SCHEDULER_CONFIG):
+                scheduler = training.scheduler_config(scheduler)
+            index["scheduler"] = ["diffusers", training.scheduler]
+            notes += about_training(training)
         with naming(where / SCHEDULER_CONFIG):
             made = scheduler_of_pipeline(scheduler, index["scheduler"])
         # model_index.json decides the class; the config may lack it.
         scheduler |= {"_class_name": type(made).__name__}
-    known = {"tokenizer", "scheduler", *within, *(component.name for component in components)}
+    processor = None
+    if _is_image_processor(index.get(FEATURE_EXTRACTOR)):
+        processor = read_component_config(source, PREPROCESSOR_CONFIG, subfolder=FEATURE_EXTRACTOR, **hub)
+        with naming(folder / FEATURE_EXTRACTOR / PREPROCESSOR_CONFIG):
+            CLIPImageProcessorConfig.from_dict(processor)
+    if pipeline is not None:
+        recommended = pipeline.recommend(config, f"{source} {config.get('_name_or_path', '')}")
+        if training is not None:
+            recommended |= training.recommended
+        elif within and scheduler is not None and scheduler["_class_name"] == ANIMATE_LCM.scheduler:
+            recommended |= ANIMATE_LCM.recommended
+        index = with_recommendation(index, recommended)
+    known = {*TOKENIZERS, "scheduler", *within, *(component.name for component in components)}
+    known |= set() if processor is None else {FEATURE_EXTRACTOR}
     notes += [
         f"{name}: left out, as this converter does not know {str(entry[-1])[:200]}"
         for name, entry in index.items()
@@ -181,17 +215,24 @@ def _plan_pipeline(
         for name, part in zip(kinds, components, strict=True)
         if variants[name] != ways.variant
     ]
-    plan = CheckpointPlan(str(source), folder, index, components, hub, words, scheduler, notes)
+    plan = CheckpointPlan(str(source), folder, index, components, hub, words, scheduler, processor, notes)
     return finish(with_tokenizer(plan, tokenizer), ways)
 
 
 def _of_videos(index: dict[str, Any], pipeline: Pipeline) -> tuple[dict[str, Any], list[str]]:
     """Return the index of an image pipeline as one of videos, and a note about it."""
     own = pipeline.index()
-    made = {k: index.get(k, v) if k == "tokenizer" else v for k, v in own.items()}
+    kept = (*TOKENIZERS, "scheduler")
+    made = {k: index.get(k, v) if k in kept else v for k, v in own.items()}
+    settings = {k: v for k, v in index.items() if not isinstance(v, list) and not k.startswith("_")}
     left = [k for k, v in index.items() if k not in made and isinstance(v, list) and any(v)]
-    notes = ["scheduler: that of the motion modules' training, in place of the source's"]
-    return made, notes + [f"{name}: left out, as {pipeline.name} does without" for name in left]
+    notes = [f"{name}: left out, as {pipeline.name} does without" for name in left if name != MOTION_ADAPTER]
+    return {**made, **{k: v for k, v in settings.items() if k in _SETTINGS}}, notes
+
+
+def _is_image_processor(entry: Any) -> bool:
+    """Whether an entry of `model_index.json` is CLIP's image processor, which has had several names."""
+    return isinstance(entry, list) and len(entry) == 2 and str(entry[1]).startswith(_IMAGE_PROCESSORS)
 
 
 def _kind_of(config: dict[str, Any], folder: Path) -> Kind:

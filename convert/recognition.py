@@ -80,9 +80,9 @@ def recognize(path: Path) -> list[Recognized]:
     From the checkpoint of an image model, whose UNet is not in `KINDS`, the other networks are returned.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        CheckpointError: it is damaged, holds none of `KINDS`, one of them twice or several without prefixes,
-            or a fused tensor that cannot be split.
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, holds none of `KINDS`, one of them twice or several of which two take
+            the same tensor, as they do without prefixes, or a fused tensor that does not come apart.
     """
     header = read_pickle(path) if is_pickle(path) else read_header(path)
     bare = {without_wrappers(key): info for key, info in header.tensors.items()}
@@ -95,8 +95,8 @@ def recognize(path: Path) -> list[Recognized]:
     if not found:
         raise CheckpointError(_unknown(path, header.tensors))
     kinds = {kind.component for kind, _, _ in found}
-    apart = all(prefix or not family.alone for _, family, prefix in found)
-    if len(found) > 1 and (len(kinds) < len(found) or not apart):
+    claims = [key for _, family, prefix in found for key in _claimed(header.tensors, family, prefix)]
+    if len(kinds) < len(found) or len(set(claims)) < len(claims):
         raise CheckpointError(
             f"{path} holds several networks at once: "
             f"{' and '.join(f'{family.title} ({prefix}{family.signs[-1]})' for _, family, prefix in found)}; "
@@ -104,6 +104,13 @@ def recognize(path: Path) -> list[Recognized]:
             "first_stage_model. and cond_stage_model.model.; save each to a file of its own"
         )
     return [_recognized(path, header, kind, family, prefix) for kind, family, prefix in found]
+
+
+def _claimed(keys: Collection[str], family: Family, prefix: str) -> Iterator[str]:
+    """The keys that a network of a family takes."""
+    bare = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    naming = family.naming(bare)
+    yield from (prefix + key for key in bare if naming(key))
 
 
 def _recognized(path: Path, header: Header, kind: Kind, family: Family, prefix: str) -> Recognized:

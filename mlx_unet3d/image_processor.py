@@ -194,8 +194,15 @@ class CLIPImageProcessor:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `preprocessor_config.json`, which transformers reads as well; returns its path."""
+        path = Path(folder).expanduser() / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `preprocessor_config.json`."""
         size, edges = self.config.size, ("height", "width")
-        content = {
+        return {
             **self.config,
             "size": dict(zip(edges, size, strict=True))
             if isinstance(size, tuple)
@@ -204,10 +211,6 @@ class CLIPImageProcessor:
             "do_convert_rgb": True,
             "image_processor_type": "CLIPImageProcessor",
         }
-        path = Path(folder).expanduser() / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
-        return path
 
     @property
     def crop(self) -> tuple[int, int]:

@@ -88,19 +88,48 @@ def vae(tensors: Mapping[str, np.ndarray], levels: int) -> Tensors:
 
 def text(tensors: Mapping[str, np.ndarray]) -> Tensors:
     """OpenCLIP's file: the text tower with one layer more, an image tower, and what compares the two."""
-    simple = {
+    made = text_tower(tensors)
+    layers = 1 + max(int(key.split(".")[2]) for key in made if key.startswith("transformer."))
+    last = [key for key in made if key.startswith(f"transformer.resblocks.{layers - 1}.")]
+    made |= {key.replace(f".{layers - 1}.", f".{layers}.", 1): 2 * made[key] for key in last}
+    width = made["ln_final.bias"].size
+    made |= {"text_projection": np.ones((width, width), np.float32), "logit_scale": np.float32(4.6)}
+    return made | {"visual.conv1.weight": np.ones((8, 3, 2, 2), np.float32)}
+
+
+def text_tower(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """OpenCLIP's text tower, with its projection where there is one."""
+    names = {
         "embeddings.token_embedding.weight": "token_embedding.weight",
         "embeddings.position_embedding.weight": "positional_embedding",
         "final_layer_norm.weight": "ln_final.weight",
         "final_layer_norm.bias": "ln_final.bias",
+        "text_projection.weight": "text_projection",
     }
+    return _tower(tensors, names, "text_model.")
+
+
+def image_tower(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """OpenCLIP's image tower."""
+    names = {
+        "embeddings.class_embedding": "class_embedding",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "embeddings.patch_embedding.weight": "conv1.weight",
+        "visual_projection.weight": "proj",
+    }
+    for theirs, ours in (("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post")):
+        names |= {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
+    return {f"visual.{key}": array for key, array in _tower(tensors, names, "vision_model.").items()}
+
+
+def _tower(tensors: Mapping[str, np.ndarray], names: Mapping[str, str], prefix: str) -> Tensors:
     parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj"}
     parts |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     made, fused = {}, {}
     for name, array in tensors.items():
-        name = name.removeprefix("text_model.")
-        if name in simple:
-            made[simple[name]] = array
+        name = name.removeprefix(prefix)
+        if name in names:
+            made[names[name]] = array.T if name.endswith("_projection.weight") else array
             continue
         number, module, kind = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(\w+)", name).groups()
         block = f"transformer.resblocks.{number}"
@@ -108,13 +137,7 @@ def text(tensors: Mapping[str, np.ndarray]) -> Tensors:
             made[f"{block}.{parts[module]}.{kind}"] = array
         else:
             fused.setdefault(f"{block}.attn.in_proj_{kind}", {})[module.removesuffix("_proj")[-1]] = array
-    made |= {key: np.concatenate([qkv[letter] for letter in "qkv"]) for key, qkv in fused.items()}
-    layers = 1 + max(int(key.split(".")[2]) for key in made if key.startswith("transformer."))
-    last = [key for key in made if key.startswith(f"transformer.resblocks.{layers - 1}.")]
-    made |= {key.replace(f".{layers - 1}.", f".{layers}.", 1): 2 * made[key] for key in last}
-    width = made["ln_final.bias"].size
-    made |= {"text_projection": np.ones((width, width), np.float32), "logit_scale": np.float32(4.6)}
-    return made | {"visual.conv1.weight": np.ones((8, 3, 2, 2), np.float32)}
+    return made | {key: np.concatenate([qkv[letter] for letter in "qkv"]) for key, qkv in fused.items()}
 
 
 _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage"}

@@ -19,6 +19,7 @@ from mlx_unet3d.checkpoints import describe, headers, read_header, weight_files
 from mlx_unet3d.cli import main
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d_convert import conversion
+from mlx_unet3d_convert.kinds.motion_training import training_of
 
 SHORT = dict(num_frames=2, num_inference_steps=2)
 NETWORKS = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -493,3 +494,35 @@ def test_module_in_a_checkout(model):
     paths = ["--hf-path", str(model / "vae"), "--mlx-path", os.path.abspath("out")]
     subprocess.run([sys.executable, "-m", "convert", *paths], cwd=root, check=True, capture_output=True)
     assert same(model / "vae", Path("out"))
+
+
+TRAININGS = {
+    "mm_sd_v15_v2.ckpt": ("DDIMScheduler", {}),
+    "guoyww/animatediff-motion-adapter-v1-5-3": ("DDIMScheduler", {}),
+    "AnimateLCM_sd15_t2v.ckpt": ("LCMScheduler", dict(num_inference_steps=6, guidance_scale=2.0)),
+    "animatediff_lightning_8step_diffusers.safetensors": (
+        "EulerDiscreteScheduler",
+        dict(num_inference_steps=8, guidance_scale=1.0),
+    ),
+    "ByteDance/AnimateDiff-Lightning": (
+        "EulerDiscreteScheduler",
+        dict(num_inference_steps=4, guidance_scale=1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_training_of_motion_modules_by_name(name):
+    scheduler, recommended = TRAININGS[name]
+    training = training_of(name)
+    config = training.scheduler_config(dict(beta_start=0.00085, beta_end=0.012, prediction_type="epsilon"))
+    assert (training.scheduler, training.recommended) == (scheduler, recommended)
+    assert (config["_class_name"], config["beta_schedule"]) == (scheduler, "linear")
+    assert (config["beta_start"], config["beta_end"]) == (0.00085, 0.012)
+
+
+def test_the_training_of_motion_modules_by_tensors():
+    """AnimateLCM's own file has no tables of positions; diffusers' files need none."""
+    assert training_of("x.ckpt", authors=True, mid=True, tables=False).scheduler == "LCMScheduler"
+    for other in (dict(tables=True), dict(mid=False, tables=False), dict(authors=False, tables=False)):
+        assert training_of("x.ckpt", **dict(authors=True, mid=True) | other).scheduler == "DDIMScheduler"

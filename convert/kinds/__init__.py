@@ -4,7 +4,8 @@ from mlx_unet3d.checkpoints.parts import Part
 
 from .autoencoder_kl import AUTOENCODER_KL
 from .autoencoder_kl_temporal import AUTOENCODER_KL_TEMPORAL
-from .clip_text import CLIP_TEXT
+from .clip_text import CLIP_TEXT, CLIP_TEXT_WITH_PROJECTION
+from .clip_vision import CLIP_VISION
 from .kind import Family, Inputs, Kind
 from .motion_adapter import MOTION_ADAPTER
 from .pipeline import Pipeline
@@ -17,6 +18,8 @@ KINDS: tuple[Kind, ...] = (
     UNET_3D,
     AUTOENCODER_KL,
     CLIP_TEXT,
+    CLIP_TEXT_WITH_PROJECTION,
+    CLIP_VISION,
     UNET_MOTION,
     UNET_2D,
     MOTION_ADAPTER,

@@ -1,4 +1,4 @@
-"""CLIPTextModel: the text encoder.
+"""CLIPTextModel and CLIPTextModelWithProjection: the text encoders.
 
 Source of the original names: open_clip's `TextTransformer`.
 """
@@ -14,6 +14,7 @@ from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 
 from .kind import Config, Family, Inputs, Kind, diffusers_files, linear_beside_others, own_names
+from .open_clip import RESBLOCK, layer_parts
 
 _HEAD_DIM = 64  # of all published CLIP text towers
 _OPENAI_WIDTH = 768  # of OpenAI's tower, the only one with another activation
@@ -24,39 +25,35 @@ _NAMES = {
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
 }
-_LAYER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_BLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.(.+)")
-# The image tower, and the parameters that compare images with texts.
-_UNUSED = re.compile(r"visual\..*|logit_scale|logit_bias|text_projection(\..*)?|attn_mask")
+# The image tower, and what compares images with texts.
+_UNUSED = re.compile(r"visual\..*|logit_scale|logit_bias|attn_mask")
+_PROJECTION = re.compile(r"text_projection(\..*)?")
 
 
 def naming(keys: Collection[str]) -> Naming:
-    """Return the naming of OpenCLIP, without the last layer: the UNets were trained on the states before
-    it."""
-    last = max((int(match[1]) for match in map(_BLOCK.fullmatch, keys) if match), default=0)
+    """Of OpenCLIP. The UNets were trained on the states before the last layer, which is left out."""
+    last = max((int(match[1]) for match in map(RESBLOCK.fullmatch, keys) if match), default=0)
+    complete = with_projection(keys)
+
+    def parts(key: str) -> list[Part]:
+        match = RESBLOCK.fullmatch(key)
+        left_out = _PROJECTION.fullmatch(key) or (match is not None and int(match[1]) == last)
+        return [] if left_out else complete(key)
+
+    return parts
+
+
+def with_projection(keys: Collection[str]) -> Naming:
+    """Of OpenCLIP, all layers and the projection of the embedding."""
 
     def parts(key: str) -> list[Part]:
         if _UNUSED.fullmatch(key):
             return []
+        if key == "text_projection":
+            return [Part("text_projection.weight", transposed=True)]
         if key in _NAMES:
             return [Part(f"text_model.{_NAMES[key]}")]
-        match = _BLOCK.fullmatch(key)
-        if match is None:
-            return [Part(key)]
-        if int(match[1]) == last:
-            return []
-        path, rest = f"text_model.encoder.layers.{match[1]}", match[2]
-        if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            kind = rest.removeprefix("attn.in_proj_")
-            return [Part(f"{path}.self_attn.{name}_proj.{kind}", third) for third, name in enumerate("qkv")]
-        module, _, kind = rest.rpartition(".")
-        return [Part(f"{path}.{_LAYER[module]}.{kind}" if module in _LAYER else key)]
+        return layer_parts(key, "text_model.encoder.layers") or [Part(key)]
 
     return parts
 
@@ -88,38 +85,76 @@ def inputs(config: Config) -> Inputs:
     return Inputs((np.array([[*words, config["vocab_size"] - 1]]),))
 
 
+def infer_with_projection(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """See `Inference`."""
+    known, assumed = infer(shapes)
+    known["projection_dim"] = shapes.outputs("text_projection.weight")
+    return known, assumed | dict(eos_token_id=known["vocab_size"] - 1)
+
+
 _SIGNS = (
     "embeddings.token_embedding.weight",
     "encoder.layers.0.self_attn.q_proj.weight",
     "final_layer_norm.weight",
 )
+_PREFIXED = tuple(f"text_model.{sign}" for sign in _SIGNS)
+_OF_OPEN_CLIP = (
+    "token_embedding.weight",
+    "positional_embedding",
+    "transformer.resblocks.0.attn.in_proj_weight",
+    "ln_final.weight",
+)
+_TO_EMBEDDING = "text_projection.weight"
 CLIP_TEXT = Kind(
     mlx_unet3d.CLIPTextModel,
     "text_encoder",
     (
         Family(
             "OpenCLIP's text tower",
-            (
-                "token_embedding.weight",
-                "positional_embedding",
-                "transformer.resblocks.0.attn.in_proj_weight",
-                "ln_final.weight",
-            ),
+            _OF_OPEN_CLIP,
             naming,
             ("cond_stage_model.model.", "cond_stage_model."),
         ),
         Family(
             "the text encoder of Stable Diffusion",
-            tuple(f"text_model.{sign}" for sign in _SIGNS),
+            _PREFIXED,
             own_names(mlx_unet3d.CLIPTextModel),
             ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."),
             alone=False,
             assumed={"hidden_act": "quick_gelu"},
         ),
-        diffusers_files(mlx_unet3d.CLIPTextModel, *(f"text_model.{sign}" for sign in _SIGNS)),
+        diffusers_files(mlx_unet3d.CLIPTextModel, *_PREFIXED, without=(_TO_EMBEDDING,)),
         diffusers_files(mlx_unet3d.CLIPTextModel, *_SIGNS),
+        Family(
+            "the text tower of a CLIP",
+            (*_PREFIXED, _TO_EMBEDDING, "visual_projection.weight"),
+            own_names(mlx_unet3d.CLIPTextModel),
+        ),
     ),
     infer,
+    inputs,
+    linear_beside_others,
+    "transformers",
+)
+CLIP_TEXT_WITH_PROJECTION = Kind(
+    mlx_unet3d.CLIPTextModelWithProjection,
+    "text_encoder_2",
+    (
+        Family(
+            "the second text encoder of Stable Diffusion XL",
+            (*_OF_OPEN_CLIP, "text_projection"),
+            with_projection,
+            ("conditioner.embedders.1.model.",),
+            alone=False,
+        ),
+        diffusers_files(
+            mlx_unet3d.CLIPTextModelWithProjection,
+            *_PREFIXED,
+            _TO_EMBEDDING,
+            without=("visual_projection.weight",),
+        ),
+    ),
+    infer_with_projection,
     inputs,
     linear_beside_others,
     "transformers",

@@ -67,7 +67,7 @@ class Inputs:
             for name, value in self.kwargs.items()
         }
         result = (model if self.method is None else getattr(model, self.method))(*args, **kwargs)
-        for name in ("sample", "last_hidden_state"):
+        for name in ("sample", "text_embeds", "image_embeds", "last_hidden_state"):
             result = getattr(result, name, result)
         return result
 
@@ -122,14 +122,14 @@ class Kind:
         inputs: makes the inputs of a small forward from its config; None without a forward.
         quantize: see `Rule`.
         library: the package of the reference class, which has the same name.
-        pipeline: the pipeline of a UNet's original files.
-        from_image: True if it makes videos from images.
-        combine: for a part of a network: makes the network's config from its own, that of the other part, and
-            both files for messages. Raises CheckpointError where they do not match.
-        called: its class in `config.json`, if that is not `cls`.
-        parts: the networks within one of this kind, by their names in its pipeline: the class, and a function
-            that makes the config from that of the network.
-        about_others: makes config keys of the other networks in a file from the config of this one.
+        pipelines: of a UNet, the pipelines that its original files make, each for some configs.
+        from_image: whether it makes videos of images.
+        combine: of what is no network by itself but a part of one: the config of that, given its own, that of
+            the other part, and both files for messages. Raises CheckpointError where they do not go together.
+        called: its class in `config.json`, where that is not `cls`.
+        parts: the networks that lie within one of this kind, by their names in its pipeline: the class,
+            and the config by that of the network.
+        about_others: what a file of this network tells of the configs of the others in it.
     """
 
     cls: type[PretrainedModel]
@@ -139,7 +139,7 @@ class Kind:
     inputs: Callable[[Config], Inputs] | None
     quantize: Rule = as_asked
     library: str = "diffusers"
-    pipeline: Pipeline | None = None
+    pipelines: tuple[Pipeline, ...] = ()
     from_image: bool = False
     combine: Callable[[Config, Config, str, str], dict[str, Any]] | None = None
     called: str = ""
@@ -150,6 +150,10 @@ class Kind:
     def name(self) -> str:
         """The name of its class in files and messages."""
         return self.called or self.cls.__name__
+
+    def pipeline(self, config: Config) -> Pipeline | None:
+        """The pipeline of a UNet of a config; None for what is no UNet."""
+        return next((made for made in self.pipelines if made.only is None or made.only(config)), None)
 
     def check_class_name(self, config: Config, where: str) -> None:
         """Raise CheckpointError for the `config.json` of another class."""

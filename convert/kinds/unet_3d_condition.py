@@ -89,18 +89,20 @@ UNET_3D = Kind(
     ),
     infer,
     inputs,
-    pipeline=Pipeline(
-        "TextToVideoSDPipeline",
-        {"unet": "UNet3DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"},
-        mlx_unet3d.DDIMScheduler(
-            num_train_timesteps=1000,
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type="epsilon",
-        ).config.to_dict(),
+    pipelines=(
+        Pipeline(
+            "TextToVideoSDPipeline",
+            {"unet": "UNet3DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"},
+            mlx_unet3d.DDIMScheduler(
+                num_train_timesteps=1000,
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+                prediction_type="epsilon",
+            ).config.to_dict(),
+        ),
     ),
 )

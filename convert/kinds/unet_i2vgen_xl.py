@@ -96,21 +96,27 @@ UNET_I2VGEN_XL = Kind(
     infer,
     inputs,
     from_image=True,
-    pipeline=Pipeline(
-        "I2VGenXLPipeline",
-        {
-            "unet": "I2VGenXLUNet",
-            "vae": "AutoencoderKL",
-            "text_encoder": "CLIPTextModel",
-            "image_encoder": "CLIPVisionModelWithProjection",
-        },
-        mlx_unet3d.DDIMScheduler(
-            beta_schedule="squaredcos_cap_v2",
-            rescale_betas_zero_snr=True,
-            prediction_type="v_prediction",
-            set_alpha_to_one=True,
-            clip_sample=False,
-            steps_offset=1,
-        ).config.to_dict(),
+    pipelines=(
+        Pipeline(
+            "I2VGenXLPipeline",
+            {
+                "unet": "I2VGenXLUNet",
+                "vae": "AutoencoderKL",
+                "text_encoder": "CLIPTextModel",
+                "image_encoder": "CLIPVisionModelWithProjection",
+            },
+            mlx_unet3d.DDIMScheduler(
+                beta_schedule="squaredcos_cap_v2",
+                rescale_betas_zero_snr=True,
+                prediction_type="v_prediction",
+                set_alpha_to_one=True,
+                clip_sample=False,
+                steps_offset=1,
+            ).config.to_dict(),
+            feature_extractor=True,
+            recommend=lambda config, name: dict(
+                num_frames=16, num_inference_steps=50, guidance_scale=9.0, height=704, width=1280, fps=16
+            ),
+        ),
     ),
 )

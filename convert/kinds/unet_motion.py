@@ -1,6 +1,6 @@
 """UNetMotionModel: AnimateDiff's network, and the 2-D UNet of Stable Diffusion of which it is made."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import mlx_unet3d
@@ -11,7 +11,7 @@ from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.models.motion_adapter import adapter_of, infer_unet2d, motion_config
 
-from . import motion_adapter
+from . import motion_adapter, motion_training
 from .kind import Config, Family, Inputs, Kind, diffusers_files
 from .pipeline import Pipeline
 
@@ -64,6 +64,8 @@ def check_base(config: Config, where: str) -> None:
         reason = f"{kinds.get(channels, 'a UNet of other inputs')}, with {channels} input channels"
     elif added and text == 1280:
         reason = "the refiner of Stable Diffusion XL"
+    elif added and config["addition_embed_type"] != "text_time":
+        reason = f"a UNet with the conditions {str(config['addition_embed_type'])[:100]!r}"
     elif text == 1024 and not added:
         reason = "a Stable Diffusion 2, with text of 1024 channels"
     if reason is not None:
@@ -133,21 +135,46 @@ def inputs(config: Config) -> Inputs:
     return Inputs((sample, 500, text), more)
 
 
-# Betas of Stable Diffusion, with the schedule of the motion modules' training.
-_SCHEDULER = mlx_unet3d.DDIMScheduler(
+def _recommend(guidance_scale: float) -> Callable[[Config, str], dict[str, Any]]:
+    """diffusers' defaults, at the size that the base model was trained at."""
+
+    def recommend(config: Config, name: str) -> dict[str, Any]:
+        size = config.get("sample_size")
+        sizes = dict(height=size * 8, width=size * 8) if isinstance(size, int) else {}
+        return sizes | dict(num_frames=16, num_inference_steps=50, guidance_scale=guidance_scale, fps=8)
+
+    return recommend
+
+
+# That of Stable Diffusion 1.5 and XL, which the training of the motion modules changes.
+_OF_BASE = dict(
     beta_start=0.00085,
     beta_end=0.012,
-    beta_schedule="linear",
+    beta_schedule="scaled_linear",
     clip_sample=False,
+    set_alpha_to_one=False,
     steps_offset=1,
-    timestep_spacing="linspace",
 )
+_SCHEDULER = motion_training.ANIMATEDIFF.scheduler_config(_OF_BASE)
 ANIMATEDIFF = Pipeline(
     "AnimateDiffPipeline",
     {"unet": "UNetMotionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"},
-    _SCHEDULER.config.to_dict(),
+    _SCHEDULER,
+    {"tokenizer": False},
     only=lambda config: config.get("addition_embed_type") is None,
-    pads_with_zero=False,
+    recommend=_recommend(7.5),
+)
+ANIMATEDIFF_XL = Pipeline(
+    "AnimateDiffSDXLPipeline",
+    {
+        "unet": "UNetMotionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+    },
+    _SCHEDULER,
+    {"tokenizer": False, "tokenizer_2": True},
+    recommend=_recommend(5.0),
 )
 
 UNET_MOTION = Kind(
@@ -163,7 +190,7 @@ UNET_MOTION = Kind(
     ),
     infer,
     inputs,
-    pipeline=ANIMATEDIFF,
+    pipelines=(ANIMATEDIFF, ANIMATEDIFF_XL),
     parts={"motion_adapter": ("MotionAdapter", _adapter)},
 )
 
@@ -203,7 +230,7 @@ UNET_2D = Kind(
     ),
     infer_2d,
     inputs,
-    pipeline=ANIMATEDIFF,
+    pipelines=(ANIMATEDIFF, ANIMATEDIFF_XL),
     combine=combine,
     called="UNet2DConditionModel",
     about_others=about_others,

@@ -3,7 +3,9 @@
 Source of the original names: `VideoUNet` of Stability's generative-models.
 """
 
+import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import mlx_unet3d
@@ -17,6 +19,9 @@ from .pipeline import Pipeline
 
 _HEAD_DIM = 64  # of all published networks
 _TIME_IDS = 3  # frames a second, motion bucket, noise
+_SVD = re.compile(r"(?<![a-z])svd(?![a-z])|stable[-_ ]?video", re.I)
+_XT = re.compile(r"(?<![a-z])xt(?![a-z])", re.I)
+_LCM = re.compile(r"lcm", re.I)
 
 
 def naming(keys: Collection[str]) -> Naming:
@@ -72,7 +77,20 @@ def infer(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
         addition_time_embed_dim=ids // _TIME_IDS,
     )
     heads = tuple(max(width // _HEAD_DIM, 1) for width in widths)
-    return known, dict(num_attention_heads=heads, num_frames=25, sample_size=96)
+    frames = _frames(Path(shapes.where).name)
+    return known, dict(num_attention_heads=heads, num_frames=frames, sample_size=96)
+
+
+def _frames(name: str) -> int:
+    """The number of frames of the training, which no tensor tells: 14, or of XT 25."""
+    return 14 if _SVD.search(name) and not _XT.search(name) else 25
+
+
+def _recommend(config: Config, name: str) -> dict[str, Any]:
+    """The settings of the authors; AnimateLCM's distillation takes few steps without guidance."""
+    few = dict(num_inference_steps=8, guidance_scale=1.0) if _LCM.search(name) else {}
+    frames = config.get("num_frames", 25)
+    return dict(num_frames=frames, num_inference_steps=25, height=576, width=1024, fps=7) | few
 
 
 def inputs(config: Config) -> Inputs:
@@ -112,26 +130,30 @@ UNET_SPATIO_TEMPORAL = Kind(
     infer,
     inputs,
     from_image=True,
-    pipeline=Pipeline(
-        "StableVideoDiffusionPipeline",
-        {
-            "unet": "UNetSpatioTemporalConditionModel",
-            "vae": "AutoencoderKLTemporalDecoder",
-            "image_encoder": "CLIPVisionModelWithProjection",
-        },
-        mlx_unet3d.EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type="v_prediction",
-            interpolation_type="linear",
-            use_karras_sigmas=True,
-            sigma_min=0.002,
-            sigma_max=700.0,
-            timestep_spacing="leading",
-            timestep_type="continuous",
-            steps_offset=1,
-        ).config.to_dict(),
-        tokenizer=False,
+    pipelines=(
+        Pipeline(
+            "StableVideoDiffusionPipeline",
+            {
+                "unet": "UNetSpatioTemporalConditionModel",
+                "vae": "AutoencoderKLTemporalDecoder",
+                "image_encoder": "CLIPVisionModelWithProjection",
+            },
+            mlx_unet3d.EulerDiscreteScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                prediction_type="v_prediction",
+                interpolation_type="linear",
+                use_karras_sigmas=True,
+                sigma_min=0.002,
+                sigma_max=700.0,
+                timestep_spacing="leading",
+                timestep_type="continuous",
+                steps_offset=1,
+            ).config.to_dict(),
+            tokenizers={},
+            feature_extractor=True,
+            recommend=_recommend,
+        ),
     ),
 )

@@ -99,6 +99,13 @@ class TensorInfo:
             self, shape=self.shape[:-1], strides=None if self.strides is None else self.strides[:-1]
         )
 
+    def transposed(self) -> "TensorInfo":
+        """The transpose of a matrix, where it lies."""
+        if len(self.shape) != 2:
+            raise ValueError(f"{self.shape} is not the shape of a matrix")
+        strides = (self.shape[1], 1) if self.strides is None else self.strides
+        return replace(self, shape=self.shape[::-1], strides=strides[::-1])
+
 
 @dataclass(frozen=True)
 class Deferred:

@@ -18,11 +18,13 @@ class Part:
         name: the parameter.
         third: 0, 1 or 2 for that third of the rows; None for all of them.
         pointwise: a Conv1d of kernel size 1, (O, I, 1), of which the matrix (O, I) is wanted.
+        transposed: a matrix (I, O) by which rows are multiplied, of which (O, I) is wanted.
     """
 
     name: str
     third: int | None = None
     pointwise: bool = False
+    transposed: bool = False
 
     def of(self, key: str, info: TensorInfo) -> tuple[str, TensorInfo]:
         """Name the part, `key[0:4]` in Python's notation, and locate it.
@@ -39,6 +41,10 @@ class Part:
             return f"{key}[{start}:{stop}]", info.rows(start, stop)
         if self.pointwise and len(info.shape) == 3 and info.shape[2] == 1:
             return f"{key}[:,:,0]", info.squeezed()
+        if self.transposed:
+            if len(info.shape) != 2:
+                raise CheckpointError(f"{key!r} has shape {info.shape}; a projection must be a matrix")
+            return f"{key}.T", info.transposed()
         return key, info
 
 

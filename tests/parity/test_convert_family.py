@@ -49,6 +49,18 @@ XL = dict(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=6 * 256 + 16,
 )
+OF_SD = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+DDIM = [
+    *("beta_start", "beta_end", "beta_schedule", "clip_sample", "set_alpha_to_one", "steps_offset"),
+    *("timestep_spacing", "prediction_type", "num_train_timesteps", "thresholding"),
+]
+IMAGE_UNET = ["diffusers", "UNet2DConditionModel"]
 ADAPTER = dict(block_out_channels=(32, 64), motion_layers_per_block=1)
 VAE = dict(
     block_out_channels=(32, 64),
@@ -59,6 +71,7 @@ VAE = dict(
 TEMPORAL_VAE = {k: v for k, v in VAE.items() if k != "up_block_types"}
 SVD = dict(block_out_channels=(64, 128), num_attention_heads=(1, 2))
 I2V = dict(norm_num_groups=32)
+SD2 = ("UNet2DConditionModel", UNET | dict(cross_attention_dim=1024, attention_head_dim=(1, 1)))
 
 
 def made(cls, **config):
@@ -69,9 +82,9 @@ def made(cls, **config):
     return model
 
 
-def text_encoder(words=190):
+def text_encoder(words=190, projection=False, **config):
     torch.manual_seed(0)
-    config = transformers.CLIPTextConfig(
+    settings = dict(
         vocab_size=words,
         hidden_size=64,
         intermediate_size=96,
@@ -79,8 +92,59 @@ def text_encoder(words=190):
         num_attention_heads=1,
         hidden_act="quick_gelu",
         eos_token_id=words - 1,
+        projection_dim=16,
     )
-    return transformers.CLIPTextModel(config).eval()
+    cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return cls(transformers.CLIPTextConfig(**settings | config)).eval()
+
+
+def image_encoder(**config):
+    torch.manual_seed(0)
+    settings = dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        image_size=32,
+        patch_size=8,
+        projection_dim=24,
+        hidden_act="gelu",
+    )
+    return transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(**settings | config)
+    ).eval()
+
+
+def feature_extractor():
+    return transformers.CLIPImageProcessor(crop_size=32, size={"shortest_edge": 32})
+
+
+def check_images(folder, theirs):
+    """Embeddings of the image encoder of a folder."""
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        embeds = theirs(pixels).image_embeds
+    ours = mlx_unet3d.CLIPVisionModelWithProjection.from_pretrained(folder)
+    assert relative_error(ours(to_mlx(pixels)).image_embeds, embeds) <= TOLERANCE
+
+
+def check_texts(folder, theirs, words):
+    """States of the last layer but one, and embeddings, of a text encoder with projection."""
+    ids = torch.cat([torch.arange(9) + 1, torch.tensor([words - 1])])[None]
+    with torch.no_grad():
+        expected = theirs(ids, output_hidden_states=True)
+    ours = mlx_unet3d.CLIPTextModelWithProjection.from_pretrained(folder)
+    found = ours(np.array(ids), output_hidden_states=True)
+    assert relative_error(found.text_embeds, expected.text_embeds) <= TOLERANCE
+    assert relative_error(found.hidden_states[-2], expected.hidden_states[-2]) <= TOLERANCE
+
+
+def index_of(folder):
+    return json.loads(Path(folder, "model_index.json").read_text())
+
+
+def scheduler_of(folder):
+    return json.loads(Path(folder, "scheduler/scheduler_config.json").read_text())
 
 
 def arrays(model):
@@ -209,6 +273,7 @@ def check_motion(folder, unet, motion):
 def test_a_pipeline_of_images_and_a_motion_adapter(capsys):
     unet = made("UNet2DConditionModel", **UNET | dict(cross_attention_dim=64))
     parts, motion = animatediff(unet)
+    parts["scheduler"] = diffusers.PNDMScheduler(**OF_SD, prediction_type="v_prediction", skip_prk_steps=True)
     diffusers.StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     ).save_pretrained("images")
@@ -222,9 +287,138 @@ def test_a_pipeline_of_images_and_a_motion_adapter(capsys):
     index = json.loads(Path("out/model_index.json").read_text())
     assert index["_class_name"] == "AnimateDiffPipeline"
     assert {"unet", "vae", "text_encoder", "tokenizer", "scheduler"} <= index.keys()
-    scheduler = json.loads(Path("out/scheduler/scheduler_config.json").read_text())
-    assert scheduler["beta_schedule"] == "linear"
-    assert (scheduler["beta_start"], scheduler["beta_end"]) == (0.00085, 0.012)
+    theirs = diffusers.DDIMScheduler.from_config(
+        parts["scheduler"].config,
+        beta_schedule="linear",
+        clip_sample=False,
+        timestep_spacing="linspace",
+        steps_offset=1,
+    )
+    scheduler = scheduler_of("out")
+    assert {k: scheduler.get(k) for k in DDIM} == {k: theirs.config[k] for k in DDIM}
+    assert scheduler["prediction_type"] == "v_prediction"
+    recommended = dict(num_frames=16, num_inference_steps=50, guidance_scale=7.5, fps=8)
+    assert recommended.items() <= index["_recommended"].items()
+
+
+@pytest.mark.parametrize("name", ["AnimateDiff-Lightning-2step", "AnimateLCM"])
+def test_the_sampler_of_distilled_motion_modules(name):
+    parts, motion = animatediff(made("UNet2DConditionModel", **UNET | dict(cross_attention_dim=64)))
+    base = diffusers.PNDMScheduler(**OF_SD, skip_prk_steps=True)
+    base.save_pretrained("source/scheduler")
+    index = index_of("source") | {"scheduler": ["diffusers", "PNDMScheduler"], "unet": IMAGE_UNET}
+    parts["unet"].save_pretrained("source/unet")
+    Path("source/model_index.json").write_text(json.dumps(index))
+    motion.save_pretrained(name)
+    assert convert("source", "--motion-adapter", name) == 0
+    settings, steps, guidance = dict(beta_schedule="linear"), 6, 2.0
+    cls = diffusers.LCMScheduler
+    if "Lightning" in name:
+        cls, settings["timestep_spacing"], steps, guidance = (
+            diffusers.EulerDiscreteScheduler, "trailing", 2, 1.0,
+        )  # fmt: skip
+    theirs = cls.from_config(base.config, **settings).config
+    assert index_of("out")["scheduler"] == ["diffusers", cls.__name__]
+    scheduler = scheduler_of("out")
+    keys = {k for k in theirs if not k.startswith("_")} & scheduler.keys()
+    assert len(keys) > 8
+    assert {k: scheduler[k] for k in keys} == {k: theirs[k] for k in keys}
+    recommended = dict(num_inference_steps=steps, guidance_scale=guidance, num_frames=16)
+    assert recommended.items() <= index_of("out")["_recommended"].items()
+
+
+# Pipelines of diffusers.
+
+
+def animatediff_xl():
+    words = write_tokenizer(Path("words"))
+    tokenizer = transformers.CLIPTokenizer.from_pretrained("words")
+    return diffusers.AnimateDiffSDXLPipeline(
+        vae=made("AutoencoderKL", **VAE),
+        text_encoder=text_encoder(words),
+        text_encoder_2=text_encoder(words, True, hidden_act="gelu"),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=made("UNet2DConditionModel", **UNET | XL),
+        motion_adapter=made("MotionAdapter", **ADAPTER | dict(block_out_channels=(64, 128))),
+        scheduler=diffusers.DDIMScheduler(),
+        image_encoder=image_encoder(),
+        feature_extractor=feature_extractor(),
+    )
+
+
+def stable_video():
+    return diffusers.StableVideoDiffusionPipeline(
+        vae=made("AutoencoderKLTemporalDecoder", **TEMPORAL_VAE),
+        image_encoder=image_encoder(),
+        unet=made("UNetSpatioTemporalConditionModel", **KINDS["svd"].config | dict(num_frames=14)),
+        scheduler=diffusers.EulerDiscreteScheduler(prediction_type="v_prediction"),
+        feature_extractor=feature_extractor(),
+    )
+
+
+def i2vgen_xl():
+    words = write_tokenizer(Path("words"))
+    return diffusers.I2VGenXLPipeline(
+        vae=made("AutoencoderKL", **VAE),
+        text_encoder=text_encoder(words),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained("words"),
+        image_encoder=image_encoder(),
+        feature_extractor=feature_extractor(),
+        unet=made("I2VGenXLUNet", **KINDS["i2vgenxl"].config),
+        scheduler=diffusers.DDIMScheduler(),
+    )
+
+
+PIPELINES = {
+    "AnimateDiffSDXLPipeline": (animatediff_xl, dict(num_frames=16, guidance_scale=5.0)),
+    "StableVideoDiffusionPipeline": (stable_video, dict(num_frames=14, height=576, width=1024, fps=7)),
+    "I2VGenXLPipeline": (i2vgen_xl, dict(num_frames=16, guidance_scale=9.0, height=704, width=1280)),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_complete_pipelines_there_and_back(name, capsys):
+    make, recommended = PIPELINES[name]
+    theirs = make()
+    theirs.save_pretrained("source")
+    assert convert("source") == 0
+    err = capsys.readouterr().err
+    assert "left out" not in err
+    source, index = index_of("source"), index_of("out")
+    assert {k: v for k, v in index.items() if k != "_recommended"} == {
+        k: v for k, v in source.items() if k != "motion_adapter" and v != [None, None]
+    }
+    assert recommended.items() <= index["_recommended"].items()
+    assert all(Path("out", name).is_dir() for name, entry in index.items() if isinstance(entry, list))
+    processor = json.loads(Path("out/feature_extractor/preprocessor_config.json").read_text())
+    assert processor == json.loads(Path("source/feature_extractor/preprocessor_config.json").read_text())
+    check_images("out/image_encoder", theirs.image_encoder)
+    if name == "AnimateDiffSDXLPipeline":
+        check_texts("out/text_encoder_2", theirs.text_encoder_2, 190)
+        for part in ("tokenizer", "tokenizer_2"):
+            ours = mlx_unet3d.CLIPTokenizer.from_pretrained(f"out/{part}")
+            ids = theirs.tokenizer("a b", padding="max_length").input_ids
+            assert ours("a b")[0].tolist() == ids
+    assert main(["info", "out"]) == 0
+    assert "CLIPVisionModelWithProjection" in capsys.readouterr().out
+    # Quantized: the encoders in 8 bits, the VAE as it is.
+    small = ("-q", "--q-bits", "4", "--q-group-size", "32")
+    assert convert("source", *small, target="small") == 0
+    config = json.loads(Path("small/image_encoder/config.json").read_text())
+    assert config["quantization"]["bits"] == 8
+    assert "quantization" not in json.loads(Path("small/vae/config.json").read_text())
+    # And back.
+    assert convert("out", "--to", "diffusers", target="back") == 0
+    again = getattr(diffusers, name).from_pretrained("back")
+    networks = [part for part in theirs.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(networks) >= 3
+    for part, network in theirs.components.items():
+        if isinstance(network, torch.nn.Module):
+            state = getattr(again, part).state_dict()
+            rest = {k: v for k, v in network.state_dict().items() if not k.endswith(".pe")}
+            assert rest.keys() <= state.keys()
+            assert all(torch.equal(state[key], value) for key, value in rest.items())
 
 
 # Original files.
@@ -307,16 +501,34 @@ def test_stable_diffusion_with_a_motion_module(write, capsys):
 
 
 def test_stable_diffusion_xl_with_a_motion_module():
+    words = write_tokenizer(Path("words"))
     unet = made("UNet2DConditionModel", **UNET | XL)
     motion = made("MotionAdapter", **ADAPTER | dict(block_out_channels=(64, 128), use_motion_mid_block=False))
+    vae, text = made("AutoencoderKL", **VAE), text_encoder(words)
+    second = text_encoder(words, True, hidden_act="gelu")
     tensors = under("model.diffusion_model.", original.numbered_unet(arrays(unet), 1))
-    vae = made("AutoencoderKL", **VAE)
     tensors |= under("first_stage_model.", original.vae(arrays(vae), 2))
+    first = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in arrays(text).items()}
+    tensors |= under("conditioner.embedders.0.transformer.", first)
+    tensors |= under("conditioner.embedders.1.model.", original.text_tower(arrays(second)))
+    tensors |= {"conditioner.embedders.1.model.logit_scale": np.ones((), np.float32)}
     original.write_safetensors(Path("xl"), tensors)
     original.write_pickle(Path("mm"), original.motion_module(arrays(motion)))
-    assert convert("xl", "--motion-adapter", "mm") == 0
-    check_motion("out", unet, motion)
-    assert mlx_unet3d.UNetMotionModel.from_pretrained("out").config.num_attention_heads == (1, 2)
+    assert convert("xl", "--motion-adapter", "mm", "--tokenizer", "words") == 0
+    check_motion("out/unet", unet, motion)
+    assert mlx_unet3d.UNetMotionModel.from_pretrained("out/unet").config.num_attention_heads == (1, 2)
+    check_texts("out/text_encoder_2", second, words)
+    index = index_of("out")
+    assert index["_class_name"] == "AnimateDiffSDXLPipeline"
+    assert index["text_encoder_2"] == ["transformers", "CLIPTextModelWithProjection"]
+    assert dict(height=1024, width=1024, guidance_scale=5.0).items() <= index["_recommended"].items()
+    pads = [mlx_unet3d.CLIPTokenizer.from_pretrained(f"out/tokenizer{n}").pad_token_id for n in ("", "_2")]
+    assert pads == [words - 1, 0]
+    assert mlx_unet3d.AutoencoderKL.from_pretrained("out/vae").config.scaling_factor == 0.13025
+    assert convert("xl", "--motion-adapter", "mm", "--tokenizer", "out", "--to", "diffusers", target="x") == 0
+    pipe = diffusers.AnimateDiffSDXLPipeline.from_pretrained("x")
+    state = pipe.text_encoder_2.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in second.state_dict().items())
     assert convert("xl", target="vae") == 0
     assert mlx_unet3d.AutoencoderKL.from_pretrained("vae").config.scaling_factor == 0.13025
 
@@ -335,11 +547,24 @@ def test_stable_video_diffusion(capsys):
     vae = made("AutoencoderKLTemporalDecoder", **TEMPORAL_VAE)
     tensors = under("model.diffusion_model.", original.numbered_unet(arrays(unet), 1))
     tensors |= original.temporal_vae(arrays(vae), 2)
-    front = "conditioner.embedders.0.open_clip.model"
-    tensors |= {f"{front}.visual.conv1.weight": np.ones((8, 3, 2, 2), np.float32)}
+    eye, words = image_encoder(), text_encoder(projection=True)
+    tower = original.image_tower(arrays(eye)) | original.text_tower(arrays(words))
+    tensors |= under("conditioner.embedders.0.open_clip.model.", tower)
     original.write_safetensors(Path("svd.safetensors"), tensors)
     assert convert("svd.safetensors") == 0
-    assert "image_encoder: left out" in capsys.readouterr().err
+    assert "left out" not in capsys.readouterr().err
+    check_images("out/image_encoder", eye)
+    index = index_of("out")
+    assert index["_class_name"] == "StableVideoDiffusionPipeline"
+    assert index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
+    settings = dict(num_frames=14, num_inference_steps=25, height=576, width=1024, fps=7)
+    assert index["_recommended"] == settings
+    processor = json.loads(Path("out/feature_extractor/preprocessor_config.json").read_text())
+    assert processor["crop_size"] == {"height": 224, "width": 224}
+    shutil.copy("svd.safetensors", "svd_xt_1_1.safetensors")
+    assert convert("svd_xt_1_1.safetensors", target="xt") == 0
+    assert index_of("xt")["_recommended"] == settings | dict(num_frames=25)
+    assert json.loads(Path("xt/unet/config.json").read_text())["num_frames"] == 25
     inputs = kind.inputs(unet.config)
     ours = mlx_unet3d.UNetSpatioTemporalConditionModel.from_pretrained("out/unet")
     assert relative_error(ours_of(ours, inputs), theirs_of(unet, inputs)) <= TOLERANCE
@@ -353,7 +578,10 @@ def test_stable_video_diffusion(capsys):
     assert convert("svd.safetensors", "--to", "diffusers", target="theirs") == 0
     assert same("theirs/unet", unet.state_dict())
     assert same("theirs/vae", vae.state_dict())
-    assert diffusers.EulerDiscreteScheduler.from_pretrained("theirs/scheduler").config.sigma_max == 700
+    pipe = diffusers.StableVideoDiffusionPipeline.from_pretrained("theirs")
+    assert pipe.scheduler.config.sigma_max == 700
+    state = pipe.image_encoder.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in eye.state_dict().items())
 
 
 def test_i2vgen_xl():
@@ -366,3 +594,52 @@ def test_i2vgen_xl():
     assert relative_error(ours_of(ours, inputs), theirs_of(theirs, inputs)) <= TOLERANCE
     assert convert("i2v.pth", "--to", "diffusers", target="theirs") == 0
     assert same("theirs", theirs.state_dict())
+
+
+def test_i2vgen_xl_of_four_files(capsys):
+    """The folder that its authors' code wants: the UNet, a CLIP, and a checkpoint of Stable Diffusion 2."""
+    words = write_tokenizer(Path("words"))
+    kind = KINDS["i2vgenxl"]
+    unet = made(kind.name, **kind.config | I2V | dict(cross_attention_dim=64))
+    vae, eye, text = made("AutoencoderKL", **VAE), image_encoder(), text_encoder(words, hidden_act="gelu")
+    Path("files").mkdir()
+    write = original.write_pickle
+    write(Path("files/i2vgen_xl_00854500.pth"), original.i2vgen(arrays(unet), 1), wrapped=True)
+    clip = original.text(arrays(text)) | original.image_tower(arrays(eye))
+    write(Path("files/open_clip_pytorch_model.bin"), clip)
+    image = under("model.diffusion_model.", original.numbered_unet(arrays(made(*SD2[:1], **SD2[1])), 1))
+    image |= under("first_stage_model.", original.vae(arrays(vae), 2))
+    image |= under("cond_stage_model.model.", original.text(arrays(text_encoder(words))))
+    write(Path("files/v2-1_512-ema-pruned.ckpt"), image)
+    assert convert("files", "--tokenizer", "words") == 0
+    err = capsys.readouterr().err
+    assert "text_encoder: that in v2-1_512-ema-pruned.ckpt is left out" in err
+    index = index_of("out")
+    assert index["_class_name"] == "I2VGenXLPipeline"
+    assert dict(height=704, width=1280, fps=16).items() <= index["_recommended"].items()
+    check_images("out/image_encoder", eye)
+    ours = mlx_unet3d.CLIPTextModel.from_pretrained("out/text_encoder")
+    with torch.no_grad():
+        states = text(torch.arange(77)[None] + 1).last_hidden_state
+    assert relative_error(ours(np.arange(77)[None] + 1), states) <= TOLERANCE
+    # The CLIP alone is its text encoder.
+    assert convert("files/open_clip_pytorch_model.bin", target="clip") == 0
+    assert "image_encoder: left out" in capsys.readouterr().err
+    assert mlx_unet3d.CLIPTextModel.from_pretrained("clip").config == ours.config
+
+
+@pytest.mark.parametrize("name", ["vision", "text", "clip"])
+def test_clip_in_a_file_of_transformers(name):
+    words, eye, text = 190, image_encoder(), text_encoder(190, True)
+    tensors = {"vision": arrays(eye), "text": arrays(text), "clip": arrays(eye) | arrays(text)}[name]
+    original.write_safetensors(Path("x.safetensors"), tensors)
+    assert convert("x.safetensors") == 0
+    if name == "vision":
+        config = {"num_attention_heads": 1, "hidden_act": "gelu", "image_size": 32, "patch_size": 8}
+        assert config.items() <= json.loads(Path("out/config.json").read_text()).items()
+        check_images("out", eye)
+    elif name == "text":
+        config = json.loads(Path("out/config.json").read_text())
+        assert (config["projection_dim"], config["eos_token_id"]) == (16, words - 1)
+    else:
+        assert isinstance(mlx_unet3d.CLIPTextModel.from_pretrained("out"), mlx_unet3d.CLIPTextModel)
