@@ -281,8 +281,7 @@ class Components:
             **{name: getattr(self, name) for name in self.index_options},
         }
         for name, part in present.items():
-            options = {"layout": layout} if self.parts[name].is_network else {}
-            part.save_pretrained(folder / name, **options)
+            part.save_pretrained(folder / name, **({"layout": layout} if self.parts[name].is_network else {}))
             index[name] = [self.parts[name].library, type(part).__name__]
         if self.recommended.to_dict():
             index["_recommended"] = self.recommended.to_dict()
@@ -355,9 +354,8 @@ class Components:
         self.vae.disable_tiling()
 
     def enable_release(self) -> None:
-        """Let go of each network when a call is done with it: encoders once prompts and images are encoded,
-        the UNet before frames are decoded. The pipeline makes one more video, and must then be loaded
-        again."""
+        """Let go of encoders once prompts and images are encoded, and of the UNet before frames are decoded.
+        The pipeline makes one more video, and must then be loaded again."""
         self._releases = True
 
     def release(self, *names: str) -> None:
