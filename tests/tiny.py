@@ -175,10 +175,12 @@ def processor() -> CLIPImageProcessor:
 
 def write_stable_video(folder: Path) -> Path:
     """A Stable Video Diffusion folder in the MLX layout, whose videos are 3 frames of 32x48."""
+    unet = randomize(UNetSpatioTemporalConditionModel(**SVD), 0)
+    unet.add_embedding.linear_2.weight *= 20  # so that motion and rate show in pixels
     pipe = StableVideoDiffusionPipeline(
         vae=randomize(AutoencoderKLTemporalDecoder(**TEMPORAL_VAE), 1),
         image_encoder=randomize(CLIPVisionModelWithProjection(**VISION), 2),
-        unet=randomize(UNetSpatioTemporalConditionModel(**SVD), 0),
+        unet=unet,
         scheduler=EulerDiscreteScheduler(**SVD_SCHEDULER),
         feature_extractor=processor(),
         recommended=Recommended(height=32, width=48),
