@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from mlx_unet3d import (
+    ContextWindows,
     I2VGenXLPipeline,
     StableVideoDiffusionPipeline,
     TextToVideoPipeline,
@@ -141,6 +142,22 @@ def test_going_on_and_interleaving(pipes, kind):
     for k, expected in enumerate((alone, other)):
         assert mx.array_equal(pairs[-1][k].latents, expected[-1].latents)
     assert alone[0].latents.shape == alone[0].denoised.shape == alone[0].prediction.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_context_windows(pipes, kind):
+    """One window of all frames is none; smaller ones bite, and make the clip from the frames' own inputs."""
+    settings = dict(num_frames=6, output_type="latent")
+    whole = call(pipes[kind], **settings)
+    assert mx.array_equal(call(pipes[kind], context_windows=ContextWindows(6), **settings), whole)
+    windows = ContextWindows(3, 1, schedule="static_standard")
+    parts = call(pipes[kind], context_windows=windows, **settings)
+    assert parts.shape == whole.shape
+    assert not mx.allclose(parts, whole, atol=1e-3)
+    if kind == "svd":  # guidance rises over the clip, not anew in each window
+        level = dict(min_guidance_scale=3.0, max_guidance_scale=3.0)
+        steady = call(pipes[kind], context_windows=windows, **settings, **level)
+        assert mx.abs(steady - parts)[:, 0].max() > mx.abs(steady - parts)[:, -1].max()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,9 @@ from ..scalars import as_count
 from .components import Components
 from .decoding import VideoOutput, as_output, decode_latents
 from .denoising import Steps
+from .guidance import Guidance, Inputs, Predict
 from .sampling import Delivery, Sampling, divide
+from .windows import in_windows
 
 
 class VideoPipeline(Components):
@@ -68,6 +70,35 @@ class VideoPipeline(Components):
         if self.frames_axis == 1:
             latents = latents.transpose(0, 2, 1, 3, 4)
         return decode_latents(self.vae, latents, decode_chunk_size=decode_chunk_size, progress=progress)
+
+    def _predict(
+        self,
+        sampling: Sampling,
+        positive: Inputs,
+        negative: Inputs | None,
+        steps: int,
+        *,
+        scale: mx.array | None = None,
+        frame_axes: Mapping[str, int] | None = None,
+    ) -> Predict:
+        """Return the network with its guidance, in the context windows of the settings; see `Guidance`."""
+        predict = Guidance(
+            self._network,
+            sampling,
+            positive,
+            negative,
+            steps=steps,
+            dtype=self.unet.dtype,
+            scale=scale,
+            frame_axes=frame_axes,
+            frames_axis=self.frames_axis,
+            sequential=self.sequential_guidance,
+        )
+        return in_windows(predict, sampling, self.frames_axis)
+
+    def _network(self, sample: mx.array, timestep: float, **inputs: Any) -> mx.array:
+        """The forward of the UNet, see `Network`."""
+        return self.unet(sample, timestep, **inputs).sample
 
     def _options(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], Delivery]:
         """Divide the keywords of a call into those of `Sampling` and a `Delivery`; all are checked."""

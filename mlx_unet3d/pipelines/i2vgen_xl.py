@@ -20,7 +20,6 @@ from .calls import VideoPipeline
 from .components import Part
 from .decoding import VideoOutput
 from .denoising import Steps, denoise, start_latents
-from .guidance import Guidance
 from .image import Images, ImageStates, as_images
 from .sampling import BatchNoise, Delivery, Sampling, takes
 from .text import TextPrompts, checked_states
@@ -43,17 +42,12 @@ class I2VGenXLPipeline(TextPrompts, AdapterMethods, VideoPipeline):
     negatives_skip = True
 
     def _check_parts(self) -> None:
-        unet, latent_channels = self.unet.config, self.vae.config.latent_channels
-        if not unet.in_channels == unet.out_channels == latent_channels:
+        super()._check_parts()
+        width, wanted = self.image_encoder.config.projection_dim, self.unet.config.cross_attention_dim
+        if width != wanted:
             raise ValueError(
-                f"the unet takes {unet.in_channels} and returns {unet.out_channels} channels, "
-                f"the vae has {latent_channels}; these parts do not belong together"
-            )
-        widths = self.text_encoder.config.hidden_size, self.image_encoder.config.projection_dim
-        if widths != (unet.cross_attention_dim,) * 2:
-            raise ValueError(
-                f"the unet attends to {unet.cross_attention_dim} channels (cross_attention_dim), the text "
-                f"encoder has {widths[0]}, the image encoder {widths[1]}; these parts do not belong together"
+                f"the unet attends to images of {wanted} channels (cross_attention_dim), the image encoder "
+                f"has {width}; these parts do not belong together"
             )
 
     def default_size(self) -> tuple[int, int]:
@@ -198,14 +192,12 @@ class I2VGenXLPipeline(TextPrompts, AdapterMethods, VideoPipeline):
         positive, negative = inputs(states.prompt_embeds, embeds), None
         if sampling.is_guided:
             negative = inputs(states.negative_prompt_embeds, mx.zeros_like(embeds))
-        predict = Guidance(
-            self._network,
+        predict = self._predict(
             sampling,
             positive,
             negative,
-            steps=len(scheduler.timesteps),
-            dtype=dtype,
-            sequential=self.sequential_guidance,
+            len(scheduler.timesteps),
+            frame_axes={"image_latents": 2},
         )
         mx.eval(latents)  # so that another thread can run the steps
         return denoise(
@@ -217,9 +209,6 @@ class I2VGenXLPipeline(TextPrompts, AdapterMethods, VideoPipeline):
             predictions=predictions,
             folded=True,
         )
-
-    def _network(self, sample: mx.array, timestep: float, **inputs: Any) -> mx.array:
-        return self.unet(sample, timestep, **inputs).sample
 
     def _image_latents(self, pixels: mx.array, num_frames: int, copies: int, noise: BatchNoise) -> mx.array:
         """Pixels (B, 3, H, W) -> latents (B, C, F, h, w): those of the image, then places of frames."""

@@ -18,7 +18,7 @@ IMAGE_PARTS = {
 """The parts that `ImagePrompts` needs for images, which `load_ip_adapter` adds where they are missing."""
 
 
-class ImageStates(NamedTuple):
+class PromptImages(NamedTuple):
     """Embeddings of images for the UNet: for each IP-Adapter an array of B rows; None without images."""
 
     positive: list[mx.array] | None = None
@@ -139,7 +139,7 @@ class ImagePrompts(Components):
             raise ValueError("give either ip_adapter_image or ip_adapter_image_embeds, and not both")
         return embeds if image is None else self.encode_ip_adapter_image(image, guidance_scale=guidance_scale)
 
-    def _image_states(self, embeds: Sequence[mx.array] | None, batch: int, is_guided: bool) -> ImageStates:
+    def _image_states(self, embeds: Sequence[mx.array] | None, batch: int, is_guided: bool) -> PromptImages:
         """The embeddings of images as rows for a batch; ValueError where they do not fit."""
         adapters = self._ip_adapters()
         if embeds is None:
@@ -148,7 +148,7 @@ class ImagePrompts(Components):
                     "an IP-Adapter is loaded: give ip_adapter_image or ip_adapter_image_embeds, or call "
                     "unload_ip_adapter"
                 )
-            return ImageStates()
+            return PromptImages()
         if not isinstance(embeds, list | tuple) or len(embeds) != len(adapters):
             count = len(embeds) if isinstance(embeds, list | tuple) else type(embeds).__name__
             raise ValueError(
@@ -167,4 +167,4 @@ class ImagePrompts(Components):
             rows = [mx.repeat(half, batch // rows, axis=0) for half in mx.split(x, halves)]
             positive.append(rows[-1])
             negative.append(rows[0])
-        return ImageStates(positive, negative if is_guided else None)
+        return PromptImages(positive, negative if is_guided else None)

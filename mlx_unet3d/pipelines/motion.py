@@ -26,10 +26,9 @@ from .components import Part, is_listed
 from .denoising import Steps, start_latents
 from .free_init import FreeInitMethods, Run, denoise_again
 from .free_noise import FreeNoiseMethods, check_text_of_frames
-from .guidance import Guidance, Predict
-from .image_prompts import IMAGE_PARTS, ImagePrompts, ImageStates
+from .guidance import Predict
+from .image_prompts import IMAGE_PARTS, ImagePrompts, PromptImages
 from .sampling import Sampling
-from .windows import in_windows
 
 
 class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMethods, VideoPipeline):
@@ -117,16 +116,13 @@ class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMet
     def _guidance(
         self,
         text: tuple[mx.array, mx.array | None],
-        images: ImageStates,
+        images: PromptImages,
         sampling: Sampling,
         steps: int,
         conditions: Sequence[Mapping[str, mx.array]] = ({}, {}),
     ) -> Predict:
         """The network for a run, with text states (B, L, D) or (B, F, L, D), images and other conditions as
         inputs."""
-
-        def network(sample: mx.array, timestep: float, **inputs: Any) -> mx.array:
-            return self.unet(sample, timestep, **inputs).sample
 
         positive, negative = (
             None
@@ -138,16 +134,7 @@ class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMet
             }
             for states, its, more in zip(text, images, conditions, strict=True)
         )
-        predict = Guidance(
-            network,
-            sampling,
-            positive,
-            negative,
-            steps=steps,
-            dtype=self.unet.dtype,
-            sequential=self.sequential_guidance,
-        )
-        return in_windows(predict, sampling)
+        return self._predict(sampling, positive, negative, steps)
 
 
 def end_step(denoising_end: float | None, scheduler: Scheduler) -> int:

@@ -18,7 +18,6 @@ from .calls import VideoPipeline
 from .components import Part, first_given
 from .decoding import VideoOutput
 from .denoising import Steps, denoise, start_latents
-from .guidance import Guidance
 from .image import Images, ImageStates, as_images
 from .sampling import BatchNoise, Delivery, Sampling, takes
 
@@ -190,17 +189,16 @@ class StableVideoDiffusionPipeline(VideoPipeline):
         )
         # 5. Guidance that rises over the frames
         scale = np.linspace(lowest, sampling.guidance_scale, num_frames, dtype=np.float32)
-        predict = Guidance(
-            self._network,
+        scale = mx.array(scale).reshape(1, num_frames, 1, 1, 1)
+        mx.eval(latents, scale)  # so that another thread can run the steps
+        predict = self._predict(
             sampling,
             positive,
             negative,
-            steps=len(scheduler.timesteps),
-            dtype=dtype,
-            scale=mx.array(scale).reshape(1, num_frames, 1, 1, 1),
-            sequential=self.sequential_guidance,
+            len(scheduler.timesteps),
+            scale=scale,
+            frame_axes={"image_latents": 1},
         )
-        mx.eval(latents, predict.scale)  # so that another thread can run the steps
         return denoise(predict, scheduler, latents, noise=noise, eta=sampling.eta, predictions=predictions)
 
     def _network(

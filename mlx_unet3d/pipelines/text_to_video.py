@@ -16,10 +16,9 @@ from .calls import VideoPipeline
 from .components import Part
 from .decoding import VideoOutput
 from .denoising import Steps, denoise, start_latents
-from .guidance import Guidance, Predict
+from .guidance import Predict
 from .sampling import Delivery, Sampling, takes
 from .text import TextPrompts, TextStates, checked_states
-from .windows import in_windows
 
 
 class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
@@ -46,9 +45,6 @@ class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
     def _guidance(self, states: TextStates, sampling: Sampling, steps: int) -> Predict:
         """The network with text states as inputs, for a run of so many steps."""
 
-        def network(sample: mx.array, timestep: float, **inputs: Any) -> mx.array:
-            return self.unet(sample, timestep, **inputs).sample
-
         positive, negative = (
             None
             if text is None
@@ -58,16 +54,7 @@ class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
             }
             for text in states
         )
-        predict = Guidance(
-            network,
-            sampling,
-            positive,
-            negative,
-            steps=steps,
-            dtype=self.unet.dtype,
-            sequential=self.sequential_guidance,
-        )
-        return in_windows(predict, sampling)
+        return self._predict(sampling, positive, negative, steps)
 
 
 class TextToVideoPipeline(UNet3DPipeline):

@@ -173,7 +173,7 @@ class Windowed:
         return self.predict.resumes_at(step)
 
 
-def in_windows(predict: Predict, sampling: Sampling, axis: int = 2) -> Predict:
+def in_windows(predict: Predict, sampling: Sampling, axis: int) -> Predict:
     """Return `predict` in the context windows of the settings, where there are some."""
     context = sampling.context_windows
     return predict if context is None else Windowed(predict, context, axis)
