@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.pipelines.motion_training import Training, training_of
 
 from .kinds import BY_NAME
-from .kinds.motion_training import Training, training_of
 from .networks import Source, Ways, plan_combined, plan_network, source_in_file, source_in_folder
 from .pipelines import finish, with_recommendation
 from .plan import CheckpointPlan, ComponentPlan

@@ -13,10 +13,10 @@ from mlx_unet3d.checkpoints.source import choose_variants, pinned_revision
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.image_processor import CLIPImageProcessorConfig
 from mlx_unet3d.layers.quantized import Quantization
+from mlx_unet3d.pipelines.motion_training import ANIMATE_LCM
 from mlx_unet3d.schedulers import scheduler_of_pipeline
 
 from .kinds import BY_NAME, COMPONENTS, Kind, Pipeline
-from .kinds.motion_training import ANIMATE_LCM
 from .kinds.pipeline import FEATURE_EXTRACTOR, TOKENIZERS
 from .networks import Source, Ways, class_name, plan_combined, plan_network, source_in_folder
 from .original_files import (

@@ -1,5 +1,8 @@
 """AnimateDiff on the command line."""
 
+import shutil
+
+import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
@@ -66,14 +69,46 @@ def test_stable_diffusion_with_a_motion_adapter(place, capsys):
 
 
 def test_a_video_with_a_motion_adapter(place):
-    video = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    video = np.random.default_rng(0).integers(0, 256, (3, 43, 50, 3), np.uint8)  # not the trained size
     media.write_video("in.png", video)
     words = ["--model", place / "base", "--motion-adapter", place / "motion", "--video", "in.png"]
     assert generate(*words, "-o", "out.png") == 0
     pipe = AnimateDiffVideoToVideoPipeline.from_pretrained(place / "base", motion_adapter=place / "motion")
     pipe.scheduler = motion_sampler(pipe)
-    expected = pipe(list(video), "a cat", strength=0.6, num_inference_steps=2).frames
-    assert np.abs(media.read_video("out.png")[0] / 255 - expected[0]).max() < 0.01
+    expected = pipe(video, "a cat", 40, 48, num_inference_steps=2).frames
+    assert expected.shape == (1, 3, 40, 48, 3)
+    assert np.array_equal(media.read_video("out.png")[0], media.to_uint8(expected[0]))
+    assert media.read_metadata("out.png")["strength"] == 0.8
+
+
+def test_motion_modules_bring_their_sampler_steps_and_guidance(place, capsys):
+    shutil.copytree(place / "motion", "AnimateLCM")
+    words = ["generate", "a cat", "--model", str(place / "base"), "--motion-adapter", "./AnimateLCM"]
+    assert main([*words, "--num-frames", "2", "--memory", "off", "-o", "out.png"]) == 0
+    assert "AnimateLCM's motion modules, sampled by LCMScheduler" in capsys.readouterr().err
+    found = media.read_metadata("out.png")
+    assert [found[name] for name in ("scheduler", "steps", "guidance")] == ["LCMScheduler", 6, 2.0]
+    pipe = load_pipeline(place / "base", motion_adapter=place / "motion")
+    pipe.save_pretrained("joined")  # its own sampler stays, whatever modules replace its own
+    words = ["--model", "joined", "--motion-adapter", "AnimateLCM", "--num-frames", 2, "-o", "2.png"]
+    assert generate(*words) == 0
+    assert media.read_metadata("2.png")["scheduler"] == type(pipe.scheduler).__name__
+
+
+def test_switches_of_video_to_video(place):
+    video = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    pipe = AnimateDiffVideoToVideoPipeline.from_pretrained(place / "base", motion_adapter=place / "motion")
+    with pytest.raises(NotImplementedError, match="FreeInit begins with noise"):
+        pipe.enable_free_init()
+    settings = dict(num_inference_steps=2, output_type="latent")
+    plain = pipe(video, "a cat", **settings).frames
+    travel = pipe(video, {0: "a cat", 2: "a dog"}, **settings).frames
+    assert not mx.allclose(travel, plain, atol=1e-4)
+    assert mx.allclose(pipe(video, {0: "a cat"}, **settings).frames, plain, atol=1e-4)
+    with pytest.raises(ValueError, match="states are those of 2 frames"):
+        pipe.steps(pipe.encode_prompt({0: "a cat"}, num_frames=2), video, num_inference_steps=2)
+    pipe.enable_free_noise(2, 1)
+    assert not mx.allclose(pipe(video, "a cat", **settings).frames, plain, atol=1e-4)
 
 
 def test_sdxl(place, tmp_path):

@@ -18,8 +18,8 @@ from mlx_unet3d import AutoencoderKL, CLIPTextModel, TextToVideoPipeline, UNet3D
 from mlx_unet3d.checkpoints import describe, headers, read_header, weight_files
 from mlx_unet3d.cli import main
 from mlx_unet3d.errors import CheckpointError
+from mlx_unet3d.pipelines.motion_training import training_of
 from mlx_unet3d_convert import conversion
-from mlx_unet3d_convert.kinds.motion_training import training_of
 
 SHORT = dict(num_frames=2, num_inference_steps=2)
 NETWORKS = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}

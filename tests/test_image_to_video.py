@@ -352,7 +352,7 @@ def test_decoding_fits_in_chunks_where_memory_is_short(folders, pipes, monkeypat
     words = ["--num-frames", "8", "--height", "96", "--width", "96", "--steps", "1", "-o", "out.png"]
     command = ["generate", "--model", str(folders["svd"]), "--image", "in.png", *words]
     assert main(command) == 0
-    assert "the decoder takes 4 frames together, to fit" in capsys.readouterr().err
+    assert "the decoder takes 4 frames together, to take less" in capsys.readouterr().err
     assert media.read_metadata("out.png")["decode_chunk_size"] == 4
     frames = media.read_video("out.png")[0]
     assert main([*command, "--memory", "off", "--decode-chunk-size", "4", "--overwrite"]) == 0

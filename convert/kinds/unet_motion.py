@@ -10,8 +10,9 @@ from mlx_unet3d.checkpoints.parts import Naming, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.models.motion_adapter import adapter_of, infer_unet2d, motion_config
+from mlx_unet3d.pipelines import motion_training
 
-from . import motion_adapter, motion_training
+from . import motion_adapter
 from .kind import Config, Family, Inputs, Kind, diffusers_files
 from .pipeline import Pipeline
 

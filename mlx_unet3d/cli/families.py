@@ -39,6 +39,7 @@ class Family:
         keywords: the name that `steps` of the pipeline has for a setting.
         fps: frames a second where neither the command line nor the checkpoint says.
         clip_skip: layers of the text encoder to leave out where the command line says none.
+        strength: how much to change an input video, where the command line does not say.
         image_becomes: how an image comes to the size of the video, for messages.
     """
 
@@ -49,6 +50,7 @@ class Family:
     fps: float = 8.0
     clip_skip: int | None = None
     image_becomes: str = ""
+    strength: float = 0.6
 
 
 _SIZE = {name: name for name in ("num_frames", "height", "width")}
@@ -65,7 +67,8 @@ FAMILIES = (
         "AnimateDiff with --video",
         AnimateDiffVideoToVideoPipeline,
         (*_TEXT, *_MOTION, "video", "strength"),
-        {"strength": "strength"},
+        {"strength": "strength", "height": "height", "width": "width"},
+        strength=0.8,
     ),
     Family("AnimateDiff on SDXL", AnimateDiffSDXLPipeline, (*_TEXT, *_MOTION), _SIZE),
     Family(
@@ -186,6 +189,8 @@ def steps(
     own = {keyword: settings[name] for name, keyword in family.keywords.items()}
     if video is not None:
         own["video"] = video
+        for name in {"height", "width"} & own.keys():
+            own[name] -= own[name] % pipe.vae_scale_factor
     return pipe.steps(
         *states.positional,
         **states.keywords,
@@ -212,6 +217,8 @@ def complete(
         settings["fps"] = float(pipe.recommended.fps or family.fps)
     factor = pipe.vae_scale_factor
     if "video" in family.takes:
+        if settings["strength"] is None:
+            settings["strength"] = family.strength
         width, height = settings["width"], settings["height"]
         if width % factor or height % factor:
             options.say(

@@ -109,7 +109,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     group.add_argument(
         "--video", type=options.path, metavar="FILE", help="video to change, to --height and --width if given"
     )
-    group.add_argument("--strength", type=options.number, help="how much to change, to 1 (default: 0.6)")
+    group.add_argument(
+        "--strength", type=options.number, help="how much to change, to 1 (default: 0.6; of AnimateDiff 0.8)"
+    )
 
     group = parser.add_argument_group("image to video")
     group.add_argument(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,16 @@ import numpy as np
 from PIL import Image
 
 from .. import __version__, media, memory
-from ..checkpoints import checksum
+from ..checkpoints import checksum, read_component_config
 from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, inside_hub, read_adapter
 from ..chips import working_set
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
-from ..pipelines import AnimateDiffPipeline, AnimateDiffVideoToVideoPipeline
 from ..pipelines.calls import VideoPipeline
+from ..pipelines.motion_training import training_of
 from ..schedulers import scheduler_from_config
 from . import options
 from .families import Family
 from .settings import RECORDED, check, checksum_of_frames
-
-MOTION_SCHEDULE = {
-    "beta_schedule": "linear",
-    "clip_sample": False,
-    "timestep_spacing": "linspace",
-    "steps_offset": 1,
-}
-"""AnimateDiff's, for Stable Diffusion 1.5; on the betas of the base."""
 
 
 def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> VideoPipeline:
@@ -48,10 +41,8 @@ def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> 
         local_files_only=args.local_files_only,
         **more,
     )
-    if more and isinstance(pipe, AnimateDiffPipeline | AnimateDiffVideoToVideoPipeline):
-        # A base of images: the motion modules were trained on another schedule than it.
-        name = settings["scheduler"] or "DDIMScheduler"
-        pipe.scheduler = scheduler_from_config(pipe.scheduler.config.to_dict() | MOTION_SCHEDULE, name)
+    if more:
+        sample_as_trained(args, pipe, settings)
     settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
     pipe.unet.set_convolution(settings["convolution"])
     if settings["vae_tiling"]:
@@ -78,6 +69,22 @@ def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> 
         del settings[name]
     settings |= {"program": f"mlx-unet3d {__version__}", "mlx": mx.__version__}
     return pipe
+
+
+def sample_as_trained(args: argparse.Namespace, pipe: VideoPipeline, settings: dict[str, Any]) -> None:
+    """Let a model of images sample on the schedule that its motion modules were trained on."""
+    where = dict(revision=settings["revision"], local_files_only=args.local_files_only)
+    index = read_component_config(settings["model"], "model_index.json", **where)
+    if not index["_class_name"].startswith("StableDiffusion"):
+        return  # its sampler is meant for motion modules already
+    training = training_of(settings["motion_adapter"])
+    name = settings["scheduler"] or training.scheduler
+    pipe.scheduler = scheduler_from_config(pipe.scheduler.config.to_dict() | dict(training.settings), name)
+    pipe.recommended = replace(pipe.recommended, **training.recommended)
+    options.say(
+        f"{settings['motion_adapter']}: {training.title}, sampled by {type(pipe.scheduler).__name__} on "
+        f"their schedule{'; ' + training.advice if training.advice else ''}"
+    )
 
 
 def load_ip_adapter(args: argparse.Namespace, pipe: VideoPipeline, settings: dict[str, Any]) -> None:
@@ -128,11 +135,11 @@ def fit(pipe: VideoPipeline, settings: dict[str, Any], choice: str | float) -> N
         while not plan.fits and chunk > 1:
             chunk = -(-chunk // 2)
             plan = planned(chunk)
-        if plan.fits and chunk < settings["num_frames"]:
+        if chunk < settings["num_frames"]:
             settings["decode_chunk_size"] = chunk
             options.say(
-                f"memory: the decoder takes {chunk} frames together, to fit, which changes them a little; "
-                "--decode-chunk-size decides otherwise"
+                f"memory: the decoder takes {chunk} frames together, to take less, which changes them a "
+                "little; --decode-chunk-size decides otherwise"
             )
     plan.settings.apply(pipe)
     sizes = f"{plan.peak / 1e9:.2f} GB of {budget / 1e9:.2f} GB"

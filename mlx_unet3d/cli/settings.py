@@ -106,7 +106,7 @@ SETTINGS: dict[str, Setting] = {
     "guidance_from": Setting(0.0, options.number, float),
     "guidance_to": Setting(1.0, options.number, float),
     "video": Setting(None, options.path),
-    "strength": Setting(0.6, options.number, float),
+    "strength": Setting(None, options.number, float),
     "image": Setting(None, options.path),
     "min_guidance": Setting(1.0, options.number, float),
     "motion_bucket": Setting(127.0, options.number, float),

@@ -1,6 +1,6 @@
 """Video to video with AnimateDiff: diffusers' AnimateDiffVideoToVideoPipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,8 @@ from ..image_processor import Pictures
 from ..scalars import as_count
 from .decoding import VideoOutput
 from .denoising import Steps, denoise
-from .frames import resized
+from .frames import as_frames, resized
+from .free_noise import Prompts, check_text_of_frames
 from .motion import MotionPipeline
 from .sampling import BatchNoise, Delivery, Sampling, takes
 from .text import checked_states
@@ -21,16 +22,25 @@ ENCODED_AT_ONCE = 16
 
 
 class AnimateDiffVideoToVideoPipeline(MotionPipeline):
-    """Videos from videos and prompts, with a Stable Diffusion model that moves."""
+    """Videos from videos and prompts, with a Stable Diffusion model that moves.
+
+    Of FreeNoise it takes the windows and prompts of frames; its noise is always new, as in diffusers.
+    """
 
     class_names = ("AnimateDiffVideoToVideoPipeline", "AnimateDiffPipeline", "StableDiffusionPipeline")
     default_guidance_scale = 7.5
+
+    def enable_free_init(self, *_: Any, **__: Any) -> None:
+        """Raise NotImplementedError: this pipeline does not begin with noise alone."""
+        raise NotImplementedError(
+            "FreeInit begins with noise alone, and this pipeline with a video; use AnimateDiffPipeline for it"
+        )
 
     @takes(Sampling, Delivery)
     def __call__(
         self,
         video: Any = None,
-        prompt: str | Sequence[str] | None = None,
+        prompt: Prompts | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -38,7 +48,7 @@ class AnimateDiffVideoToVideoPipeline(MotionPipeline):
         enforce_inference_steps: bool = False,
         guidance_scale: float | None = None,
         strength: float = 0.8,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: Prompts | None = None,
         latents: mx.array | None = None,
         prompt_embeds: mx.array | None = None,
         negative_prompt_embeds: mx.array | None = None,
@@ -69,10 +79,14 @@ class AnimateDiffVideoToVideoPipeline(MotionPipeline):
         # 1. Settings, all checked before the work begins
         options |= dict(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         settings, delivery = self._options(options)
-        # 2. Prompt -> states (B, L, D)
+        # 2. Prompt -> states (B, L, D), or with a text a frame (B, F, L, D)
+        frames = None
+        if any(isinstance(text, Mapping) for text in (prompt, negative_prompt)):
+            frames = (as_frames(video) if latents is None else latents.transpose(0, 2, 1, 3, 4)).shape[1]
         states = self.encode_prompt(
             prompt,
             negative_prompt,
+            num_frames=frames,
             guidance_scale=guidance_scale,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
@@ -154,6 +168,7 @@ class AnimateDiffVideoToVideoPipeline(MotionPipeline):
                 )
             if enforce_inference_steps:
                 latents = scheduler.add_noise(latents, noise(tuple(latents.shape)), start)
+        check_text_of_frames(states.prompt_embeds, latents.shape[2])
         mx.eval(latents)  # so that another thread can run the steps
         return denoise(
             self._guidance(states, images, sampling, len(scheduler.timesteps) - first),

@@ -1,4 +1,4 @@
-"""Which sampler, steps and guidance motion modules were trained for.
+"""The sampler, steps and guidance that motion modules of AnimateDiff were trained for.
 
 The weights of AnimateDiff, AnimateLCM and AnimateDiff-Lightning have the same names and shapes, so that names
 of files and repositories tell them apart.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_unet3d.schedulers import Scheduler
+from ..schedulers import Scheduler
 
 _LIGHTNING = re.compile(r"lightning", re.I)
 _STEPS = re.compile(r"(\d+)[-_ ]?steps?(?![a-z])", re.I)
@@ -19,14 +19,14 @@ _LCM = re.compile(r"lcm", re.I)
 
 @dataclass(frozen=True)
 class Training:
-    """How motion modules are used.
+    """The use that motion modules were trained for.
 
     Attributes:
-        title: what to call them.
-        scheduler: diffusers' class.
-        settings: what goes before the scheduler config of the base model.
-        recommended: see `Recommended`; what is not in it is the pipeline's.
-        advice: what else to know.
+        title: a name for messages.
+        scheduler: a class of diffusers.
+        settings: keys that replace those of the base model's scheduler config.
+        recommended: fields of `Recommended`; others are the pipeline's.
+        advice: more to know, for messages.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Training:
     advice: str = ""
 
     def scheduler_config(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """The content of `scheduler_config.json`, given that of the base model."""
+        """Return the content of `scheduler_config.json`, given that of the base model."""
         return Scheduler.classes[self.scheduler].from_config(base, **self.settings).config.to_dict()
 
 
@@ -55,13 +55,13 @@ ANIMATE_LCM = Training(
 
 
 def training_of(name: str, *, authors: bool = False, mid: bool = True, tables: bool = True) -> Training:
-    """The training of motion modules.
+    """Return the training of motion modules; AnimateDiff's own for names that say no other.
 
     Args:
         name: of the file, folder or repository, and what their metadata say.
-        authors: whether the tensors have the names of AnimateDiff's authors.
-        mid: whether there is one in the mid block.
-        tables: whether there are tables of positions; AnimateLCM's own file has none.
+        authors: True if the tensors have the names of AnimateDiff's authors.
+        mid: True if there is one in the mid block.
+        tables: True if there are tables of positions; AnimateLCM's own file has none.
     """
     if _LIGHTNING.search(name):
         found = _STEPS.search(name)
