@@ -9,7 +9,8 @@ import mlx.core as mx
 from mlx_unet3d import image_processor
 from mlx_unet3d.checkpoints import find_folder, read_component_config, read_json
 from mlx_unet3d.checkpoints.config import naming
-from mlx_unet3d.checkpoints.source import choose_variants, pinned_revision
+from mlx_unet3d.checkpoints.hub import Hub
+from mlx_unet3d.checkpoints.source import choose_variants, pinned
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.image_processor import CLIPImageProcessorConfig
 from mlx_unet3d.layers.quantized import Quantization
@@ -96,7 +97,7 @@ def plan_checkpoint(
             )
         return plan_originals(source, file, [file], tokenizer, adapter, ways, hub)
     folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), **hub)
-    hub = {**hub, "revision": pinned_revision(source, folder, hub.get("revision"))}
+    hub = {**hub, "revision": pinned(Hub(hub.get("revision")), source, folder).revision}
     if not (folder / "model_index.json").is_file():
         if not (folder / "config.json").exists():
             folder = find_folder(source, files=PUBLISHED_FILES, **hub)

@@ -77,11 +77,6 @@ def find_folder(
     return _inside(snapshot, subfolder, hub_id=path_or_id)
 
 
-def pinned_revision(path_or_id: str | Path, folder: Path, revision: str | None) -> str | None:
-    """Return the commit of a folder that `find_folder` gave for a hub id; see `pinned`."""
-    return pinned(Hub(revision), path_or_id, folder).revision
-
-
 def pinned(hub: Hub, path_or_id: str | Path, folder: Path) -> Hub:
     """Return `hub` at the commit of a folder that `find_folder` gave for a hub id.
 

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="mlx-unet3d",
-        description="Text-to-video diffusion with 3D UNets in MLX.",
+        description="Video diffusion with 3D UNets in MLX.",
         epilog="Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted, 128 + n ended by signal n.",
     )
     parser.add_argument("--version", action="version", version=f"mlx-unet3d {__version__}")

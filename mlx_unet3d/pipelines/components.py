@@ -7,7 +7,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,7 +17,7 @@ from ..atomic import write_text
 from ..checkpoints import find_folder, read_component_config, read_json
 from ..checkpoints.config import naming
 from ..checkpoints.hub import Hub, takes_hub
-from ..checkpoints.source import choose_variants, pinned_revision
+from ..checkpoints.source import choose_variants, pinned
 from ..errors import CheckpointError
 from ..models.pretrained import DIFFUSERS_VERSION, PretrainedModel
 from ..schedulers import Scheduler, scheduler_of_pipeline
@@ -181,7 +181,7 @@ class Components:
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
         """
         folder = find_folder(path_or_id, files=("model_index.json",), hub=hub)
-        hub = replace(hub, revision=pinned_revision(path_or_id, folder, hub.revision))
+        hub = pinned(hub, path_or_id, folder)
         index = cls._checked_index(path_or_id, read_json(folder / "model_index.json"), components)
         if dtype is None and mx.default_device() == mx.cpu:
             dtype = mx.float32
