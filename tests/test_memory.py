@@ -64,7 +64,8 @@ def check_peak(planner, stage, run, *request, beside=0):
     """Hold a measured peak, less `beside`, against the predicted one and what is alive at the least.
 
     A worker of MLX reports an operation as done, then releases its buffers; the next operation takes its own
-    before or after that. A measured peak is anything between the two predictions, and they are near.
+    before or after that. The measured peak is within 10 % of the prediction for the one or for the other, of
+    readings where both happen for some.
     """
     planner.forward = cache(planner.forward)
     predicted = getattr(planner, stage)(*request)
@@ -72,7 +73,11 @@ def check_peak(planner, stage, run, *request, beside=0):
     least = getattr(planner, stage)(*request)
     assert least.peak <= predicted.peak
     least, most = (found.peak - found.weights - beside for found in (least, predicted))
-    assert 0.95 * least <= peak_of(run)[1] <= 1.1 * most
+    readings = [peak_of(run)[1]]
+    while not any(r == pytest.approx(least, 0.1) or r == pytest.approx(most, 0.1) for r in readings):
+        assert len(readings) < 20, f"{readings} are neither {least} nor {most}"
+        readings.append(peak_of(run)[1])
+    assert 0.9 * least <= min(readings) <= max(readings) <= 1.1 * most
     assert most <= 1.35 * least
     return predicted
 
