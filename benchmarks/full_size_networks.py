@@ -73,6 +73,19 @@ def gigabytes() -> float:
     )
 
 
+def seeded(model: Any) -> Any:
+    """Leave no zeros in a fresh torch network: its zeros, ones and halves become numbers that count."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.eval().parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
 def reference(name: str, folder: Path) -> dict[str, float]:
     """diffusers' forward; writes weights and output."""
     import diffusers
@@ -80,13 +93,7 @@ def reference(name: str, folder: Path) -> dict[str, float]:
 
     cls, config, _ = NETWORKS[name]
     torch.manual_seed(0)
-    model = getattr(diffusers, cls)(**config).eval()
-    with torch.no_grad():
-        for _key, parameter in model.named_parameters():  # fresh ones have zeros, ones and halves
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(0, parameter[0].numel() ** -0.5)
-            elif parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model = seeded(getattr(diffusers, cls)(**config))
     made = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in inputs(name).items()}
     with torch.no_grad():
         start = time.perf_counter()

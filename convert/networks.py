@@ -18,7 +18,7 @@ from mlx_unet3d.checkpoints import (
     read_pickle,
     weight_files,
 )
-from mlx_unet3d.checkpoints.config import naming
+from mlx_unet3d.checkpoints.config import blame
 from mlx_unet3d.checkpoints.matching import Expected, file_format, majority_dtype, match
 from mlx_unet3d.checkpoints.pickles import is_pickle
 from mlx_unet3d.checkpoints.prefixes import unwrapped
@@ -81,7 +81,7 @@ class Source:
     def model(self) -> PretrainedModel:
         """Return the network without computing its weights."""
         at = f"{self.where} does not describe a {self.kind.cls.__name__}"
-        with naming(at if self.assumed else Path(self.where) / "config.json"):
+        with blame(at if self.assumed else Path(self.where) / "config.json"):
             return self.kind.cls.from_config(self.config)
 
 
@@ -168,7 +168,7 @@ def plan_combined(base: Source, other: Source, name: str, ways: Ways) -> Compone
             "--motion-adapter, or give a UNet of Stable Diffusion"
         )
     config = base.kind.combine(base.config, other.config, base.where, other.where)
-    with naming(f"{base.where} and {other.where}"):
+    with blame(f"{base.where} and {other.where}"):
         model = base.kind.cls(**config)
         of_other = other.model().expected_tensors().keys()
     expected = model.expected_tensors()

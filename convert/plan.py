@@ -40,7 +40,7 @@ class TensorPlan:
     quantization: Quantization | None = None
 
     @property
-    def turned(self) -> str:
+    def permutation(self) -> str:
         """The permutation of its axes, in the letters of `mlx_unet3d.checkpoints.layouts`; empty for none."""
         if self.source_layout == self.target_layout or self.layout in ("identity", "linear"):
             return ""

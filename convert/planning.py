@@ -8,7 +8,7 @@ import mlx_unet3d
 import mlx.core as mx
 from mlx_unet3d import image_processor
 from mlx_unet3d.checkpoints import find_folder, read_component_config, read_json
-from mlx_unet3d.checkpoints.config import naming
+from mlx_unet3d.checkpoints.config import blame
 from mlx_unet3d.checkpoints.hub import Hub
 from mlx_unet3d.checkpoints.source import choose_variants, pinned
 from mlx_unet3d.errors import CheckpointError
@@ -184,18 +184,18 @@ def _plan_pipeline(
         where = find_folder(source, subfolder="scheduler", files=(SCHEDULER_CONFIG,), **hub)
         scheduler = read_json(where / SCHEDULER_CONFIG)
         if training is not None:
-            with naming(where / SCHEDULER_CONFIG):
+            with blame(where / SCHEDULER_CONFIG):
                 scheduler = training.scheduler_config(scheduler)
             index["scheduler"] = ["diffusers", training.scheduler]
             notes += about_training(training)
-        with naming(where / SCHEDULER_CONFIG):
+        with blame(where / SCHEDULER_CONFIG):
             made = scheduler_of_pipeline(scheduler, index["scheduler"])
         # model_index.json decides the class; the config may lack it.
         scheduler |= {"_class_name": type(made).__name__}
     processor = None
     if _is_image_processor(index.get(FEATURE_EXTRACTOR)):
         processor = read_component_config(source, PREPROCESSOR_CONFIG, subfolder=FEATURE_EXTRACTOR, **hub)
-        with naming(folder / FEATURE_EXTRACTOR / PREPROCESSOR_CONFIG):
+        with blame(folder / FEATURE_EXTRACTOR / PREPROCESSOR_CONFIG):
             CLIPImageProcessorConfig.from_dict(processor)
     if pipeline is not None:
         recommended = pipeline.recommend(config, f"{source} {config.get('_name_or_path', '')}")

@@ -109,18 +109,18 @@ def recognize(path: Path) -> list[Recognized]:
 def _claimed(keys: Collection[str], family: Family, prefix: str) -> Iterator[str]:
     """The keys that a network of a family takes."""
     bare = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
-    naming = family.naming(bare)
-    yield from (prefix + key for key in bare if naming(key))
+    key_map = family.key_map(bare)
+    yield from (prefix + key for key in bare if key_map(key))
 
 
 def _recognized(path: Path, header: Header, kind: Kind, family: Family, prefix: str) -> Recognized:
     """Return the parts of one network of the file."""
     keys = {key.removeprefix(prefix): key for key in header.tensors if key.startswith(prefix)}
-    naming = family.naming(keys.keys())
+    key_map = family.key_map(keys.keys())
     parts, names, unused = {}, {}, {}
     dropped = [key for key in header.tensors if not key.startswith(prefix)]
     for bare, key in keys.items():
-        for part in (made := naming(bare)):
+        for part in (made := key_map(bare)):
             try:
                 called, info = part.of(key, header.tensors[key])
             except CheckpointError as error:

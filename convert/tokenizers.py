@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import mlx_unet3d
 from mlx_unet3d.checkpoints import find_folder
-from mlx_unet3d.checkpoints.config import naming
+from mlx_unet3d.checkpoints.config import blame
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.tokenizer_files import FILES, read_tokenizer
 
@@ -39,7 +39,7 @@ def find_tokenizer(
             pass
     if folder is None:
         folder = find_folder(path_or_id, files=FILES, **where)
-    with naming(folder):
+    with blame(folder):
         tokenizer = mlx_unet3d.CLIPTokenizer(**read_tokenizer(folder))
     encoder = name.replace("tokenizer", "text_encoder")
     for component in components:

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 
 from .atomic import write_text
 from .checkpoints import Hub, read_component_config, takes_hub
-from .checkpoints.config import ModelConfig, key, naming
+from .checkpoints.config import ModelConfig, blame, key
 from .media import to_uint8
 
 CONFIG_NAME = "preprocessor_config.json"
@@ -189,7 +189,7 @@ class CLIPImageProcessor:
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
         """
         content = read_component_config(path_or_id, CONFIG_NAME, subfolder=subfolder, hub=hub)
-        with naming(Path(path_or_id) / (subfolder or "") / CONFIG_NAME):
+        with blame(Path(path_or_id) / (subfolder or "") / CONFIG_NAME):
             return cls(**CLIPImageProcessorConfig.from_dict(content))
 
     def save_pretrained(self, folder: str | Path) -> Path:

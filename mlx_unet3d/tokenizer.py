@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 
 from .atomic import write_text
 from .checkpoints import Hub, find_folder, takes_hub
-from .checkpoints.config import naming
+from .checkpoints.config import blame
 from .errors import CheckpointError
 from .scalars import as_count
 from .tokenizer_files import CURE, END_OF_WORD, FILES, content_of, read_tokenizer
@@ -123,7 +123,7 @@ class CLIPTokenizer:
             CheckpointError: the files are damaged, or not those of a CLIP tokenizer.
         """
         folder = find_folder(path_or_id, subfolder=subfolder, hub=hub, files=FILES)
-        with naming(folder):
+        with blame(folder):
             return cls(**read_tokenizer(folder))
 
     def save_pretrained(self, folder: str | Path) -> list[Path]:

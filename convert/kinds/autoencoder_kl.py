@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
-from mlx_unet3d.checkpoints.parts import Naming, Part
+from mlx_unet3d.checkpoints.parts import KeyMap, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from .kind import Config, Family, Inputs, Kind, diffusers_files, never
@@ -21,8 +21,8 @@ _MID = re.compile(r"((?:en|de)coder)\.mid\.(?:block_([12])\.(.+)|attn_1\.(\w+)\.
 _UNUSED = ("loss.", "model_ema.")
 
 
-def naming(keys: Collection[str]) -> Naming:
-    """Return the naming of LDM's autoencoder, whose decoder counts its levels from the finest."""
+def key_map(keys: Collection[str]) -> KeyMap:
+    """Return the key map of LDM's autoencoder, whose decoder counts its levels from the finest."""
     ups = [int(match[2]) for match in map(_BLOCK.fullmatch, keys) if match and match[1] == "decoder.up"]
     finest = max(ups, default=0)
 
@@ -93,7 +93,7 @@ AUTOENCODER_KL = Kind(
                 "encoder.down.0.block.0.conv1.weight",
                 "decoder.up.0.block.0.conv1.weight",
             ),
-            naming,
+            key_map,
             ("first_stage_model.",),
             without=("decoder.conv_out.time_mix_conv.weight",),
         ),

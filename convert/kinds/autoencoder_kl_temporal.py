@@ -11,7 +11,7 @@ from typing import Any
 import mlx_unet3d
 import numpy as np
 from mlx_unet3d.checkpoints.numbered_blocks import resnet
-from mlx_unet3d.checkpoints.parts import Naming, Part
+from mlx_unet3d.checkpoints.parts import KeyMap, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from . import autoencoder_kl
@@ -21,11 +21,11 @@ _ENCODER, _DECODER = "conditioner.embedders.3.encoder.", "first_stage_model."
 _RESNET = re.compile(r"(decoder\..+\.resnets\.\d+)\.(.+)")
 
 
-def naming(keys: Collection[str]) -> Naming:
-    """Return the naming of `svd.safetensors`, whose first stage also has an encoder, and whose conditions
+def key_map(keys: Collection[str]) -> KeyMap:
+    """Return the key map of `svd.safetensors`, whose first stage also has an encoder, and whose conditions
     also have a decoder."""
     within = [key.removeprefix(_DECODER) for key in keys if key.startswith(_DECODER)]
-    frame_by_frame = autoencoder_kl.naming(within)
+    frame_by_frame = autoencoder_kl.key_map(within)
 
     def parts(key: str) -> list[Part]:
         if key.startswith((f"{_ENCODER}encoder.", f"{_ENCODER}quant_conv.")):
@@ -82,7 +82,7 @@ AUTOENCODER_KL_TEMPORAL = Kind(
                 f"{_DECODER}decoder.up.0.block.0.conv1.weight",
                 f"{_DECODER}decoder.conv_out.time_mix_conv.weight",
             ),
-            naming,
+            key_map,
             ("",),
             alone=False,
         ),

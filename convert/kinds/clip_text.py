@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
-from mlx_unet3d.checkpoints.parts import Naming, Part
+from mlx_unet3d.checkpoints.parts import KeyMap, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 
@@ -30,7 +30,7 @@ _UNUSED = re.compile(r"visual\..*|logit_scale|logit_bias|attn_mask")
 _PROJECTION = re.compile(r"text_projection(\..*)?")
 
 
-def naming(keys: Collection[str]) -> Naming:
+def key_map(keys: Collection[str]) -> KeyMap:
     """Of OpenCLIP. The UNets were trained on the states before the last layer, which is left out."""
     last = max((int(match[1]) for match in map(RESBLOCK.fullmatch, keys) if match), default=0)
     complete = with_projection(keys)
@@ -43,7 +43,7 @@ def naming(keys: Collection[str]) -> Naming:
     return parts
 
 
-def with_projection(keys: Collection[str]) -> Naming:
+def with_projection(keys: Collection[str]) -> KeyMap:
     """Of OpenCLIP, all layers and the projection of the embedding."""
 
     def parts(key: str) -> list[Part]:
@@ -112,7 +112,7 @@ CLIP_TEXT = Kind(
         Family(
             "OpenCLIP's text tower",
             _OF_OPEN_CLIP,
-            naming,
+            key_map,
             ("cond_stage_model.model.", "cond_stage_model."),
         ),
         Family(

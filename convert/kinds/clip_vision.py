@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
-from mlx_unet3d.checkpoints.parts import Naming, Part
+from mlx_unet3d.checkpoints.parts import KeyMap, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 
@@ -32,7 +32,7 @@ _NAMES = {
 }
 
 
-def naming(keys: Collection[str]) -> Naming:
+def key_map(keys: Collection[str]) -> KeyMap:
     """Of OpenCLIP."""
 
     def parts(key: str) -> list[Part]:
@@ -45,7 +45,7 @@ def naming(keys: Collection[str]) -> Naming:
     return parts
 
 
-def of_transformers(keys: Collection[str]) -> Naming:
+def of_transformers(keys: Collection[str]) -> KeyMap:
     """Of transformers, alone or in a CLIP, whose text tower is left out."""
 
     def parts(key: str) -> list[Part]:
@@ -93,7 +93,7 @@ CLIP_VISION = Kind(
         Family(
             "OpenCLIP's image tower",
             ("class_embedding", "conv1.weight", "transformer.resblocks.0.attn.in_proj_weight", "proj"),
-            naming,
+            key_map,
             ("visual.", "conditioner.embedders.0.open_clip.model.visual.", "cond_stage_model.model.visual."),
             alone=False,
             assumed={"hidden_act": "gelu"},

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_unet3d.checkpoints.parts import Naming, Part
+from mlx_unet3d.checkpoints.parts import KeyMap, Part
 from mlx_unet3d.checkpoints.prefixes import unwrapped
 from mlx_unet3d.checkpoints.quantization import choose
 from mlx_unet3d.checkpoints.shapes import Shapes
@@ -29,7 +29,7 @@ class Family:
     Attributes:
         title: its name in messages.
         signs: tensors that all files of the kind have, and that no other kind has together.
-        naming: makes, from all keys, the function that returns the parameters in a key.
+        key_map: makes, from all keys, the function that returns the parameters in a key.
         within: possible prefixes of keys, besides the network's name in a pipeline, if the network is part of
             a larger one.
         without: tensors that no file of the kind has.
@@ -39,7 +39,7 @@ class Family:
 
     title: str
     signs: tuple[str, ...]
-    naming: Callable[[Collection[str]], Naming]
+    key_map: Callable[[Collection[str]], KeyMap]
     within: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     alone: bool = True
@@ -184,15 +184,15 @@ class Kind:
         return (*(("",) if family.alone else ()), *family.within, f"{self.component}.")
 
 
-def own_names(cls: type[PretrainedModel]) -> Callable[[Collection[str]], Naming]:
-    """Return the naming of files written by diffusers or transformers."""
+def own_names(cls: type[PretrainedModel]) -> Callable[[Collection[str]], KeyMap]:
+    """Return the key map of files written by diffusers or transformers."""
 
-    def make(keys: Collection[str]) -> Naming:
-        def naming(key: str) -> list[Part]:
+    def make(keys: Collection[str]) -> KeyMap:
+        def key_map(key: str) -> list[Part]:
             name = cls.rename_key(key, keys)
             return [] if name is None else [Part(name)]
 
-        return naming
+        return key_map
 
     return make
 

@@ -5,7 +5,7 @@ from typing import Any
 import mlx_unet3d
 import numpy as np
 from mlx_unet3d.checkpoints.numbered_blocks import WITHIN
-from mlx_unet3d.checkpoints.originals import unet_naming
+from mlx_unet3d.checkpoints.originals import unet_key_map
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from .kind import Config, Family, Inputs, Kind, diffusers_files
@@ -75,7 +75,7 @@ UNET_3D = Kind(
                 "input_blocks.0.1.proj_in.weight",
                 "middle_block.0.temopral_conv.conv1.0.weight",
             ),
-            unet_naming,
+            unet_key_map,
             (WITHIN,),
             without=("local_image_concat.0.weight",),
         ),

@@ -9,8 +9,8 @@ from typing import Any
 import mlx_unet3d
 import numpy as np
 from mlx_unet3d.checkpoints.numbered_blocks import WITHIN
-from mlx_unet3d.checkpoints.originals import unet_naming
-from mlx_unet3d.checkpoints.parts import Naming, Part
+from mlx_unet3d.checkpoints.originals import unet_key_map
+from mlx_unet3d.checkpoints.parts import KeyMap, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from . import unet_3d_condition
@@ -29,9 +29,9 @@ _NAMES = {
 _FUSED = f"{_ENCODER}.0.fn.to_qkv.weight"
 
 
-def naming(keys: Collection[str]) -> Naming:
-    """Return the naming of `i2vgen_xl_00854500.pth`."""
-    blocks = unet_naming(keys)
+def key_map(keys: Collection[str]) -> KeyMap:
+    """Return the key map of `i2vgen_xl_00854500.pth`."""
+    blocks = unet_key_map(keys)
 
     def parts(key: str) -> list[Part]:
         if key == _FUSED:
@@ -83,7 +83,7 @@ UNET_I2VGEN_XL = Kind(
                 "local_image_concat.0.weight",
                 _FUSED,
             ),
-            naming,
+            key_map,
             (WITHIN,),
         ),
         diffusers_files(

@@ -5,8 +5,8 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
-from mlx_unet3d.checkpoints.numbered_blocks import WITHIN, resnet, unet_naming
-from mlx_unet3d.checkpoints.parts import Naming, Part
+from mlx_unet3d.checkpoints.numbered_blocks import WITHIN, resnet, unet_key_map
+from mlx_unet3d.checkpoints.parts import KeyMap, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.models.motion_adapter import adapter_of, infer_unet2d, motion_config
@@ -17,9 +17,9 @@ from .kind import Config, Family, Inputs, Kind, diffusers_files
 from .pipeline import Pipeline
 
 
-def naming_2d(keys: Collection[str]) -> Naming:
-    """Return the naming of the UNet in a checkpoint of Stable Diffusion."""
-    return unet_naming(keys, _layer)
+def key_map_2d(keys: Collection[str]) -> KeyMap:
+    """Return the key map of the UNet in a checkpoint of Stable Diffusion."""
+    return unet_key_map(keys, _layer)
 
 
 def _layer(block: str, number: int, place: str, rest: str) -> Part | None:
@@ -207,7 +207,7 @@ UNET_2D = Kind(
                 "middle_block.1.transformer_blocks.0.attn2.to_k.weight",
                 "output_blocks.0.0.in_layers.0.weight",
             ),
-            naming_2d,
+            key_map_2d,
             (WITHIN,),
             without=(
                 "input_blocks.0.1.proj_in.weight",

@@ -10,8 +10,8 @@ from typing import Any
 
 import mlx_unet3d
 import numpy as np
-from mlx_unet3d.checkpoints.numbered_blocks import WITHIN, resnet, unet_naming
-from mlx_unet3d.checkpoints.parts import Naming, Part
+from mlx_unet3d.checkpoints.numbered_blocks import WITHIN, resnet, unet_key_map
+from mlx_unet3d.checkpoints.parts import KeyMap, Part
 from mlx_unet3d.checkpoints.shapes import Shapes
 
 from .kind import Config, Family, Inputs, Kind, diffusers_files
@@ -24,9 +24,9 @@ _XT = re.compile(r"(?<![a-z])xt(?![a-z])", re.I)
 _LCM = re.compile(r"lcm", re.I)
 
 
-def naming(keys: Collection[str]) -> Naming:
-    """Return the naming of the UNet in `svd.safetensors`."""
-    return unet_naming(keys, _layer)
+def key_map(keys: Collection[str]) -> KeyMap:
+    """Return the key map of the UNet in `svd.safetensors`."""
+    return unet_key_map(keys, _layer)
 
 
 def _layer(block: str, number: int, place: str, rest: str) -> Part | None:
@@ -117,7 +117,7 @@ UNET_SPATIO_TEMPORAL = Kind(
                 "label_emb.0.0.weight",
                 "middle_block.0.time_stack.in_layers.0.weight",
             ),
-            naming,
+            key_map,
             (WITHIN,),
         ),
         diffusers_files(

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from .config import naming, read_json
+from .config import blame, read_json
 from .headers import read_header, read_tensor
 from .hub import Hub, takes_hub
 from .pickles import is_pickle, read_pickle
@@ -136,7 +136,7 @@ def inside_hub(source: str) -> tuple[str, str | None, str | None]:
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if "lora_adapter_metadata" in metadata:
-        with naming(f"{path}: lora_adapter_metadata"):
+        with blame(f"{path}: lora_adapter_metadata"):
             settings = json.loads(metadata["lora_adapter_metadata"])
     elif path.name.startswith("adapter_model") and path.with_name("adapter_config.json").is_file():
         settings = read_json(path.with_name("adapter_config.json"))

@@ -167,7 +167,7 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def blame(path: str | Path) -> Iterator[None]:
     """Turns errors about values that were read from `path` into CheckpointErrors that name it."""
     try:
         yield

@@ -8,7 +8,7 @@ Source: `UNetModel` of latent diffusion, Rombach et al., arXiv:2112.10752.
 import re
 from collections.abc import Callable, Collection
 
-from .parts import Naming, Part
+from .parts import KeyMap, Part
 
 WITHIN = "model.diffusion_model."
 """The prefix of the keys of a UNet in a whole checkpoint of latent diffusion."""
@@ -37,10 +37,10 @@ Layer = Callable[[str, int, str, str], Part | None]
 it, its place there ("0" for the resnet, "1" and so on behind it) and the rest of its name; None for none."""
 
 
-def unet_naming(
+def unet_key_map(
     keys: Collection[str], layer: Layer, layers: int | None = None, middle: int | None = None
-) -> Naming:
-    """The naming of a UNet whose layers are as `layer` says.
+) -> KeyMap:
+    """The key map of a UNet whose layers are as `layer` says.
 
     The keys tell the `layers` of a block, and the number of the last module of the middle block, `middle`,
     unless they are given.
@@ -54,7 +54,7 @@ def unet_naming(
     if middle is None:
         middle = max((int(match[2]) for match in blocks if match[1] == "middle_block"), default=0)
 
-    def naming(key: str) -> list[Part]:
+    def key_map(key: str) -> list[Part]:
         module, _, kind = key.rpartition(".")
         if module in ENDS:
             return [Part(f"{ENDS[module]}.{kind}")]
@@ -62,7 +62,7 @@ def unet_naming(
         made = None if match is None else _part(*match.groups(), layers, middle, layer)
         return [made or Part(key)]
 
-    return naming
+    return key_map
 
 
 def resnet(path: str, rest: str) -> Part | None:

@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator
 
 from . import numbered_blocks
 from .numbered_blocks import ENDS, RESNET, resnet
-from .parts import Naming, Part
+from .parts import KeyMap, Part
 
 
-def unet_naming(keys: Collection[str], layers: int | None = None) -> Naming:
+def unet_key_map(keys: Collection[str], layers: int | None = None) -> KeyMap:
     """Of `text2video_pytorch_model.pth`; `layers` of a block, or None to tell them from the keys."""
-    return numbered_blocks.unet_naming(keys, _layer, layers, middle=3)
+    return numbered_blocks.unet_key_map(keys, _layer, layers, middle=3)
 
 
 def _layer(block: str, layer: int, place: str, rest: str) -> Part | None:
@@ -37,9 +37,9 @@ def _transformer(path: str, rest: str, temporal: bool) -> Part:
 
 def unet_layer_names(paths: Collection[str], layers: int) -> dict[str, str]:
     """The original names of the layers at `paths`, in blocks of `layers` -> these paths."""
-    paths, naming, found = frozenset(paths), unet_naming((), layers), {}
+    paths, key_map, found = frozenset(paths), unet_key_map((), layers), {}
     for name in (*ENDS, *_block_names(paths, layers)):
-        (part,) = naming(f"{name}.weight")
+        (part,) = key_map(f"{name}.weight")
         path = part.name.removesuffix(".weight")
         if path in paths:
             found[name] = path

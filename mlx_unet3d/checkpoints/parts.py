@@ -1,6 +1,6 @@
 """Parts of tensors under other names: which parameters a key of a foreign file holds.
 
-A naming tells of a key its parts: none where the network has no use for it, three where a matrix is fused.
+A key map gives the parts of a key: none where the network has no use for it, three where a matrix is fused.
 """
 
 from collections.abc import Callable
@@ -48,5 +48,5 @@ class Part:
         return key, info
 
 
-Naming = Callable[[str], list[Part]]
+KeyMap = Callable[[str], list[Part]]
 """The parts of a key; an unknown key is the parameter of its own name, which no network will have."""

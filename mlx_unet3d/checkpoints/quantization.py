@@ -39,7 +39,7 @@ def choose(model: nn.Module, quantization: Quantization, recipe: str = "mixed") 
         if not can_quantize(layer) or (recipe == "linear" and not isinstance(layer, nn.Linear)):
             continue
         own = fine if recipe == "mixed" and _SENSITIVE.search(path) else quantization
-        if own.fits(tuple(layer.weight.shape)):
+        if own.applies_to(tuple(layer.weight.shape)):
             chosen[path] = own
     return chosen
 
@@ -89,7 +89,7 @@ def choose_as(model: nn.Module, entry: Any, keys: frozenset[str], where: str) ->
         if f"{path}.scales" not in keys or not can_quantize(layer):
             continue
         chosen[path] = own.get(path, common)
-        if not chosen[path].fits(tuple(layer.weight.shape)):
+        if not chosen[path].applies_to(tuple(layer.weight.shape)):
             raise CheckpointError(
                 f"{where}: {path} is {tuple(layer.weight.shape)}, which does not divide into groups of "
                 f"{chosen[path].group_size}; config.json and the weights do not belong together"

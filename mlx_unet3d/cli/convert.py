@@ -146,8 +146,8 @@ def table(plan) -> Iterator[str]:
             before = f"{tensor.key:<{width}} {tensor.info.dtype} {tensor.info.shape}"
             if tensor.quantization is not None:
                 dtype = f"{tensor.quantization.mode} {tensor.quantization.bits} bits"
-            turned = f" {tensor.turned}" if tensor.turned else ""
-            yield f"  {before} -> {renamed}{dtype} {tensor.shape}{turned}"
+            permutation = f" {tensor.permutation}" if tensor.permutation else ""
+            yield f"  {before} -> {renamed}{dtype} {tensor.shape}{permutation}"
         for key in component.dropped:
             yield f"  {key:<{width}} -> not needed"
         yield f"  {len(component.tensors)} tensors, {component.nbytes / 1e9:.2f} GB"

@@ -101,12 +101,12 @@ _VIDEO_PIPELINES = {
 }
 
 
-def find_family(settings: Mapping[str, Any], **hub: Any) -> Family:
+def find_family(settings: Mapping[str, Any], *, local_files_only: bool = False) -> Family:
     """Return the family of the model that settings name, from its `model_index.json`.
 
     Raises FileNotFoundError, PermissionError, ConnectionError, CheckpointError as `pipeline_class`.
     """
-    kind = pipeline_class(settings["model"], revision=settings["revision"], **hub)
+    kind = pipeline_class(settings["model"], revision=settings["revision"], local_files_only=local_files_only)
     if settings["video"] is not None:
         kind = _VIDEO_PIPELINES.get(kind, kind)
     return next(family for family in FAMILIES if family.pipeline is kind)

@@ -74,7 +74,7 @@ class LowRank:
         flat = down.reshape(down.shape[0], -1)
         return self.scaling * (self.up.astype(mx.float32) @ flat).reshape(-1, *down.shape[1:])
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
+    def matches(self, shape: tuple[int, ...]) -> bool:
         """Return True if a layer with a weight of this shape can have this change."""
         full = self.up is None and self.down is not None
         return (not full or self.down.shape == shape) and (self.bias is None or self.bias.shape == shape[:1])

@@ -55,7 +55,7 @@ class Quantization:
         """Return the keywords of `mlx.core.quantize`."""
         return asdict(self)
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
+    def applies_to(self, shape: tuple[int, ...]) -> bool:
         """Return True if a weight of this shape divides into groups."""
         columns = _columns(shape)
         return len(shape) > 1 and columns % self.group_size == 0 and columns * self.bits % 32 == 0

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoints import Hub, find_folder, read_component_config, takes_hub
-from ..checkpoints.config import ModelConfig, naming
+from ..checkpoints.config import ModelConfig, blame
 from ..checkpoints.quantization import from_config, quantizations, quantize_layers
 from ..checkpoints.source import pinned
 from ..layers.quantized import Quantization, can_quantize
@@ -158,7 +158,7 @@ def read_networks(path_or_id: str | Path, *, hub: Hub) -> Networks:
 
     config = config_of("unet")
     if config.get("_class_name") == "UNet2DConditionModel" and _lists(index, "motion_adapter"):
-        with naming(folder / "motion_adapter" / "config.json"):
+        with blame(folder / "motion_adapter" / "config.json"):
             adapter = MotionAdapterConfig.from_dict(
                 {k: v for k, v in config_of("motion_adapter").items() if k != "quantization"}
             )
@@ -186,12 +186,12 @@ def _network(name: str, config: dict[str, Any], folder: Path) -> Network:
     kind = next((k for k in kinds if found in (k.class_names or (k.__name__,))), kinds[0])
     kind.check_class_name(config, source)
     entry = config.pop("quantization", None)
-    with naming(source):
+    with blame(source):
         network = Network(kind, kind.config_class.from_dict(config))
     if entry is None:
         return network
     common, own = from_config(entry, source)
     layers = {p: m for p, m in network.skeleton().named_modules() if can_quantize(m)}
     chosen = {path: own.get(path, common) for path in layers}
-    chosen = {p: q for p, q in chosen.items() if q.fits(tuple(layers[p].weight.shape))}
+    chosen = {p: q for p, q in chosen.items() if q.applies_to(tuple(layers[p].weight.shape))}
     return Network(kind, network.config, chosen)

@@ -36,7 +36,7 @@ def change_of(
     if entry.weight is not None or entry.bias is not None:
         made.append(_difference(base, entry))
     shape = weight_shape(base)
-    if not all(low_rank is not None and low_rank.fits(shape) for low_rank in made):
+    if not all(low_rank is not None and low_rank.matches(shape) for low_rank in made):
         has = {name: value.shape for name, value in vars(entry).items() if isinstance(value, mx.array)}
         there = " and ".join(f"{name} {tuple(size)}" for name, size in has.items())
         raise CheckpointError(

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from ..atomic import whole_file
 from ..checkpoints.adapter_keys import LayerLoRA, components_of, flat, is_list, parse_lora
 from ..checkpoints.adapters import AdapterFile, read_adapter
-from ..checkpoints.config import naming
+from ..checkpoints.config import blame
 from ..checkpoints.headers import write_safetensors
 from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.layouts import to_diffusers
@@ -78,7 +78,7 @@ class LoRAMixin:
         weight = as_finite(f"the weight of {adapter_name}", weight)
         file = read_adapter(source, weight_name=weight_name, subfolder=subfolder, hub=hub)
         layers = self._adaptable(CHANGEABLE)
-        with naming(file.name):
+        with blame(file.name):
             parsed = self._parse(file, layers)
             if not parsed:
                 raise CheckpointError(

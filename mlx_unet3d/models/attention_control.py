@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..checkpoints.adapters import is_custom_diffusion, read_adapter
+from ..checkpoints.hub import Hub, takes_hub
 from ..layers.adapted import walk
 from ..layers.attention import Attention
 from ..layers.attention_adapters import (
@@ -175,19 +176,21 @@ class AttentionControl(LoRAMixin):
                 )
         self.set_attn_processor(AttnProcessor(), _remove_lora=True)
 
+    @takes_hub
     def load_attn_procs(
         self,
         source: str | Path | Mapping[str, mx.array],
         *,
         weight_name: str | None = None,
         adapter_name: str = "default",
-        **hub: Any,
+        subfolder: str | None = None,
+        hub: Hub,
     ) -> None:
         """Load a LoRA (see `load_lora_adapter`), or the processors of Custom Diffusion.
 
         Raises as `load_lora_adapter`.
         """
-        file = read_adapter(source, weight_name=weight_name, **hub)
+        file = read_adapter(source, weight_name=weight_name, subfolder=subfolder, hub=hub)
         if not is_custom_diffusion(file):
             self.load_lora_adapter(file, adapter_name)
             return

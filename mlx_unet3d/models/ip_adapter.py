@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checkpoints.hub import Hub, takes_hub
 from ..layers.adapted import ADAPTABLE
 from ..layers.attention import Attention
 from ..layers.attention_processors import AttnProcessor
@@ -26,12 +27,14 @@ _WHERE = re.compile(r"(?:(down|up)_blocks\.(\d+)|(mid)_block)\.attentions\.(\d+)
 class IPAdapterMixin:
     """IP-Adapters for a video UNet; put it before `VideoUNet`."""
 
+    @takes_hub
     def load_ip_adapter(
         self,
         source: IPAdapterSource | Sequence[IPAdapterSource],
         subfolder: str | Sequence[str | None] | None = None,
         weight_name: str | Sequence[str | None] | None = None,
-        **hub: Any,
+        *,
+        hub: Hub,
     ) -> None:
         """Load one or several IP-Adapters, in place of earlier ones. Each starts with a scale of 1.
 
@@ -43,7 +46,7 @@ class IPAdapterMixin:
             source: a safetensors file or torch pickle, a folder or hub id that holds one, or arrays; or a
                 list of these.
             subfolder, weight_name: of the file in the folder or on the hub; or a list.
-            hub: `revision`, `local_files_only`, `token`, `cache_dir`.
+            hub: how the hub is reached: `revision`, `local_files_only`, `token`, `cache_dir`.
 
         Raises:
             ValueError: lists of different lengths, a folder without `weight_name`, or processors without
@@ -52,7 +55,7 @@ class IPAdapterMixin:
             CheckpointError: a file is damaged, is no IP-Adapter or one of an unsupported kind, or is for
                 another network. Nothing is changed then.
         """
-        files = find_files(source, subfolder, weight_name, **hub)
+        files = find_files(source, subfolder, weight_name, hub)
         layers = self._image_attentions()
         for path, attn in layers.items():
             base = _base(attn)

@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..checkpoints.adapters import AdapterFile, read_adapter
-from ..checkpoints.config import naming
+from ..checkpoints.config import blame
+from ..checkpoints.hub import Hub
 from ..errors import CheckpointError
 from ..layers.attention import Attention
 from ..layers.image_projection import (
@@ -34,7 +35,7 @@ _DIM_HEAD = 64  # of the resamplers of all IP-Adapters; cannot be inferred from 
 KeysValues = list[tuple[mx.array, mx.array]]
 
 
-def find_files(source: Any, subfolder: Any, weight_name: Any, **hub: Any) -> list[AdapterFile]:
+def find_files(source: Any, subfolder: Any, weight_name: Any, hub: Hub) -> list[AdapterFile]:
     """Read the files of one or several IP-Adapters; see `IPAdapterMixin.load_ip_adapter`."""
     return [_read(*one, hub) for one in _broadcast(source, subfolder, weight_name)]
 
@@ -44,7 +45,7 @@ def parse_file(file: AdapterFile, layers: Sequence[Attention]) -> tuple[nn.Modul
 
     Raises CheckpointError unless the file is an IP-Adapter for these layers and nothing else.
     """
-    with naming(file.name):
+    with blame(file.name):
         image_proj, ip_adapter = _parts(file)
         return _projection(file, image_proj, layers), _keys_values(file, ip_adapter, layers)
 
@@ -63,9 +64,7 @@ def _broadcast(source: Any, subfolder: Any, weight_name: Any) -> list[tuple[Any,
     return list(zip(*(v * count if len(v) == 1 else v for v in lists.values()), strict=True))
 
 
-def _read(
-    source: IPAdapterSource, subfolder: str | None, weight_name: str | None, hub: dict[str, Any]
-) -> AdapterFile:
+def _read(source: IPAdapterSource, subfolder: str | None, weight_name: str | None, hub: Hub) -> AdapterFile:
     if isinstance(source, Mapping):
         flat = {
             f"{part}.{key}": array
@@ -76,7 +75,7 @@ def _read(
         return AdapterFile(None, flat or dict(source), {})
     if not isinstance(source, AdapterFile) and weight_name is None and Path(source).expanduser().is_dir():
         raise ValueError(f"{source} is a folder; name the file in it by weight_name")
-    return read_adapter(source, weight_name=weight_name, names=(), subfolder=subfolder, **hub)
+    return read_adapter(source, weight_name=weight_name, names=(), subfolder=subfolder, hub=hub)
 
 
 def _parts(file: AdapterFile) -> tuple[dict[str, mx.array], dict[str, mx.array]]:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..checkpoints.config import ModelConfig, key, naming
+from ..checkpoints.config import ModelConfig, blame, key
 from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.shapes import Shapes
 from ..errors import CheckpointError
@@ -123,7 +123,7 @@ class MotionAdapter(PretrainedModel):
         if not Path(path_or_id).expanduser().is_file():
             return super().from_pretrained(path_or_id, **options)
         checkpoint = find_checkpoint(path_or_id, STEM, files=True)
-        with naming(checkpoint.where):
+        with blame(checkpoint.where):
             model = cls.from_config(adapter_config(checkpoint))
         return model.load_checkpoints([Source(checkpoint)], options.get("dtype"))
 
@@ -246,9 +246,9 @@ def from_unet2d(
         adapter = motion_adapter.config
     elif motion_adapter is not None:
         motion = find_checkpoint(motion_adapter, STEM, files=True, hub=replace(hub, revision=None))
-        with naming(motion.where):
+        with blame(motion.where):
             adapter = MotionAdapterConfig.from_dict(adapter_config(motion))
-    with naming(spatial.where):
+    with blame(spatial.where):
         model = cls(**motion_config(cls, config, adapter))
 
     expected = model.expected_tensors()

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..checkpoints.config import ModelConfig, naming
+from ..checkpoints.config import ModelConfig, blame
 from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.layouts import parameter_layouts, to_diffusers
 from ..checkpoints.matching import Expected
@@ -139,7 +139,7 @@ class PretrainedModel(nn.Module):
         cls.check_class_name(checkpoint.config, str(config_file))
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization"}
         # MLX is lazy: the random start values are replaced before anything computes them.
-        with naming(config_file):
+        with blame(config_file):
             model = cls.from_config(config)
         if "quantization" in checkpoint.config:
             model._quantize_as(checkpoint)

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, AdapterFile, learned_token, read_adapter
+from ..checkpoints.hub import Hub, takes_hub
 from ..errors import CheckpointError
 from ..models.adapters import LoRAMixin, chosen_weights, networks_of
 from ..tokenizer import CLIPTokenizer
@@ -31,7 +32,10 @@ class AdapterMethods(Components):
         text_encoder: LoRAMixin | None = None,
         *,
         weight_name: str | None = None,
-        **hub: Any,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        cache_dir: str | Path | None = None,
     ) -> list[str]:
         """Teach tokenizer and text encoder a learned token; returns its tokens, one a vector.
 
@@ -45,14 +49,17 @@ class AdapterMethods(Components):
             token: what to call it; None for its own name.
             tokenizer, text_encoder: of the pipeline, the ones to teach; None for the first.
             weight_name: the file's name in the folder, "learned_embeds.safetensors" or ".bin" by default.
-            hub: `revision`, `subfolder`, `local_files_only`, `token`, `cache_dir`.
+            subfolder: of the file, in the folder or on the hub.
+            revision, local_files_only, cache_dir: how the hub is reached, see `Hub`.
 
         Raises:
             ValueError: the token is known, or has to be named.
             CheckpointError: the file is no textual inversion, or one for another text encoder.
         """
         self._need("text_encoder")
-        file = read_adapter(source, weight_name=weight_name, names=TEXTUAL_INVERSION_NAMES, **hub)
+        hub = Hub(revision, local_files_only, cache_dir=cache_dir)
+        names = TEXTUAL_INVERSION_NAMES
+        file = read_adapter(source, weight_name=weight_name, names=names, subfolder=subfolder, hub=hub)
         if file.tensors.keys() == {"clip_l", "clip_g"}:
             pairs = [
                 (replace(file, tensors={"emb_params": file.tensors[key]}), self._encoder_of(name))
@@ -83,6 +90,7 @@ class AdapterMethods(Components):
         self._need(name)
         return getattr(self, name.replace("text_encoder", "tokenizer")), getattr(self, name)
 
+    @takes_hub
     def load_lora_weights(
         self,
         source: str | Path | Mapping[str, mx.array] | AdapterFile,
@@ -90,14 +98,15 @@ class AdapterMethods(Components):
         *,
         weight: float = 1.0,
         weight_name: str | None = None,
-        **hub: Any,
+        subfolder: str | None = None,
+        hub: Hub,
     ) -> dict[str, int]:
         """Load a LoRA for the UNet, text encoders, or both; returns the number of layers of each.
 
         See `UNet3DConditionModel.load_lora_adapter` for the arguments and errors; single networks have the
         other methods for adapters too.
         """
-        file = read_adapter(source, weight_name=weight_name, **hub)
+        file = read_adapter(source, weight_name=weight_name, subfolder=subfolder, hub=hub)
         networks = self._adaptable()
         loaded: dict[str, int] = {}
         try:

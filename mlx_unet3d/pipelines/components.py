@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..atomic import write_text
 from ..checkpoints import find_folder, read_component_config, read_json
-from ..checkpoints.config import naming
+from ..checkpoints.config import blame
 from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.source import choose_variants, pinned
 from ..errors import CheckpointError
@@ -212,7 +212,7 @@ class Components:
             else:
                 file = "scheduler_config.json"
                 config = read_component_config(path_or_id, file, subfolder=name, hub=hub)
-                with naming(folder / name / file):
+                with blame(folder / name / file):
                     made[name] = scheduler_of_pipeline(config, index[name], scheduler)
         options = {name: index.get(name, default) for name, default in cls.index_options.items()}
         return cls(**made, **options, recommended=Recommended.from_dict(index.get("_recommended", {})))

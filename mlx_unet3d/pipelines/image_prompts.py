@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..checkpoints.hub import Hub, takes_hub
 from ..image_processor import CLIPImageProcessor, Pictures
 from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.ip_adapter_files import IPAdapterSource
@@ -28,13 +29,15 @@ class PromptImages(NamedTuple):
 class ImagePrompts(Components):
     """A pipeline whose UNet takes IP-Adapters: images as prompts beside the text (arXiv:2308.06721)."""
 
+    @takes_hub
     def load_ip_adapter(
         self,
         source: IPAdapterSource | Sequence[IPAdapterSource],
         subfolder: str | Sequence[str | None] | None = None,
         weight_name: str | Sequence[str | None] | None = None,
         image_encoder_folder: str | None = "image_encoder",
-        **hub: Any,
+        *,
+        hub: Hub,
     ) -> None:
         """Load one IP-Adapter or several into the UNet, and their image encoder where the pipeline has none.
 
@@ -43,7 +46,7 @@ class ImagePrompts(Components):
             image_encoder_folder: where the image encoder of the (first) folder or hub id is: a name in
                 `subfolder`, or a path with a slash from the top. None for no image encoder: calls then take
                 `ip_adapter_image_embeds` alone. Files and arrays come without.
-            hub: `revision`, `local_files_only`, `token`, `cache_dir`.
+            hub: how the hub is reached: `revision`, `local_files_only`, `token`, `cache_dir`.
 
         Raises as `UNetMotionModel.load_ip_adapter`, and FileNotFoundError where the folder has no image
         encoder. Nothing is changed then.
@@ -57,9 +60,9 @@ class ImagePrompts(Components):
             if len(place.parts) == 1 and within is not None:
                 place = within / place
             encoder = CLIPVisionModelWithProjection.from_pretrained(
-                first, subfolder=str(place), dtype=self.unet.dtype, **hub
+                first, subfolder=str(place), dtype=self.unet.dtype, hub=hub
             )
-        self.unet.load_ip_adapter(source, subfolder, weight_name, **hub)
+        self.unet.load_ip_adapter(source, subfolder, weight_name, hub=hub)
         self.image_encoder = encoder
         if self.feature_extractor is None and encoder is not None:
             size = encoder.config.image_size

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import find_folder, read_json
+from ..checkpoints import Hub, find_folder, read_json, takes_hub
 from ..errors import CheckpointError
 from .animatediff import AnimateDiffPipeline
 from .animatediff_sdxl import AnimateDiffSDXLPipeline
@@ -28,17 +28,18 @@ PIPELINES: dict[str, type[VideoPipeline]] = {
 """Pipelines by the class of diffusers whose folders they read; one of images moves with a motion adapter."""
 
 
-def pipeline_class(path_or_id: str | Path, **hub: Any) -> type[VideoPipeline]:
+@takes_hub
+def pipeline_class(path_or_id: str | Path, *, hub: Hub) -> type[VideoPipeline]:
     """Return the class that reads a pipeline folder or hub id.
 
     Args:
         path_or_id: a folder, a hub id, or "demo".
-        hub: `revision`, `local_files_only`, `token`, `cache_dir`.
+        hub: how the hub is reached: `revision`, `local_files_only`, `token`, `cache_dir`.
 
     Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError for a
     pipeline of another kind.
     """
-    folder = find_folder(path_or_id, files=("model_index.json",), **hub)
+    folder = find_folder(path_or_id, files=("model_index.json",), hub=hub)
     name = read_json(folder / "model_index.json").get("_class_name")
     if name not in PIPELINES:
         raise CheckpointError(
@@ -48,15 +49,15 @@ def pipeline_class(path_or_id: str | Path, **hub: Any) -> type[VideoPipeline]:
     return PIPELINES[name]
 
 
-def load_pipeline(path_or_id: str | Path, **options: Any) -> VideoPipeline:
+@takes_hub
+def load_pipeline(path_or_id: str | Path, *, hub: Hub, **options: Any) -> VideoPipeline:
     """Read a pipeline of any family; diffusers' `DiffusionPipeline.from_pretrained`.
 
     Args:
         path_or_id: a folder of diffusers or of the converter, a hub id, or "demo".
+        hub: how the hub is reached: `revision`, `local_files_only`, `token`, `cache_dir`.
         options: of the `from_pretrained` of the pipeline's class, such as `dtype`.
 
     Raises as that does, and CheckpointError for a pipeline of another kind.
     """
-    names = ("revision", "local_files_only", "token", "cache_dir")
-    hub = {name: options[name] for name in names if name in options}
-    return pipeline_class(path_or_id, **hub).from_pretrained(path_or_id, **options)
+    return pipeline_class(path_or_id, hub=hub).from_pretrained(path_or_id, hub=hub, **options)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..atomic import write_text
+from ..checkpoints.hub import Hub, takes_hub
 from ..scalars import as_python
 
 if TYPE_CHECKING:
@@ -202,19 +203,20 @@ class ConfigMixin:
         return scheduler
 
     @classmethod
+    @takes_hub
     def from_pretrained(
-        cls, path_or_id: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any
+        cls, path_or_id: str | os.PathLike[str], *, subfolder: str | None = None, hub: Hub
     ) -> Self:
         """Make a scheduler of this class from the scheduler_config.json in a folder or hub repository.
 
         Args:
             path_or_id: a folder, or a hub id.
             subfolder: "scheduler" where `path_or_id` is a complete pipeline.
-            hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+            hub: how the hub is reached: `revision`, `local_files_only`, `token`, `cache_dir`.
         """
         from ..checkpoints import read_component_config
 
-        config = read_component_config(path_or_id, CONFIG_NAME, subfolder=subfolder, **hub)
+        config = read_component_config(path_or_id, CONFIG_NAME, subfolder=subfolder, hub=hub)
         return cls.from_config(config)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
