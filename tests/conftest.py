@@ -1,5 +1,6 @@
 """Imports the package before anything else, so that OpenBLAS is in place where it is installed."""
 
+import os
 from collections.abc import Iterator
 
 import mlx_unet3d  # noqa: F401
@@ -14,6 +15,14 @@ def pytest_report_header(config: pytest.Config) -> str:
 
     torch = "installed" if importlib.util.find_spec("torch") else "absent: parity tests are skipped"
     return f"mlx {mx.__version__} on {mx.default_device()}, BLAS: {blas.loaded}, torch: {torch}"
+
+
+@pytest.fixture(autouse=True)
+def no_preferences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user of this machine prefers changes no test."""
+    for name in ("MODEL", "FOLDER", "FORMAT"):
+        monkeypatch.delenv(f"MLX_UNET3D_{name}", raising=False)
+    monkeypatch.setenv("MLX_UNET3D_CONFIG", os.devnull + ".toml")
 
 
 @pytest.fixture

@@ -66,11 +66,6 @@ def test_generate(model, capsys):
     assert os.listdir() == ["out.png"]  # no latents, no temporary file
 
 
-def test_default_output(model):
-    assert generate(model) == 0
-    assert os.listdir() == ["video.gif"]
-
-
 FLAGS = {
     "--num-frames": ("4", dict(num_frames=4)),
     "--height": ("40", dict(height=40)),

@@ -48,13 +48,14 @@ def test_command_without_model(tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "demo model" in captured.err
     assert "does not know" not in captured.err
-    assert captured.out == "video.gif\n"
-    frames, _ = media.read_video("video.gif")
+    name = "a-red-circle-moving-left_seed0.gif"
+    assert captured.out == name + "\n"
+    frames, _ = media.read_video(name)
     assert frames.shape == (8, 64, 64, 3)
     verdict = judge.judge(frames)
     assert (verdict.colour, verdict.shape, verdict.motion) == ("red", "circle", "moving left")
-    assert media.read_metadata("video.gif")["model"] == "demo"
-    assert os.listdir() == ["video.gif"]
+    assert media.read_metadata(name)["model"] == "demo"
+    assert os.listdir() == [name]
 
 
 def test_unknown_words(pipe):

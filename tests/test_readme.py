@@ -71,6 +71,7 @@ def place(tmp_path_factory):
     environment = os.environ | {
         "HF_HUB_CACHE": str(folder / "hub"),
         "HF_HUB_OFFLINE": "1",
+        "MLX_UNET3D_CONFIG": str(folder / "config.toml"),
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
         "PYTHONWARNINGS": "error",
     }

@@ -24,19 +24,26 @@ class Terminated(KeyboardInterrupt):
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     # Not at the top: without a backend, importing MLX fails, and the command must say so in one line.
-    from . import bench, convert, decode, doctor, generate, info, plan
+    from . import bench, completion, config, convert, decode, doctor, generate, info, plan
+    from .parser import Parser
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx-unet3d",
+        usage="COMMAND [OPTIONS]",
         description="Video diffusion with 3D UNets in MLX.",
+        examples=(
+            'mlx-unet3d generate "a red circle moving left"',
+            "mlx-unet3d generate --image photo.jpg --model stabilityai/stable-video-diffusion-img2vid-xt",
+            "mlx-unet3d generate --help",
+        ),
         epilog="Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted, 128 + n ended by signal n.",
     )
     parser.add_argument("--version", action="version", version=f"mlx-unet3d {__version__}")
     parser.add_argument(
         "--traceback", action="store_true", help="show where in the program an error came from"
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, plan, decode, convert, info, doctor, bench):
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="mlx-unet3d")
+    for command in (generate, plan, decode, convert, info, doctor, bench, config, completion):
         command.add_parser(commands)
     return parser
 
@@ -46,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (problem := missing_backend()) is not None:
         print(f"mlx-unet3d: error: {problem}", file=sys.stderr)
         return EXIT_FAILED
+    from . import options
+
     args = build_parser().parse_args(argv)
+    options.loudness.set(getattr(args, "loudness", options.NORMAL))
     warnings.showwarning = _show_warning
     try:
         with _signals_as_errors():

@@ -8,8 +8,8 @@ import mlx.core as mx
 from PIL import Image
 
 from .. import __version__, memory
-from ..checkpoints import DEMO
 from . import families, options
+from .config import preference
 from .doctor import facts
 from .settings import DEFAULTS
 
@@ -19,6 +19,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "bench",
         help="measure a step on this machine",
         description="Measure steps and decoding on this machine; prints a row of a Markdown table.",
+        usage="[OPTIONS]",
+        examples=(
+            "mlx-unet3d bench",
+            "mlx-unet3d bench --model ms-1.7b --num-frames 16 --height 256 --width 256",
+        ),
     )
     options.add_model_options(parser)
     parser.add_argument("--num-frames", type=options.frames, help="default: the model's, or 16")
@@ -38,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     options.advise()
-    model = args.model if args.model is not None else DEMO
+    model = args.model if args.model is not None else preference("model")[0]
     dtype = args.dtype or ("float16" if mx.default_device() == mx.gpu else "float32")
     settings = DEFAULTS | {"model": model, "revision": args.revision, "prompt": ""}
     family = families.find_family(settings, local_files_only=args.local_files_only)

@@ -19,6 +19,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "without torch, and never run), to the MLX layout, to another dtype, or back to diffusers. "
         "Original files (ModelScope, AnimateDiff, Stable Diffusion, Stable Video Diffusion, I2VGen-XL) are "
         "told by their tensors.",
+        usage="--hf-path PATH_OR_ID --mlx-path FOLDER [OPTIONS]",
+        examples=(
+            "mlx-unet3d convert --hf-path damo-vilab/text-to-video-ms-1.7b --variant fp16 --mlx-path ms-1.7b",
+            "mlx-unet3d convert --hf-path ms-1.7b --mlx-path ms-1.7b-q8 -q --verify",
+            "mlx-unet3d convert --hf-path sd15.safetensors --motion-adapter mm.ckpt --mlx-path moves -q",
+        ),
     )
     parser.add_argument(
         "--hf-path", required=True, metavar="PATH_OR_ID", help="folder, hub id or weight file to convert"

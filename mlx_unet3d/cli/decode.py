@@ -11,6 +11,7 @@ from ..models.autoencoder_kl import AutoencoderKL
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..pipelines.decoding import decode_latents
 from . import options
+from .outputs import add_json, announce, check_free
 from .settings import DEFAULTS, is_same_model, of_file, public, trusted
 
 # Settings of the file that the command line can override.
@@ -23,6 +24,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "decode",
         help="make a video of latents that a run left",
         description="Decode latents that `generate` left on disk, with the model named in them.",
+        usage="LATENTS [OPTIONS]",
+        examples=(
+            "mlx-unet3d decode panda.gif.latents.safetensors",
+            "mlx-unet3d decode panda.gif.latents.safetensors -o panda.mp4 --fps 12",
+        ),
     )
     parser.add_argument("latents", type=Path, metavar="LATENTS", help="a .latents.safetensors file")
     parser.add_argument(
@@ -32,6 +38,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="file to write (default: the name it was meant to have)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    add_json(parser)
+    options.add_loudness(parser)
     parser.add_argument("--fps", type=options.rate, help="frames a second (default: as asked then)")
     parser.add_argument(
         "--decode-chunk-size",
@@ -56,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     trusted({"model": settings["model"]}, saved.path, given)
     output = options.output_of(args.latents) if args.output is None else args.output
     rate = settings["fps"] or _FPS
+    check_free(output, args.overwrite)
     media.check_writable(output, fps=rate, metadata=public(settings), overwrite=args.overwrite)
     make_video(args, saved, settings, output)
     return 0
@@ -66,7 +75,8 @@ def make_video(args: argparse.Namespace, saved: SavedLatents, settings: dict[str
     latents, _ = saved.read()
     rate = settings["fps"] or _FPS
     options.advise()
-    with options.stage("load"):
+    stages: dict[str, dict[str, float]] = {}
+    with options.stage("load", stages):
         where = dict(revision=settings["revision"], local_files_only=args.local_files_only)
         config = read_component_config(settings["model"], "config.json", subfolder="vae", **where)
         temporal = config.get("_class_name") in AutoencoderKLTemporalDecoder.class_names
@@ -80,7 +90,8 @@ def make_video(args: argparse.Namespace, saved: SavedLatents, settings: dict[str
         )
     if settings["vae_tiling"]:
         vae.enable_tiling()
-    with options.stage("decode"):
-        frames = decode_latents(vae, latents, decode_chunk_size=settings["decode_chunk_size"], progress=True)
+    with options.stage("decode", stages):
+        chunk = settings["decode_chunk_size"]
+        frames = decode_latents(vae, latents, decode_chunk_size=chunk, progress=not options.is_quiet())
     media.write_video(output, media.to_uint8(frames[0]), fps=rate, metadata=public(settings))
-    print(output)
+    announce(args, output, settings, stages)

@@ -17,6 +17,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "doctor",
         help="report the machine and test its arithmetic",
         description="Print what a bug report needs, and test the arithmetic of this machine in a second.",
+        usage="",
+        examples=("mlx-unet3d doctor",),
     )
     parser.set_defaults(run=run)
 

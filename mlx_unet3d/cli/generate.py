@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import media
-from ..atomic import check_place, claim
+from ..atomic import check_place
 from ..errors import NonFiniteError
 from ..latents import open_latents
 from ..layers.convolution import MODES as CONVOLUTIONS
@@ -21,8 +21,9 @@ from ..schedulers import SCHEDULERS
 from . import decode, families, options
 from .families import Family
 from .keeping import Keeper, swapped
+from .outputs import add_json, announce, check_free, hold_outputs
 from .preparing import fit, load, read_frames, read_picture
-from .requests import collect_settings, given, output_paths, resumed_settings
+from .requests import collect_settings, given, resumed_settings, take_prompt
 from .settings import public
 
 
@@ -33,14 +34,26 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Make a video: of a prompt; with --video of a video that it changes; of an image with a "
         "model for these. The model decides what it takes.",
         argument_default=argparse.SUPPRESS,
+        usage="[PROMPT] [OPTIONS]",
+        examples=(
+            'mlx-unet3d generate "a large ring growing" --seed 3',
+            'mlx-unet3d generate "a panda" --model damo-vilab/text-to-video-ms-1.7b -o panda.mp4',
+            "mlx-unet3d generate --image photo.jpg --model stabilityai/stable-video-diffusion-img2vid-xt",
+            "mlx-unet3d generate --from panda.mp4 --seed 8",
+            "mlx-unet3d generate --resume panda.mp4.latents.safetensors",
+        ),
     )
-    parser.add_argument("prompt", nargs="?", type=options.text, help="what to show")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", type=options.text, help="what to show")
+    parser.add_argument(
+        "--prompt-file", type=options.path, metavar="FILE", help="read the prompt of a text file, - of a pipe"
+    )
     parser.add_argument(
         "-o",
         "--output",
         type=options.path,
         default=None,
-        help=".gif, .webp, .png (animated), .mp4, or a folder/ of images (default: video.gif)",
+        help=".gif, .webp, .png (animated), .mp4, or a folder/ of images (default: a free name of prompt and "
+        "seed, see mlx-unet3d config)",
     )
     parser.add_argument("--from", dest="replay", type=Path, metavar="FILE", help="take settings from a video")
     parser.add_argument(
@@ -54,6 +67,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--keep-latents", action="store_true", default=False, help="keep them beside the video"
     )
+    add_json(parser)
+    options.add_loudness(parser)
 
     group = parser.add_argument_group("video")
     group.add_argument(
@@ -220,24 +235,21 @@ class Job:
 
 
 def run(args: argparse.Namespace) -> int:
+    if "prompt_file" in args:
+        take_prompt(args)
     saved = open_latents(args.resume) if "resume" in args else None
     if saved is None:
-        settings = collect_settings(args)
-        output = "video.gif" if args.output is None else args.output
-        job = Job(settings, output_paths(output, settings["seed"], args.num_videos))
+        settings, left = collect_settings(args), None
     else:
-        settings = resumed_settings(args, saved)
-        output = options.output_of(args.resume) if args.output is None else args.output
-        job = Job(settings, [output], args.resume)
+        settings, left = resumed_settings(args, saved), args.resume
     family = families.find_family(settings, local_files_only=args.local_files_only)
     families.check_family(family, settings, given(args))
     with ExitStack() as claims:
-        for output in job.outputs:  # from here on no other run has these names
-            claims.enter_context(claim(options.latents_path(output)))
+        job = Job(settings, hold_outputs(args, settings, claims), left)
         for output in job.outputs:
             check_output(args, output, settings)
         if saved is not None and saved.steps == 0:  # all but the decoding is done
-            decode.make_video(args, saved, settings, output)
+            decode.make_video(args, saved, settings, job.outputs[0])
             if not args.keep_latents:
                 saved.path.unlink()
             return 0
@@ -249,6 +261,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_output(args: argparse.Namespace, output: str, settings: dict[str, Any]) -> None:
     """Raise what would keep a video, or the latents beside it, from being written after the long work."""
+    check_free(output, args.overwrite)
     fps = 8.0 if settings["fps"] is None else settings["fps"]
     media.check_writable(output, fps=fps, metadata=public(settings), overwrite=args.overwrite)
     left = options.latents_path(output)
@@ -265,39 +278,46 @@ def make_videos(args: argparse.Namespace, family: Family, job: Job) -> int:
     video = None if settings["video"] is None else read_frames(settings)
     image, ip_image = (read_picture(settings, name) for name in ("image", "ip_image"))
     options.advise()
+    stages: dict[str, dict[str, float]] = {}
 
-    with options.stage("load"):
+    with options.stage("load", stages):
         pipe = load(args, family, settings)
         families.complete(family, pipe, settings, image)
         fit(pipe, settings, args.memory)
-    with options.stage("encode"):
+    options.say("\n".join(f"{name}: {value}" for name, value in public(settings).items()), options.VERBOSE)
+    with options.stage("encode", stages):
         states = families.encode(family, pipe, settings, image, ip_image)
         families.release_encoders(pipe)  # their memory is wanted from here on
 
-    finished: list[tuple[str, mx.array, Keeper]] = []
+    finished: list[tuple[str, mx.array, Keeper, dict[str, Any]]] = []
     try:
         for i, output in enumerate(job.outputs):
             own = settings | {"seed": settings["seed"] + i}
             left = options.latents_path(output)
             keeper = Keeper(left, own, job.predictions, job.left, pipe.frames_axis)
-            with options.stage(f"denoise, seed {own['seed']}"):
+            measured = dict(stages)
+            with options.stage(f"denoise, seed {own['seed']}", measured):
                 latents = denoise(family, pipe, states, video, own, keeper, job.predictions)
             keeper.finish(latents)
-            finished.append((output, latents, keeper))
+            finished.append((output, latents, keeper, measured))
         pipe.release("unet")
 
-        for output, latents, keeper in list(finished):
-            with options.stage("decode"):
-                frames = pipe.decode(latents, decode_chunk_size=settings["decode_chunk_size"], progress=True)
+        for output, latents, keeper, measured in list(finished):
+            with options.stage("decode", measured):
+                frames = pipe.decode(
+                    latents,
+                    decode_chunk_size=settings["decode_chunk_size"],
+                    progress=not options.is_quiet(),
+                )
             frames = media.to_uint8(frames[0])
             media.write_video(output, frames, fps=settings["fps"], metadata=public(keeper.settings))
             finished.pop(0)
             if not args.keep_latents:
                 keeper.clear()
-            print(output, flush=True)
+            announce(args, output, keeper.settings, measured)
     except BaseException:
-        for _, _, keeper in finished:
-            options.say(keeper.hint())
+        for _, _, keeper, _ in finished:
+            options.say(keeper.hint(), options.QUIET)
         raise
     return 0
 
@@ -314,7 +334,7 @@ def denoise(
     """Run the loop with a progress bar; where it is cut off, there is on disk what it takes to go on."""
     record = None
     try:
-        with tqdm(desc="denoise", unit="step") as bar:
+        with tqdm(desc="denoise", unit="step", disable=options.is_quiet()) as bar:
             for record in families.steps(family, pipe, states, video, settings, predictions):
                 bar.total = record.total
                 bar.update()

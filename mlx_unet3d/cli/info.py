@@ -13,6 +13,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="say what a checkpoint is",
         description="Read the configs and the headers of the weight files of a pipeline or a component, or "
         "tell by its tensors what a single file holds.",
+        usage="PATH [OPTIONS]",
+        examples=(
+            "mlx-unet3d info ms-1.7b",
+            "mlx-unet3d info mm_sd_v15_v2.ckpt",
+        ),
     )
     parser.add_argument(
         "path", metavar="PATH", help="folder of a pipeline or of a component, a file, or demo"

@@ -59,7 +59,7 @@ class Keeper:
             self._save(self.path)
         except OSError as error:
             if not self._complained:
-                options.say(f"the run goes on, but cannot be kept in {self.path}: {error}")
+                options.say(f"the run goes on, but cannot be kept in {self.path}: {error}", options.QUIET)
             self._complained = True
         end = time.monotonic()
         self._due = end + max(EVERY_SECONDS, (end - start) / _SHARE)
@@ -73,7 +73,8 @@ class Keeper:
             done, total = len(self._made), self._record.total
             options.say(
                 f"stopped after step {done} of {total}. To finish it, or see it so far:\n"
-                f"  {self._command('generate --resume')}\n  {self._command('decode')}"
+                f"  {self._command('generate --resume')}\n  {self._command('decode')}",
+                options.QUIET,
             )
 
     def finish(self, latents: mx.array) -> None:
@@ -118,13 +119,13 @@ class Keeper:
         try:
             save(self.path)
         except OSError as error:
-            options.say(f"{self.path} cannot be written: {error}")
+            options.say(f"{self.path} cannot be written: {error}", options.QUIET)
             if other.exists():
                 return
             try:
                 save(other)
             except OSError:
-                options.say(f"neither can {other}")
+                options.say(f"neither can {other}", options.QUIET)
 
     def _command(self, command: str) -> str:
         """A command line that goes on from the file, naming what lies outside the current folder."""

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,21 @@ from ..memory import parse_memory
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Far above the training of any network, and low enough to plan quickly.
 _MOST_FRAMES, _LONGEST_SIDE, _MOST_PIXELS = 4096, 2**15, 2**28
-_MOST_TEXT = 100_000
+LONGEST_TEXT = 100_000
 _MOST = 1_000_000
+
+
+def integer(text: str) -> int:
+    """Parse an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be an integer") from None
 
 
 def count(text: str) -> int:
     """Parse an integer from 1 up to a generous limit."""
-    value = int(text)
+    value = integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return _at_most(value, _MOST)
@@ -32,8 +41,8 @@ def count(text: str) -> int:
 
 def text(value: str) -> str:
     """Parse text that can be encoded and is not too long."""
-    if len(value) > _MOST_TEXT:
-        raise argparse.ArgumentTypeError(f"{len(value)} characters are more than {_MOST_TEXT}")
+    if len(value) > LONGEST_TEXT:
+        raise argparse.ArgumentTypeError(f"{len(value)} characters are more than {LONGEST_TEXT}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -61,7 +70,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 def seed(text: str) -> int:
     """Parse an integer of 64 bits, signed or unsigned."""
-    value = int(text)
+    value = integer(text)
     if not -(2**63) <= value < 2**64:
         raise argparse.ArgumentTypeError("a seed of more than 64 bits; use 0 <= seed < 2**64")
     return value
@@ -114,7 +123,10 @@ def check_latents(path: Path, shape: tuple[int, ...], settings: Mapping[str, Any
 
 def number(text: str) -> float:
     """Parse a finite number."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be a number") from None
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} must be a finite number")
     return value
@@ -166,22 +178,44 @@ def advise() -> None:
     """Print one line for users who could run it 20 times faster."""
     advice = blas.advice()
     if advice:
-        print(f"mlx-unet3d: {advice}", file=sys.stderr)
+        say(f"mlx-unet3d: {advice}")
 
 
-def say(text: str) -> None:
-    """Print lines for the user, which may contain file names."""
-    print(printable_lines(text), file=sys.stderr, flush=True)
+QUIET, NORMAL, VERBOSE = range(3)
+loudness: ContextVar[int] = ContextVar("loudness", default=NORMAL)
+"""How much a command says besides its result; errors and warnings are always said."""
+
+
+def say(text: str, least: int = NORMAL) -> None:
+    """Print lines for the user, which may contain file names, unless the command is quieter than `least`."""
+    if loudness.get() >= least:
+        print(printable_lines(text), file=sys.stderr, flush=True)
+
+
+def is_quiet() -> bool:
+    """Return True if no progress is to be shown."""
+    return loudness.get() == QUIET
+
+
+def add_loudness(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet and --verbose."""
+    group = parser.add_argument_group("messages").add_mutually_exclusive_group()
+    shared = dict(dest="loudness", action="store_const", default=NORMAL)
+    group.add_argument("--quiet", const=QUIET, **shared, help="print results, warnings and errors alone")
+    group.add_argument("--verbose", const=VERBOSE, **shared, help="print settings and the memory plan too")
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
-    """Print time and peak memory of a stage when it ends."""
+def stage(name: str, measured: dict[str, dict[str, float]] | None = None) -> Iterator[None]:
+    """Print time and peak memory of a stage when it ends, and add them to those measured, by its name."""
     mx.reset_peak_memory()
     start = time.perf_counter()
     yield
     seconds = time.perf_counter() - start
-    say(f"{name}: {seconds:.1f} s, peak memory {mx.get_peak_memory() / 1e9:.2f} GB")
+    peak = mx.get_peak_memory()
+    if measured is not None:
+        measured[name.split(",")[0]] = {"seconds": round(seconds, 3), "peak_memory_bytes": peak}
+    say(f"{name}: {seconds:.1f} s, peak memory {peak / 1e9:.2f} GB")
 
 
 LATENTS_SUFFIX = ".latents.safetensors"

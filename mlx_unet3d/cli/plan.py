@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .. import memory
-from ..checkpoints import DEMO
 from ..chips import CHIPS, Chip, find_chip, working_set
 from . import options
+from .config import preference
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -17,6 +17,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="predict the memory and the time that a video takes",
         description="Predict the memory of each stage, the options with which a video fits, and the least "
         "time of a step. Reads configs alone; no weight is downloaded.",
+        usage="[OPTIONS]",
+        examples=(
+            "mlx-unet3d plan --model damo-vilab/text-to-video-ms-1.7b --chip M2",
+            "mlx-unet3d plan --model ms-1.7b --num-frames 24 --height 320 --width 576 --memory 8GB",
+        ),
     )
     group = parser.add_argument_group("video")
     group.add_argument("--num-frames", "--frames", type=options.frames, help="default: the model's, or 16")
@@ -76,7 +81,7 @@ class Machine:
 
 
 def run(args: argparse.Namespace) -> int:
-    model = args.model if args.model is not None else DEMO
+    model = args.model if args.model is not None else preference("model")[0]
     networks = memory.read_networks(model, revision=args.revision, local_files_only=args.local_files_only)
     machines = machines_of(args)
     metal = args.chip is not None or args.memory is not None or mx.default_device() == mx.gpu
@@ -140,11 +145,7 @@ def report(
     last = plans[-1][1]
     guided = "with" if guidance else "without"
     lines = [f"{model}: {last.video}, {guided} guidance, {dtype}", ""]
-    lines.append(f"{'stage':<10}{'weights':>10}{'peak':>10}{'largest buffer':>18}")
-    for stage in last.stages:
-        sizes = (gigabytes(n) for n in (stage.weights, stage.peak, stage.largest))
-        lines.append("{:<10}{:>10}{:>10}{:>18}".format(stage.name, *sizes))
-    lines.append("")
+    lines += [*stage_lines(last), ""]
     for machine, plan in plans:
         usable = f"{machine.name} ({gigabytes(machine.budget)} for MLX)"
         if plan.fits:
@@ -156,6 +157,15 @@ def report(
         lines.append(
             f"{chip.name}: {last.step_seconds:.3g} s a step at its peak rates; real runs take longer"
         )
+    return lines
+
+
+def stage_lines(plan: memory.Plan) -> list[str]:
+    """Return a table of the stages of a plan."""
+    lines = [f"{'stage':<10}{'weights':>10}{'peak':>10}{'largest buffer':>18}"]
+    for stage in plan.stages:
+        sizes = (gigabytes(n) for n in (stage.weights, stage.peak, stage.largest))
+        lines.append("{:<10}{:>10}{:>10}{:>18}".format(stage.name, *sizes))
     return lines
 
 

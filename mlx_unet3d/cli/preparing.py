@@ -20,6 +20,7 @@ from ..pipelines.motion_training import training_of
 from ..schedulers import scheduler_from_config
 from . import options
 from .families import Family
+from .plan import stage_lines
 from .settings import RECORDED, check, checksum_of_frames
 
 
@@ -142,6 +143,7 @@ def fit(pipe: VideoPipeline, settings: dict[str, Any], choice: str | float) -> N
                 "little; --decode-chunk-size decides otherwise"
             )
     plan.settings.apply(pipe)
+    options.say("\n".join(stage_lines(plan)), options.VERBOSE)
     sizes = f"{plan.peak / 1e9:.2f} GB of {budget / 1e9:.2f} GB"
     if not plan.fits:
         options.say(f"memory: this may not fit, {sizes} with {plan.settings}; see mlx-unet3d plan")

@@ -1,17 +1,19 @@
 """The settings that a command line of `generate` asks for, on top of those of a replayed or stopped run."""
 
 import argparse
+import contextlib
 import json
-import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from .. import media
-from ..checkpoints import DEMO
 from ..latents import SavedLatents
 from . import options
+from .config import preference
 from .families import flag
 from .settings import (
     DEFAULTS,
@@ -40,11 +42,13 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
             settings |= {"revision": None, "variant": None}  # they were the other model's
     settings |= given(args)
     if settings["model"] is None:
+        settings["model"], source = preference("model")
         options.say(
-            "no --model: using the small demo model, which draws one moving shape; give a pipeline folder or "
-            "a hub id for anything else"
+            f"model: {settings['model']}, set by {source}"
+            if source
+            else "no --model: using the small demo model, which draws one moving shape; give a pipeline "
+            "folder or a hub id for anything else"
         )
-        settings["model"] = DEMO
     if "strength" in args and settings["video"] is None:
         raise ValueError(f"--strength {args.strength:g} says how much to change a video; give --video too")
     check(settings)
@@ -63,6 +67,31 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     if "embedding" in found:
         found["embedding"] = json.dumps([embedding_setting(values) for values in args.embedding])
     return found
+
+
+def take_prompt(args: argparse.Namespace) -> None:
+    """Put the text of --prompt-file in the place of the prompt; "-" is standard input, which is read once.
+
+    Raises ValueError where there is no text, or a prompt already.
+    """
+    path = args.prompt_file
+    if getattr(args, "prompt", None) is not None:
+        raise ValueError(f"--prompt-file {path}: there is a prompt already; leave one out")
+    with contextlib.ExitStack() as files:
+        try:
+            source = sys.stdin.buffer
+            if path != "-":
+                source = files.enter_context(open(Path(path).expanduser(), "rb"))
+            data = source.read(options.LONGEST_TEXT * 4 + 1)
+        except OSError as error:
+            raise ValueError(f"--prompt-file {path} cannot be read: {error.strerror}") from error
+    try:
+        found = options.text(data.decode().strip())
+    except (UnicodeDecodeError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"--prompt-file {path}: {error}; give a short text in UTF-8") from error
+    if not found:
+        raise ValueError(f"--prompt-file {path}: there is no text in it; write the prompt there")
+    args.prompt = found
 
 
 def lora_setting(values: Sequence[Any]) -> tuple[str, float]:
@@ -116,12 +145,3 @@ def resumed_settings(args: argparse.Namespace, saved: SavedLatents) -> dict[str,
 def replayed(found: dict[str, Any]) -> dict[str, Any]:
     """Return what a file says of weights and inputs, to hold against those of this run."""
     return {f"replayed_{name}": found.get(name) for name in ("weights", *RECORDED.values())}
-
-
-def output_paths(output: str, seed: int, count: int) -> list[str]:
-    """One path a video; with the seed in the name where there are several."""
-    if count == 1:
-        return [output]
-    # A slash at the end asks for a folder, whatever the name looks like.
-    stem, suffix = (output.rstrip("/"), "/") if output.endswith("/") else os.path.splitext(output)
-    return [f"{stem}_seed{seed + i}{suffix}" for i in range(count)]
