@@ -2,15 +2,18 @@
 
     python benchmarks/quantization.py FOLDER --quantize none 8 6 4 4-32 4-32-uniform mxfp8 mxfp4 nvfp4
 
-FOLDER holds a UNet or a pipeline in single precision. Weights are cast to float16, then quantized; the
-forward, on seeded noise of --shape, computes in float32, so that the error is that of the weights alone,
-against those of the folder. How well a model still follows prompts is for benchmarks/evaluate.py to say.
+FOLDER holds a UNet of any family, or its pipeline, in single precision. Weights are cast to float16, then
+quantized; the forward, on seeded noise of --shape (of the other families that of full_size_networks.py),
+computes in float32, so that the error is that of the weights alone, against those of the folder. How well a
+model still follows prompts is for benchmarks/evaluate.py to say.
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlx_unet3d
 import mlx.core as mx
@@ -19,6 +22,7 @@ from mlx.utils import tree_flatten
 
 sys.path.insert(0, str(Path(__file__).parent))
 from evaluate import quantization
+from full_size_networks import NETWORKS, inputs
 
 
 def main() -> None:
@@ -29,16 +33,25 @@ def main() -> None:
     args = parser.parse_args()
     subfolder = "unet" if (args.folder / "unet").is_dir() else None
 
-    def load(dtype: mx.Dtype) -> mlx_unet3d.UNet3DConditionModel:
-        return mlx_unet3d.UNet3DConditionModel.from_pretrained(args.folder, subfolder=subfolder, dtype=dtype)
+    name = json.loads((args.folder / (subfolder or "") / "config.json").read_text())["_class_name"]
+
+    def load(dtype: mx.Dtype) -> Any:
+        return getattr(mlx_unet3d, name).from_pretrained(args.folder, subfolder=subfolder, dtype=dtype)
 
     unet = load(mx.float32)
     mx.random.seed(0)
-    sample = mx.random.normal((1, unet.config.in_channels, *args.shape))
-    text = mx.random.normal((1, 77, unet.config.cross_attention_dim))
+    if name == "UNet3DConditionModel":
+        given = {
+            "sample": mx.random.normal((1, unet.config.in_channels, *args.shape)),
+            "timestep": 500,
+            "encoder_hidden_states": mx.random.normal((1, 77, unet.config.cross_attention_dim)),
+        }
+    else:
+        family = next(family for family, (kind, *_) in NETWORKS.items() if kind == name)
+        given = {k: mx.array(v) if isinstance(v, np.ndarray) else v for k, v in inputs(family).items()}
 
     def forward() -> np.ndarray:
-        return np.array(unet(sample, 500, text).sample, dtype=np.float64)
+        return np.array(unet(**given).sample, dtype=np.float64)
 
     mx.set_memory_limit(1)  # the live set, without what MLX works ahead
     expected = forward()

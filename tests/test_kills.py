@@ -1,7 +1,8 @@
 """Runs that are killed, or meet a full disk: resumed to the same pixels, or the old file is whole.
 
 A child does the work and ends itself at a seeded event among all openings, renames and removals of files in
-its folder, so that nothing here depends on time. MLX_UNET3D_KILLS says how many; a few by default.
+its folder, so that nothing here depends on time. MLX_UNET3D_KILLS says how often each command is ended, once
+by default; from 2 on, all families are tried.
 """
 
 import os
@@ -17,8 +18,9 @@ import tiny
 from mlx_unet3d import media
 from mlx_unet3d.checkpoints import load_tensors
 from mlx_unet3d.cli import main
+from PIL import Image
 
-KILLS = int(os.environ.get("MLX_UNET3D_KILLS", "3"))
+KILLS = int(os.environ.get("MLX_UNET3D_KILLS", "1"))
 ENDS = ["SIGKILL", "SIGTERM", "SIGHUP", "ENOSPC"]
 
 CHILD = """
@@ -67,13 +69,27 @@ def moments(command, kind):
     assert done.returncode == 0, done.stderr
     total = int(done.stdout.rsplit("events", 1)[1])
     rng = random.Random(kind)
-    picked = rng.sample(range(1, total + 1), min(max(KILLS // 3, 1), total))
+    picked = rng.sample(range(1, total + 1), min(KILLS, total))
     return [(ENDS[(i + rng.randrange(4)) % 4], at) for i, at in enumerate(picked)]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.write_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
+def inputs(tmp_path_factory):
+    """A model of each family, and a picture and a video to start from."""
+    place = tmp_path_factory.mktemp("inputs")
+    tiny.write_pipeline(place / "text")
+    tiny.write_stable_diffusion(place / "base", place / "motion")
+    tiny.write_stable_video(place / "svd")
+    tiny.write_i2vgen_xl(place / "i2v")
+    frames = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    media.write_video(place / "in.gif", frames, fps=8)
+    Image.fromarray(frames[0]).save(place / "in.png")
+    return place
+
+
+@pytest.fixture
+def model(inputs):
+    return inputs / "text"
 
 
 @pytest.fixture
@@ -97,12 +113,24 @@ def expected_status(done, end):
     return done.returncode in (0, numbers.get(end, 2))
 
 
-@pytest.mark.parametrize("sampler", ["dpm++-sde"])
-def test_generate(model, place, sampler):
-    settings = ["--num-frames", "2", "--steps", "5", "--scheduler", sampler, "--seed", "3", "--model", model]
-    command = ["generate", "x", "-o", "out.png", *settings]
+# The files of a command line, and the rest of it. The first sampler draws noise in each step.
+FAMILIES = {
+    "text": ({"model": "text"}, ["x", "--num-frames", "2", "--scheduler", "dpm++-sde"]),
+    "video": ({"model": "text", "video": "in.gif"}, ["x"]),
+    "motion": ({"model": "base", "motion-adapter": "motion"}, ["x", "--num-frames", "2"]),
+    "motion-video": ({"model": "base", "motion-adapter": "motion", "video": "in.gif"}, ["x"]),
+    "svd": ({"model": "svd", "image": "in.png"}, []),
+    "i2v": ({"model": "i2v", "image": "in.png"}, ["x", "--scheduler", "euler-a"]),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES if KILLS > 1 else ("text", "svd"))
+def test_generate(inputs, place, family):
+    files, rest = FAMILIES[family]
+    files = [word for name, file in files.items() for word in (f"--{name}", str(inputs / file))]
+    command = ["generate", "-o", "out.png", "--steps", "5", "--seed", "3", *rest, *files]
     place()
-    chosen = moments(command, "generate")
+    chosen = moments(command, f"generate {family}")
     assert os.listdir() == ["out.png"]
     right, _ = media.read_video("out.png")
     for end, at in chosen:
@@ -113,7 +141,7 @@ def test_generate(model, place, sampler):
         left = sorted(Path(f"{os.getcwd()}-tmp").glob("*.safetensors"))
         left = [Path("out.png.latents.safetensors")] * Path("out.png.latents.safetensors").exists() or left
         if left and not Path("out.png").exists():
-            resume = ["generate", "--resume", str(left[0]), "-o", "out.png", "--model", str(model)]
+            resume = ["generate", "--resume", str(left[0]), "-o", "out.png", *files]
             assert main(resume) == 0, (end, at)
         elif not Path("out.png").exists():
             assert "stopped after" not in done.stderr

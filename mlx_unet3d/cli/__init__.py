@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="mlx-unet3d")
     for command in (generate, plan, decode, convert, info, doctor, bench, config, completion):
         command.add_parser(commands)
+    parser.set_defaults(root=parser)
     return parser
 
 

@@ -21,7 +21,5 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     import shtab
 
-    from . import build_parser
-
-    print(shtab.complete(build_parser(), args.shell))
+    print(shtab.complete(args.root, args.shell))
     return 0
