@@ -9,6 +9,7 @@ from mlx_unet3d import (
     CLIPTextModel,
     CLIPTokenizer,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     UNetMotionModel,
 )
@@ -119,19 +120,26 @@ class Zeros:
         return step
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
-def test_all_iterations_begin_at_the_noise_level_of_the_sampler(scheduler):
+@pytest.mark.parametrize(
+    ("scheduler", "spacing"),
+    [
+        (DDIMScheduler, "trailing"),
+        (EulerDiscreteScheduler, "trailing"),
+        (DPMSolverMultistepScheduler, "leading"),  # whose schedule lacks the last timestep of training
+    ],
+)
+def test_all_iterations_begin_at_the_noise_level_of_the_sampler(scheduler, spacing):
     betas = {name: value for name, value in SCHEDULER.items() if name.startswith("beta")}
-    laid_out = scheduler(**betas, timestep_spacing="trailing").laid_out(2)
+    laid_out = scheduler(**betas, timestep_spacing=spacing).laid_out(4)
     predict, noise = Zeros(), noise_source(0)
     latents = noise((1, 4, 8, 8, 8)) * laid_out.init_noise_sigma
-    runs = [Run(predict, scheduler(**betas, timestep_spacing="trailing").laid_out(2), 1) for _ in range(3)]
+    runs = [Run(predict, scheduler(**betas, timestep_spacing=spacing).laid_out(4), 1) for _ in range(3)]
     replaced = mx.zeros(latents.shape)  # a video of nothing: all that comes back is noise
     steps = denoise_again(runs, latents, FreeInit(), noise=noise)
     next(steps)
     for _ in runs[1:]:
         steps.send(replaced)
-    np.testing.assert_allclose(predict.deviations, 1, atol=0.05)
+    np.testing.assert_allclose(predict.deviations, 1, atol=0.1)
 
 
 @pytest.mark.parametrize(
