@@ -161,7 +161,7 @@ def test_bad_free_init(pipe, options, message):
 def test_fast_sampling_needs_steps_to_divide(pipe):
     pipe.enable_free_init(use_fast_sampling=True)
     with pytest.raises(ValueError, match="use_fast_sampling of FreeInit divides num_inference_steps"):
-        pipe.steps(pipe.encode_prompt("a fox"), timesteps=[900, 500])
+        pipe.steps(pipe.encode_prompt("a fox"), num_frames=2, timesteps=[900, 500])
 
 
 # FreeNoise and prompt travel.
@@ -253,6 +253,13 @@ def test_other_refusals(pipe):
         pipe.steps(states, num_frames=6, guidance_scale=1)
     with pytest.raises(ValueError, match="cannot stand beside prompts of frames"):
         pipe({0: "a"}, negative_prompt_embeds=mx.zeros((1, 77, 12)), **SMALL)
+    states = pipe.encode_prompt("a fox")
+    with pytest.raises(
+        ValueError, match=r"num_frames=9 exceeds .* context_windows=ContextWindows\(length=8\)"
+    ):
+        pipe.steps(states, num_frames=9)
+    with pytest.raises(ValueError, match="length of context_windows=9 exceeds the motion module's 8"):
+        pipe.steps(states, num_frames=10, context_windows=ContextWindows(9))
     with pytest.raises(TypeError, match="context_windows is a int"):
         pipe.sampling(context_windows=16)
     with pytest.raises(ValueError, match="cache_interval=2 keeps features"):

@@ -157,12 +157,14 @@ class AnimateDiffVideoToVideoPipeline(MotionPipeline):
         if latents is None:
             factor = self.vae_scale_factor
             pixels = resized(video, h * factor, w * factor)
+            self.check_frames(pixels.shape[1], sampling.context_windows)
             if pixels.shape[0] != videos:
                 raise ValueError(f"video has {pixels.shape[0]} clips for {videos} prompts; give one a prompt")
             clean = self._encode(pixels, noise, encode_chunk_size, num_videos_per_prompt)  # (B, F, C, h, w)
             latents = scheduler.add_noise(clean, noise(tuple(clean.shape)), start).transpose(0, 2, 1, 3, 4)
         else:
             latents = mx.array(latents).astype(mx.float32)
+            self.check_frames(latents.shape[2] if latents.ndim > 2 else 1, sampling.context_windows)
             wanted = (batch, self.unet.config.in_channels, *latents.shape[2:3], h, w)
             if tuple(latents.shape) != wanted:
                 raise ValueError(
