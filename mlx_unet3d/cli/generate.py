@@ -18,7 +18,7 @@ from ..latents import open_latents
 from ..layers.convolution import MODES as CONVOLUTIONS
 from ..pipelines.calls import VideoPipeline
 from ..schedulers import SCHEDULERS
-from . import decode, families, options
+from . import decode, families, long_clips, options
 from .families import Family
 from .keeping import Keeper, swapped
 from .preparing import fit, load, read_frames, read_picture
@@ -159,6 +159,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--ip-image", type=options.path, metavar="FILE", help="the image for --ip-adapter")
     group.add_argument("--ip-scale", type=options.number, metavar="X", help="its weight (default: 1)")
 
+    long_clips.add_options(parser)
     options.add_model_options(parser)
     parser.add_argument(
         "--lora",
@@ -231,6 +232,7 @@ def run(args: argparse.Namespace) -> int:
         job = Job(settings, [output], args.resume)
     family = families.find_family(settings, local_files_only=args.local_files_only)
     families.check_family(family, settings, given(args))
+    families.leave_out(family, settings)
     with ExitStack() as claims:
         for output in job.outputs:  # from here on no other run has these names
             claims.enter_context(claim(options.latents_path(output)))

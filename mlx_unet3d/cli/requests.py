@@ -11,8 +11,8 @@ import mlx.core as mx
 from .. import media
 from ..checkpoints import DEMO
 from ..latents import SavedLatents
-from . import options
-from .families import flag
+from . import long_clips, options
+from .options import flag
 from .settings import (
     DEFAULTS,
     INPUTS,
@@ -47,6 +47,7 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
         settings["model"] = DEMO
     if "strength" in args and settings["video"] is None:
         raise ValueError(f"--strength {args.strength:g} says how much to change a video; give --video too")
+    long_clips.check_given(given(args), settings)
     check(settings)
     if "replay" in args:
         trusted(settings, args.replay, given(args))
@@ -62,6 +63,8 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         found["lora"] = json.dumps([lora_setting(values) for values in args.lora])
     if "embedding" in found:
         found["embedding"] = json.dumps([embedding_setting(values) for values in args.embedding])
+    if "prompt_at" in found:
+        found["prompt_at"] = long_clips.prompts_setting(args.prompt_at)
     return found
 
 
