@@ -8,6 +8,7 @@ from mlx_unet3d import DDIMScheduler, UNet3DConditionModel
 from mlx_unet3d.pipelines.denoising import denoise
 from mlx_unet3d.pipelines.guidance import Guidance
 from mlx_unet3d.pipelines.sampling import Sampling
+from mlx_unet3d.pipelines.windows import ContextWindows, Windowed
 from tiny import SCHEDULER
 
 UNET = dict(
@@ -48,13 +49,16 @@ def run_step(
     frames: int = 4,
     size: int = 16,
     steps: int = 1,
+    context: ContextWindows | None = None,
+    text_of_frames: bool = False,
     **savings: int,
 ) -> Callable[[], mx.array]:
     """The latents after so many steps, as a function."""
     rng = np.random.default_rng(0)
     latents = mx.array(rng.standard_normal((1, 4, frames, size, size), dtype=np.float32))
     rows = 2 if guidance > 1 else 1
-    states = mx.array(rng.standard_normal((rows, 77, 12), dtype=np.float32))
+    texts = (frames, 77, 12) if text_of_frames else (77, 12)
+    states = mx.array(rng.standard_normal((rows, *texts), dtype=np.float32))
     mx.eval(latents, states)
     scheduler = DDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(steps)
@@ -68,6 +72,8 @@ def run_step(
         predict = Guidance(
             network, sampling, positive, negative, steps=steps, dtype=unet.dtype, sequential=sequential
         )
+        if context is not None:
+            predict = Windowed(predict, context)
         return [record.latents for record in denoise(predict, scheduler, latents, folded=True)][-1]
 
     return run

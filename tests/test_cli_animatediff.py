@@ -17,6 +17,7 @@ from mlx_unet3d import (
     media,
 )
 from mlx_unet3d.cli import main
+from mlx_unet3d.schedulers import scheduler_from_config
 from PIL import Image
 
 
@@ -98,8 +99,6 @@ def test_motion_modules_bring_their_sampler_steps_and_guidance(place, capsys):
 def test_switches_of_video_to_video(place):
     video = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     pipe = AnimateDiffVideoToVideoPipeline.from_pretrained(place / "base", motion_adapter=place / "motion")
-    with pytest.raises(NotImplementedError, match="FreeInit begins with noise"):
-        pipe.enable_free_init()
     settings = dict(num_inference_steps=2, output_type="latent")
     plain = pipe(video, "a cat", **settings).frames
     travel = pipe(video, {0: "a cat", 2: "a dog"}, **settings).frames
@@ -109,6 +108,23 @@ def test_switches_of_video_to_video(place):
         pipe.steps(pipe.encode_prompt({0: "a cat"}, num_frames=2), video, num_inference_steps=2)
     pipe.enable_free_noise(2, 1)
     assert not mx.allclose(pipe(video, "a cat", **settings).frames, plain, atol=1e-4)
+    pipe.disable_free_noise()
+    pipe.enable_free_init(num_iters=2)
+    with pytest.raises(ValueError, match=r"iteration 2 no step: each runs strength=0.6 of .*, 2, 1, 0;"):
+        pipe(video, "a cat", strength=0.6, **settings | dict(num_inference_steps=4))
+    states = pipe.encode_prompt("a cat")
+    for name in ("DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"):
+        pipe.scheduler = scheduler_from_config(pipe.scheduler.config, name)
+        args = dict(num_inference_steps=8, strength=0.7)  # 5 steps without it, then 3 and 2
+        records = list(pipe.steps(states, video, **args))
+        evaluations = 2 if name.startswith("Heun") else 1
+        assert {record.total for record in records} == {5 * evaluations - (evaluations - 1) * 2}
+        done = [record.prediction for record in records[:4]]
+        again = list(pipe.steps(states, video, **args, predictions=done))
+        assert mx.array_equal(again[-1].latents, records[-1].latents)
+        assert mx.abs(records[-1].latents).max() < 50  # noise went back to the level of its schedule
+    with pytest.raises(ValueError, match="FreeInit divides num_inference_steps anew"):
+        pipe(video, "a cat", timesteps=[900, 500])
 
 
 def test_sdxl(place, tmp_path):

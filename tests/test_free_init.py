@@ -9,6 +9,7 @@ from mlx_unet3d import (
     CLIPTextModel,
     CLIPTokenizer,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     UNetMotionModel,
 )
@@ -119,19 +120,26 @@ class Zeros:
         return step
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
-def test_all_iterations_begin_at_the_noise_level_of_the_sampler(scheduler):
+@pytest.mark.parametrize(
+    ("scheduler", "spacing"),
+    [
+        (DDIMScheduler, "trailing"),
+        (EulerDiscreteScheduler, "trailing"),
+        (DPMSolverMultistepScheduler, "leading"),  # whose schedule lacks the last timestep of training
+    ],
+)
+def test_all_iterations_begin_at_the_noise_level_of_the_sampler(scheduler, spacing):
     betas = {name: value for name, value in SCHEDULER.items() if name.startswith("beta")}
-    laid_out = scheduler(**betas, timestep_spacing="trailing").laid_out(2)
+    laid_out = scheduler(**betas, timestep_spacing=spacing).laid_out(4)
     predict, noise = Zeros(), noise_source(0)
     latents = noise((1, 4, 8, 8, 8)) * laid_out.init_noise_sigma
-    runs = [Run(predict, scheduler(**betas, timestep_spacing="trailing").laid_out(2), 1) for _ in range(3)]
+    runs = [Run(predict, scheduler(**betas, timestep_spacing=spacing).laid_out(4), 1) for _ in range(3)]
     replaced = mx.zeros(latents.shape)  # a video of nothing: all that comes back is noise
     steps = denoise_again(runs, latents, FreeInit(), noise=noise)
     next(steps)
     for _ in runs[1:]:
         steps.send(replaced)
-    np.testing.assert_allclose(predict.deviations, 1, atol=0.05)
+    np.testing.assert_allclose(predict.deviations, 1, atol=0.1)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +161,7 @@ def test_bad_free_init(pipe, options, message):
 def test_fast_sampling_needs_steps_to_divide(pipe):
     pipe.enable_free_init(use_fast_sampling=True)
     with pytest.raises(ValueError, match="use_fast_sampling of FreeInit divides num_inference_steps"):
-        pipe.steps(pipe.encode_prompt("a fox"), timesteps=[900, 500])
+        pipe.steps(pipe.encode_prompt("a fox"), num_frames=2, timesteps=[900, 500])
 
 
 # FreeNoise and prompt travel.
@@ -245,6 +253,13 @@ def test_other_refusals(pipe):
         pipe.steps(states, num_frames=6, guidance_scale=1)
     with pytest.raises(ValueError, match="cannot stand beside prompts of frames"):
         pipe({0: "a"}, negative_prompt_embeds=mx.zeros((1, 77, 12)), **SMALL)
+    states = pipe.encode_prompt("a fox")
+    with pytest.raises(
+        ValueError, match=r"num_frames=9 exceeds .* context_windows=ContextWindows\(length=8\)"
+    ):
+        pipe.steps(states, num_frames=9)
+    with pytest.raises(ValueError, match="length of context_windows=9 exceeds the motion module's 8"):
+        pipe.steps(states, num_frames=10, context_windows=ContextWindows(9))
     with pytest.raises(TypeError, match="context_windows is a int"):
         pipe.sampling(context_windows=16)
     with pytest.raises(ValueError, match="cache_interval=2 keeps features"):

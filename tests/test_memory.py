@@ -9,6 +9,7 @@ import pytest
 from mlx_unet3d import (
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
+    ContextWindows,
     TextContext,
     UNet3DConditionModel,
     UNetMotionModel,
@@ -18,10 +19,12 @@ from mlx.utils import tree_flatten
 from mlx_unet3d.chips import GIB, working_set
 from mlx_unet3d.layers.chunking import Chunks
 from mlx_unet3d.memory.costs import BACKENDS
+from mlx_unet3d.memory.long_clips import LongClip
 from mlx_unet3d.memory.planner import Planner
 from mlx_unet3d.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_unet3d.models.clip_text import CLIPTextConfig, CLIPTextModel
 from mlx_unet3d.models.unet_3d_condition import UNet3DConditionConfig
+from mlx_unet3d.models.unet_motion import UNetMotionConfig
 from peaks import UNET, VAE, peak_of, run_step
 from seeded import CONFIGS
 from tiny import TEXT, write_pipeline
@@ -98,28 +101,69 @@ def test_predicted_peaks_of_a_step(exact_peaks, widths, frames, size, guidance, 
     check_peak(planner, "denoise", run, video, settings)
 
 
+MOTION = dict(
+    down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+    up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+    num_attention_heads=2,
+    motion_num_attention_heads=2,
+    motion_max_seq_length=16,
+)
+
+
+def motion():
+    """A UNet of AnimateDiff and its planner."""
+    unet = UNetMotionModel(**{k: v for k, v in UNET.items() if k != "attention_head_dim"} | MOTION).eval()
+    mx.eval(unet.parameters())
+    return unet, planner_of(replace(NETWORKS, unet=memory.Network(UNetMotionModel, unet.config)))
+
+
 @on_cpu
 @pytest.mark.parametrize(
     ("frames", "settings"), [(24, S()), (24, S(pixels=64)), (20, S(frames=4)), (20, S(True, 4, 32))]
 )
 def test_predicted_peaks_of_free_noise(exact_peaks, frames, settings):
-    blocks = dict(
-        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
-        num_attention_heads=2,
-        motion_num_attention_heads=2,
-        motion_max_seq_length=16,
-    )
-    unet = UNetMotionModel(**{k: v for k, v in UNET.items() if k != "attention_head_dim"} | blocks).eval()
-    mx.eval(unet.parameters())
+    unet, planner = motion()
     unet.enable_free_noise(8, 4)
     unet.chunks = Chunks(settings.frames, settings.pixels)
-    planner = planner_of(replace(NETWORKS, unet=memory.Network(UNetMotionModel, unet.config)))
     with pytest.raises(ValueError, match="exceeds the motion module's 16 positions"):
         planner.denoise(memory.Video(frames, 32, 32), settings)
-    planner.free_noise = unet.free_noise
+    planner.clip = LongClip(free_noise=unet.free_noise)
     run = run_step(unet, 5.0, settings.sequential_guidance, frames)
     check_peak(planner, "denoise", run, memory.Video(frames, 32, 32), settings)
+
+
+@on_cpu
+@pytest.mark.parametrize(("settings", "texts"), [(S(), False), (S(), True), (S(True, 3, 32), True)])
+def test_predicted_peaks_in_windows(exact_peaks, settings, texts):
+    unet, planner = motion()
+    unet.chunks = Chunks(settings.frames, settings.pixels)
+    context = ContextWindows(6, 0, schedule="static_standard")
+    planner.clip = LongClip(context_windows=context, text_of_frames=texts)
+    run = run_step(unet, 5.0, settings.sequential_guidance, 18, 12, context=context, text_of_frames=texts)
+    found = check_peak(planner, "denoise", run, memory.Video(18, 24, 24), settings)
+    if texts:
+        planner.clip = LongClip(context_windows=context)
+        assert planner.denoise(memory.Video(18, 24, 24), settings).peak < found.peak
+
+
+@pytest.mark.parametrize("backend", ["cpu", "metal"])
+def test_a_long_clip_takes_the_memory_of_a_window(backend):
+    """AnimateDiff on Stable Diffusion 1.5 at its full size."""
+    networks = replace(
+        full_size(), unet=memory.Network(UNetMotionModel, UNetMotionConfig(cross_attention_dim=768))
+    )
+    planner = Planner(networks, mx.float16, mx.float32, None, BACKENDS[backend])
+
+    def activations(frames, windows=None):
+        planner.clip = LongClip(context_windows=windows)
+        stage = planner.denoise(memory.Video(frames, 512, 512), S())
+        return stage.peak - stage.weights
+
+    windows = ContextWindows(16, 4)
+    window = activations(16)
+    assert activations(16, windows) == window
+    assert window < activations(64, windows) < 1.05 * window
+    assert activations(32) > 1.5 * window
 
 
 def vae_run(vae, stage, frames, height, width):

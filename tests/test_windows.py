@@ -11,7 +11,7 @@ from mlx_unet3d.layers.free_noise import FreeNoise, window_weights
 from mlx_unet3d.pipelines.guidance import Guidance
 from mlx_unet3d.pipelines.sampling import Sampling
 from mlx_unet3d.pipelines.windows import FUSES, SCHEDULES, ContextWindows, Windowed, halved
-from peaks import peak_of
+from peaks import peak_of, run_step
 from tiny import randomize, write_pipeline
 
 UNET = dict(
@@ -180,18 +180,15 @@ def test_inputs_of_frames_go_by_window(sequential):
 
 
 def test_memory_is_that_of_a_window(unet, exact_peaks):
+    """MLX may free a buffer a moment late, which adds to a reading and never takes from it, so that the least
+    of some readings is the graph's own."""
     windows = ContextWindows(16, 0, schedule="static_standard")
-
-    def peak(frames):
-        sample, text = normal(1, 4, frames, 8, 8), normal(1, frames, 7, 12)
-        predict = Windowed(guided(unet, text), windows)
-        mx.eval(sample)
-        # The least of some: the evaluator may free a buffer a moment later.
-        return min(peak_of(lambda: predict(sample, 10.0, 0))[1] for _ in range(2)), sample.nbytes
-
-    (least, _), (most, latents) = peak(16), peak(64)
-    assert most <= 1.15 * least + 2 * latents  # the evaluator frees a buffer now and then a step late
-    assert 2 * latents < 0.03 * least
+    window, clip = (run_step(unet, 7.0, False, frames, 8, context=windows) for frames in (16, 64))
+    least = min(peak_of(window)[1] for _ in range(3))
+    readings = []
+    while len(readings) < 20 and min(readings, default=2**62) > 1.05 * least:
+        readings.append(peak_of(clip)[1])
+    assert min(readings) <= 1.05 * least
 
 
 def test_other_pipelines_take_windows(tmp_path):
@@ -218,7 +215,7 @@ def test_free_noise_of_one_window_is_none(free_unet):
 
 def test_free_noise_takes_more_frames_than_positions_in_all_ways(free_unet):
     sample, text = normal(1, 4, 23, 8, 8), normal(1, 7, 12)
-    with pytest.raises(ValueError, match=r"num_frames=23 exceeds.*enable_free_noise\(\).*context_windows"):
+    with pytest.raises(ValueError, match=r"num_frames=23 exceeds.*--context-frames 16.*enable_free_noise"):
         free_unet(sample, 10, text)
     free_unet.enable_free_noise(None, 5)
     assert free_unet.free_noise.context_length == 16

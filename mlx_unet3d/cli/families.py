@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from ..memory import Networks
 from ..pipelines import (
     AnimateDiffPipeline,
     AnimateDiffSDXLPipeline,
@@ -22,9 +23,11 @@ from ..pipelines import (
 from ..pipelines.calls import VideoPipeline
 from ..pipelines.denoising import Steps
 from ..pipelines.loading import pipeline_class
-from . import options
+from . import long_clips, options
+from .options import flag
+from .settings import DEFAULTS
 
-_MOTION = ("motion_adapter", "ip_adapter", "ip_image", "ip_scale")
+_MOTION = ("motion_adapter", "ip_adapter", "ip_image", "ip_scale", *long_clips.OF_MOTION)
 _TEXT = ("prompt", "negative_prompt", "clip_skip", "lora", "embedding")
 
 
@@ -62,11 +65,11 @@ FAMILIES = (
         (*_TEXT, "video", "strength"),
         {"strength": "strength"},
     ),
-    Family("AnimateDiff", AnimateDiffPipeline, (*_TEXT, *_MOTION), _SIZE),
+    Family("AnimateDiff", AnimateDiffPipeline, (*_TEXT, *_MOTION, "prompt_at"), _SIZE),
     Family(
         "AnimateDiff with --video",
         AnimateDiffVideoToVideoPipeline,
-        (*_TEXT, *_MOTION, "video", "strength"),
+        (*_TEXT, *_MOTION, "prompt_at", "video", "strength"),
         {"strength": "strength", "height": "height", "width": "width"},
         strength=0.8,
     ),
@@ -112,15 +115,21 @@ def find_family(settings: Mapping[str, Any], *, local_files_only: bool = False) 
     return next(family for family in FAMILIES if family.pipeline is kind)
 
 
+def of_networks(networks: Networks) -> Family:
+    """Return the family of networks that make a video from noise."""
+    second = networks.text_encoder_2 is not None
+    return next(
+        family
+        for family in FAMILIES
+        if networks.unet.kind in family.pipeline.parts["unet"].kinds
+        and ("text_encoder_2" in family.pipeline.parts) == second
+    )
+
+
 def check_family(family: Family, settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ValueError for settings of the command line that a family does not take, or for one it lacks."""
     for name in given:
-        able = [other.name for other in FAMILIES if name in other.takes]
-        if able and name not in family.takes:
-            raise ValueError(
-                f"{flag(name)} means nothing to {family.name} models; it is for {', '.join(able)}: leave it "
-                "out, or give another --model"
-            )
+        check_name(name, family)
     if (settings["ip_image"] is None) != (settings["ip_adapter"] is None):
         raise ValueError("--ip-adapter and --ip-image go together: the adapter takes the image as a prompt")
     for name in ("prompt", "image", "video"):
@@ -129,9 +138,22 @@ def check_family(family: Family, settings: Mapping[str, Any], given: Mapping[str
             raise ValueError(f"there is no {name}; {cure}")
 
 
-def flag(name: str) -> str:
-    """Return the words by which messages name a setting."""
-    return "the prompt" if name == "prompt" else "--" + name.replace("_", "-")
+def check_name(name: str, family: Family) -> None:
+    """Raise ValueError for a setting that other families take, and this one does not."""
+    able = [other.name for other in FAMILIES if name in other.takes]
+    if able and name not in family.takes:
+        raise ValueError(
+            f"{flag(name)} means nothing to {family.name} models; it is for {', '.join(able)}: leave it "
+            "out, or give another --model"
+        )
+
+
+def leave_out(family: Family, settings: dict[str, Any]) -> None:
+    """Put back to their defaults the settings of long clips that another family's video brought along."""
+    for name in (*long_clips.OF_MOTION, "prompt_at"):
+        if name not in family.takes and settings[name] != DEFAULTS[name]:
+            settings[name] = DEFAULTS[name]
+            options.say(f"{flag(name)} of the replayed video means nothing to {family.name} models: left out")
 
 
 @dataclass(frozen=True)
@@ -153,13 +175,17 @@ def encode(
     states: list[Any] = []
     more = {}
     if "prompt" in family.takes:
-        skip = settings["clip_skip"]
+        skip, prompt, travel = settings["clip_skip"], settings["prompt"], {}
+        if settings["prompt_at"] is not None:
+            prompt = {0: prompt, **dict(long_clips.frame_prompts(settings))}
+            travel["num_frames"] = settings["num_frames"]
         states.append(
             pipe.encode_prompt(
-                settings["prompt"],
+                prompt,
                 negative_prompt=settings["negative_prompt"],
                 guidance_scale=settings["guidance"],
                 clip_skip=family.clip_skip if skip is None else skip,
+                **travel,
             )
         )
     if "image" in family.takes:
@@ -203,6 +229,7 @@ def steps(
         guidance_interval=(settings["guidance_from"], settings["guidance_to"]),
         cache_interval=settings["cache_interval"],
         cache_depth=settings["cache_depth"],
+        context_windows=long_clips.context_windows(settings),
         predictions=predictions,
     )
 
@@ -225,8 +252,13 @@ def complete(
                 f"{settings['video']}: frames of {width}x{height} become {width // factor * factor}x"
                 f"{height // factor * factor}, multiples of {factor}; --height and --width resize them"
             )
+    else:
+        settings["num_frames"] = pipe.num_frames(settings["num_frames"])
+    long_clips.check(settings)
+    if "free_noise" in family.takes:
+        pipe.check_frames(settings["num_frames"], long_clips.context_windows(settings))
+    if "video" in family.takes:
         return
-    settings["num_frames"] = pipe.num_frames(settings["num_frames"])
     height, width = settings["height"], settings["width"]
     if image is not None and height is None and width is None:
         height, width = pipe.default_size()

@@ -18,7 +18,7 @@ from ..latents import open_latents
 from ..layers.convolution import MODES as CONVOLUTIONS
 from ..pipelines.calls import VideoPipeline
 from ..schedulers import SCHEDULERS
-from . import decode, families, options
+from . import decode, families, long_clips, options
 from .families import Family
 from .keeping import Keeper, swapped
 from .outputs import add_json, announce, check_free, hold_outputs
@@ -174,6 +174,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--ip-image", type=options.path, metavar="FILE", help="the image for --ip-adapter")
     group.add_argument("--ip-scale", type=options.number, metavar="X", help="its weight (default: 1)")
 
+    long_clips.add_options(parser)
     options.add_model_options(parser)
     parser.add_argument(
         "--lora",
@@ -244,6 +245,7 @@ def run(args: argparse.Namespace) -> int:
         settings, left = resumed_settings(args, saved), args.resume
     family = families.find_family(settings, local_files_only=args.local_files_only)
     families.check_family(family, settings, given(args))
+    families.leave_out(family, settings)
     with ExitStack() as claims:
         job = Job(settings, hold_outputs(args, settings, claims), left)
         for output in job.outputs:

@@ -36,11 +36,21 @@ def count(text: str) -> int:
     value = integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return _at_most(value, _MOST)
+    return at_most(value, _MOST)
+
+
+def count_from_zero(text: str) -> int:
+    """Parse an integer from 0 up to a generous limit."""
+    value = integer(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
+    return at_most(value, _MOST)
 
 
 def text(value: str) -> str:
     """Parse text that can be encoded and is not too long."""
+    if not isinstance(value, str):  # from a file
+        raise argparse.ArgumentTypeError("it must be text")
     if len(value) > LONGEST_TEXT:
         raise argparse.ArgumentTypeError(f"{len(value)} characters are more than {LONGEST_TEXT}")
     try:
@@ -78,15 +88,16 @@ def seed(text: str) -> int:
 
 def frames(text: str) -> int:
     """Parse a number of frames."""
-    return _at_most(count(text), _MOST_FRAMES)
+    return at_most(count(text), _MOST_FRAMES)
 
 
 def side(text: str) -> int:
     """Parse the pixels of one side of a frame."""
-    return _at_most(count(text), _LONGEST_SIDE)
+    return at_most(count(text), _LONGEST_SIDE)
 
 
-def _at_most(value: int, most: int) -> int:
+def at_most(value: int, most: int) -> int:
+    """Return an integer; ArgumentTypeError for one above `most`."""
     if value > most:
         raise argparse.ArgumentTypeError(f"{str(value)[:40]} must be at most {most}")
     return value
@@ -146,6 +157,11 @@ def memory_size(text: str) -> float:
         return parse_memory(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def flag(name: str) -> str:
+    """Return the words by which messages name a setting."""
+    return "the prompt" if name == "prompt" else "--" + name.replace("_", "-")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:

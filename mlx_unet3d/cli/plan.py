@@ -2,13 +2,15 @@
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from .. import memory
 from ..chips import CHIPS, Chip, find_chip, working_set
-from . import options
+from . import families, long_clips, options
 from .config import preference
+from .settings import DEFAULTS, SETTINGS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -45,6 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="frames that the decoder of Stable Video Diffusion takes together (default: all, where MLX can)",
     )
+    long_clips.add_options(parser, sampling=False)
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--chip", type=chip, metavar="NAME", help=f"{', '.join(CHIPS)} (default: this machine)"
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     frames = args.num_frames if args.num_frames is not None else networks.default_frames
     if frames is not None and frames > 1:  # for one frame, the plan itself says what to do
         options.check_size(frames, height, width)
+    clip = clip_of(networks, args, frames)
     plans = []
     for machine in machines:
         found = memory.plan(
@@ -104,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
             vae_dtype=options.DTYPES[args.vae_dtype or "float32"],
             vae_tiling=bool(args.vae_tiling),
             decode_chunk_size=args.decode_chunk_size,
+            **clip,
             budget=machine.budget,
             backend="metal" if metal else "cpu",
             chip=args.chip,
@@ -114,6 +119,25 @@ def run(args: argparse.Namespace) -> int:
     for line in report(plans, model, dtype, args.guidance > 1, args.chip):
         print(line)
     return 0 if plans[-1][1].fits else 1
+
+
+def clip_of(networks: memory.Networks, args: argparse.Namespace, frames: int) -> dict[str, Any]:
+    """Return the arguments of `memory.plan` about long clips, checked as those of `generate` are."""
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
+    family = families.of_networks(networks)
+    for name in given.keys() & {*long_clips.OF_MOTION, "prompt_at"}:
+        families.check_name(name, family)
+    if "prompt_at" in given:
+        given["prompt_at"] = long_clips.prompts_setting(args.prompt_at)
+    settings = DEFAULTS | given | {"num_frames": frames}
+    long_clips.check_given(given, settings)
+    long_clips.check(settings)
+    positions = getattr(networks.unet.config, "motion_max_seq_length", 1)
+    return {
+        "context_windows": long_clips.context_windows(settings),
+        "free_noise": long_clips.free_noise(settings, positions),
+        "text_of_frames": settings["prompt_at"] is not None,
+    }
 
 
 def machines_of(args: argparse.Namespace) -> list[Machine]:

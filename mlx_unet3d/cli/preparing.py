@@ -18,7 +18,7 @@ from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..pipelines.calls import VideoPipeline
 from ..pipelines.motion_training import training_of
 from ..schedulers import scheduler_from_config
-from . import options
+from . import long_clips, options
 from .families import Family
 from .plan import stage_lines
 from .settings import RECORDED, check, checksum_of_frames
@@ -61,6 +61,8 @@ def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> 
         settings["weights"] += "+" + checksum([file.path])
     if settings["ip_adapter"] is not None:
         load_ip_adapter(args, pipe, settings)
+    if "free_noise" in family.takes:
+        long_clips.enable(pipe, settings)
     replayed = settings.pop("replayed_weights", None)
     if replayed not in (None, settings["weights"]):
         if "resume" in args:
@@ -125,6 +127,9 @@ def fit(pipe: VideoPipeline, settings: dict[str, Any], choice: str | float) -> N
             vae_dtype=pipe.vae.dtype,
             vae_tiling=settings["vae_tiling"],
             decode_chunk_size=decode_chunk_size,
+            free_noise=getattr(pipe.unet, "free_noise", None),
+            context_windows=long_clips.context_windows(settings),
+            text_of_frames=settings["prompt_at"] is not None,
             budget=budget,
             find_nearest=False,
         )

@@ -12,9 +12,9 @@ import mlx.core as mx
 
 from .. import media
 from ..latents import SavedLatents
-from . import options
+from . import long_clips, options
 from .config import preference
-from .families import flag
+from .options import flag
 from .settings import (
     DEFAULTS,
     INPUTS,
@@ -51,6 +51,7 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
         )
     if "strength" in args and settings["video"] is None:
         raise ValueError(f"--strength {args.strength:g} says how much to change a video; give --video too")
+    long_clips.check_given(given(args), settings)
     check(settings)
     if "replay" in args:
         trusted(settings, args.replay, given(args))
@@ -66,6 +67,8 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
         found["lora"] = json.dumps([lora_setting(values) for values in args.lora])
     if "embedding" in found:
         found["embedding"] = json.dumps([embedding_setting(values) for values in args.embedding])
+    if "prompt_at" in found:
+        found["prompt_at"] = long_clips.prompts_setting(args.prompt_at)
     return found
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from ..checkpoints import DEMO
 from ..errors import printable
 from ..layers.convolution import MODES as CONVOLUTIONS
+from ..pipelines.windows import FUSES, SCHEDULES, ContextWindows
 from ..schedulers import scheduler_from_config
-from . import options
+from . import long_clips, options
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,17 @@ SETTINGS: dict[str, Setting] = {
     "ip_adapter": Setting(None, options.path),
     "ip_image": Setting(None, options.path),
     "ip_scale": Setting(1.0, options.number, float),
+    "context_frames": Setting(0, options.count_from_zero, int),
+    "context_overlap": Setting(None, options.count_from_zero, int),
+    "context_stride": Setting(ContextWindows.stride, long_clips.strides, int),
+    "context_schedule": Setting(None, options.one_of(*SCHEDULES)),
+    "context_fuse": Setting(ContextWindows.fuse, options.one_of(*FUSES)),
+    "context_closed_loop": Setting(False, bool, bool),
+    "free_noise": Setting(False, bool, bool),
+    "free_noise_length": Setting(None, options.count, int),
+    "free_noise_stride": Setting(None, options.count, int),
+    "free_init": Setting(0, long_clips.iterations, int),
+    "prompt_at": Setting(None, long_clips.prompts),
 }
 LISTS = ("lora", "embedding")
 """Settings of several files, each with a weight or a token, as JSON."""
@@ -170,6 +182,7 @@ def check(settings: Mapping[str, Any]) -> None:
         )
     if settings["scheduler"] is not None:
         scheduler(settings["scheduler"])
+    long_clips.check(settings)
 
 
 # Paths.

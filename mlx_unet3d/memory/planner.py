@@ -1,9 +1,11 @@
 """Predict the memory that a video takes, and choose the settings with which it fits."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -12,7 +14,6 @@ from ..chips import Chip
 from ..layers.attention import Attention
 from ..layers.chunking import Chunks
 from ..layers.free_noise import FreeNoise
-from ..layers.text_context import TextContext
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..models.feature_cache import FeatureCache
@@ -20,10 +21,14 @@ from ..scalars import as_count
 from .costs import BACKENDS, Backend
 from .forwards import Inputs, Latents, unet_inputs
 from .liveness import Memory, simulate
+from .long_clips import LongClip
 from .networks import Network, Networks
 from .plans import MARGIN, Plan, Settings, Stage, Video
 from .roofline import Work, seconds, work
 from .tracing import Graph
+
+if TYPE_CHECKING:
+    from ..pipelines.windows import ContextWindows
 
 # From the cheapest in time to the dearest.
 _LADDER = (
@@ -50,6 +55,8 @@ def plan(
     vae_tiling: bool = False,
     decode_chunk_size: int | None = None,
     free_noise: FreeNoise | None = None,
+    context_windows: ContextWindows | None = None,
+    text_of_frames: bool = False,
     budget: int | None = None,
     backend: str | None = None,
     chip: Chip | None = None,
@@ -73,19 +80,25 @@ def plan(
         decode_chunk_size: frames that a temporal decoder takes as a clip; None for all, or as many as MLX can
             index.
         free_noise: windows of FreeNoise, `unet.free_noise`, for a `UNetMotionModel` alone; None for none.
+        context_windows: those of the run, in which the network sees a long clip; None for none.
+        text_of_frames: True for a text a frame, for a `UNetMotionModel` alone.
         budget: bytes that MLX may use; None for any.
         backend: "metal" or "cpu"; None for that of this machine.
         chip: for the time of a step.
         settings: those to predict for; None to choose.
         find_nearest: look for a smaller video where none of the settings makes this one fit.
 
-    Raises ValueError for sizes below 1, for those that the VAE does not divide, and for a depth that the
-    network does not have.
+    Raises ValueError for sizes below 1, for those that the VAE does not divide, and for what the network does
+    not have: a depth, more positions of frames, FreeNoise, texts of frames.
     """
     video = Video(num_frames, height, width, batch, guidance, encoded)
     _check(video, networks)
     if decode_chunk_size is not None:
         as_count("decode_chunk_size", decode_chunk_size)
+    if context_windows is not None and num_frames <= context_windows.length:
+        context_windows = None  # one for all frames
+    clip = LongClip(free_noise, context_windows, text_of_frames)
+    clip.check(networks.unet.kind)
     if cache_depth is not None:
         networks.unet.skeleton().check_cache_depth(cache_depth)
     if backend is None:
@@ -102,7 +115,7 @@ def plan(
         vae_tiling,
         decode_chunk_size,
     )
-    planner.free_noise = free_noise
+    planner.clip = clip
     found = planner.plan(video, settings)
     if chip is not None:
         found = replace(found, step_seconds=planner.step_seconds(video, chip))
@@ -148,7 +161,7 @@ class Planner:
         self.vae_bytes = networks.vae.nbytes(vae_dtype)
         encoders = (*networks.text_encoders, networks.image_encoder)
         self.encoder_bytes = sum(network.nbytes(dtype) for network in encoders if network is not None)
-        self.free_noise: FreeNoise | None = None
+        self.clip = LongClip()
 
     def plan(self, video: Video, settings: Settings | None) -> Plan:
         others = [*(stage() for stage in self.before(video)), self.decode(video)]
@@ -169,7 +182,7 @@ class Planner:
         seen = set()
         for settings in _LADDER:
             settings = replace(settings, sequential_guidance=settings.sequential_guidance and video.guidance)
-            if settings.frames is not None and settings.frames >= video.frames:
+            if settings.frames is not None and settings.frames >= self.clip.seen(video).frames:
                 settings = replace(settings, frames=None)
             if settings.pixels is not None and settings.pixels >= pixels:
                 settings = replace(settings, pixels=None)
@@ -272,12 +285,15 @@ class Planner:
         return _stage("encode", self.unet_bytes + self.vae_bytes, memory, pixels + tiles)
 
     def denoise(self, video: Video, settings: Settings) -> Stage:
-        graph = self.forward(video, settings)
+        seen = self.clip.seen(video)
+        graph = self.forward(seen, settings)
         memory = simulate(graph, self.backend)
-        kept = self.keys_values(video)
+        kept = self.context(video)
         if settings.sequential_guidance:  # the features of the other pass
             kept += sum(graph.nbytes(name) for name in graph.outputs[1:])
-        latents = 4 * math.prod(self.latent_shape(video))  # in fp32
+        clip, latents = (4 * math.prod(self.latent_shape(v)) for v in (video, seen))  # in fp32
+        if seen != video:
+            kept += 2 * clip  # latents, and the average of the windows
         passes = 2 if settings.sequential_guidance else 1
         # Latents, the input, and the outputs of passes that wait for the other.
         return _stage("denoise", self.unet_bytes + self.vae_bytes, memory, kept + (1 + passes) * latents)
@@ -316,11 +332,11 @@ class Planner:
 
         def run(unet: Any, *arrays: mx.array) -> list[mx.array]:
             given = tree_unflatten(list(zip(names, arrays, strict=True)))
-            given["encoder_hidden_states"] = TextContext(given["encoder_hidden_states"])
+            given["encoder_hidden_states"] = self.clip.context(given["encoder_hidden_states"])
             cache = None if self.cache_depth is None else FeatureCache(2, self.cache_depth)
             unet.chunks = Chunks(settings.frames, settings.pixels)
-            if self.free_noise is not None:
-                unet.free_noise = self.free_noise
+            if self.clip.free_noise is not None:
+                unet.free_noise = self.clip.free_noise
             output = unet(**given, feature_cache=cache).sample
             return [output] if cache is None else [output, cache.next()]
 
@@ -329,14 +345,20 @@ class Planner:
     def inputs(self, video: Video, rows: int) -> Inputs:
         """The arguments of a forward of so many rows."""
         unet, (_, _, frames, height, width) = self.networks.unet, self.latent_shape(video)
-        return unet_inputs(unet.kind, unet.config, Latents(rows, frames, height, width), self.dtype)
+        inputs = unet_inputs(unet.kind, unet.config, Latents(rows, frames, height, width), self.dtype)
+        return self.clip.of_frames(inputs, frames)
 
-    def keys_values(self, video: Video) -> int:
-        """Bytes of the keys and values of the context, which stay from step to step."""
-        tokens = self.inputs(video, 1)["encoder_hidden_states"].shape[1]
+    def context(self, video: Video) -> int:
+        """Bytes of the context that stay from step to step: keys and values, or states of texts of frames,
+        and those of a window."""
+        rows = video.batch * (1 + video.guidance)
+        if self.clip.projects_anew:
+            parts = (self.inputs(v, rows)["encoder_hidden_states"] for v in (video, self.clip.seen(video)))
+            return sum(part.nbytes for part in parts)
+        rows, tokens, _ = self.inputs(video, rows)["encoder_hidden_states"].shape
         attentions = (m for m in self.networks.unet.skeleton().modules() if isinstance(m, Attention))
         width = sum(2 * a.heads * a.dim_head for a in attentions if a.is_cross_attention)
-        return video.batch * (1 + video.guidance) * tokens * width * self.dtype.size
+        return rows * tokens * width * self.dtype.size
 
     def vae(self) -> AutoencoderKL:
         """The VAE without weights, as it is set."""
@@ -365,7 +387,8 @@ class Planner:
         return self.frames_at_once(video) * channels * pixels // factor**2 * self.vae_dtype.size
 
     def step_seconds(self, video: Video, chip: Chip) -> float:
-        return seconds(self.forward(video, Settings()), chip, self.dtype)
+        forward = self.forward(self.clip.seen(video), Settings())
+        return self.clip.forwards(video) * seconds(forward, chip, self.dtype)
 
 
 def _stage(name: str, weights: int, memory: Memory, beside: int = 0) -> Stage:

@@ -201,12 +201,18 @@ class UNetMotionModel(IPAdapterMixin, VideoUNet):
 
     def _check_sample(self, sample: mx.array) -> None:
         super()._check_sample(sample)
-        most, frames = self.config.motion_max_seq_length, sample.shape[2]
+        self.check_frames(sample.shape[2])
+
+    def check_frames(self, frames: int, name: str = "num_frames") -> None:
+        """Raise ValueError for more frames at a time than motion modules have positions, unless they attend
+        within windows of FreeNoise; `name` is that of the number for the message."""
+        most = self.config.motion_max_seq_length
         if frames > most and self.free_noise is None:
+            length = min(most, 16)
             raise ValueError(
-                f"num_frames={frames} exceeds the motion module's {most} positions; use num_frames <= "
-                f"{most}, or windows of at most {most} frames: enable_free_noise(), or the setting "
-                "context_windows of a pipeline"
+                f"{name}={frames} exceeds the motion module's {most} positions; use at most {most}, or "
+                f"windows: on the command line --context-frames {length} or --free-noise, in Python "
+                f"context_windows=ContextWindows(length={length}) in a call or enable_free_noise()"
             )
 
     def _prepare(self, x: mx.array, cond: Conditions, inputs: Inputs) -> tuple[mx.array, Conditions]:

@@ -10,6 +10,7 @@ import numpy as np
 from ..noise import NoiseSource
 from ..scalars import as_count, as_finite
 from ..schedulers import Scheduler
+from ..schedulers.sigma import SigmaScheduler
 from .components import Components
 from .denoising import Steps, denoise
 from .guidance import Predict
@@ -50,12 +51,11 @@ class FreeInit:
             if not 0 <= as_finite(name, getattr(self, name)) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
-    def steps(self, num_inference_steps: int) -> list[int]:
-        """Return the steps of each iteration."""
+    def steps(self, num_inference_steps: int, iteration: int) -> int:
+        """Return the steps of an iteration, of which the first is 0."""
         if not self.use_fast_sampling:
-            return [num_inference_steps] * self.num_iters
-        part = num_inference_steps / self.num_iters
-        return [max(1, int(part * (i + 1))) for i in range(self.num_iters)]
+            return num_inference_steps
+        return max(1, int(num_inference_steps / self.num_iters * (iteration + 1)))
 
     def lay_out(self, sampling: Sampling, scheduler: Scheduler) -> list[Scheduler]:
         """Return copies of the scheduler, one an iteration; ValueError where there are no steps to divide."""
@@ -64,7 +64,7 @@ class FreeInit:
                 "use_fast_sampling of FreeInit divides num_inference_steps; leave out timesteps and sigmas, "
                 "or call enable_free_init without it"
             )
-        steps = self.steps(sampling.num_inference_steps)
+        steps = (self.steps(sampling.num_inference_steps, i) for i in range(self.num_iters))
         return [replace(sampling, num_inference_steps=n).lay_out(scheduler) for n in steps]
 
     def low_frequencies(self, frames: int, height: int, width: int) -> np.ndarray:
@@ -129,11 +129,18 @@ class FreeInitMethods(Components):
 
 @dataclass(frozen=True)
 class Run:
-    """One iteration: network, scheduler, and the place in its schedule before which it ends."""
+    """One iteration: network, scheduler, and the places in its schedule before which it ends and where it
+    begins."""
 
     predict: Predict
     scheduler: Scheduler
     stop: int
+    first: int = 0
+
+    @property
+    def steps(self) -> int:
+        """The number of its steps."""
+        return self.stop - self.first
 
 
 def denoise_again(
@@ -144,6 +151,7 @@ def denoise_again(
     noise: NoiseSource,
     eta: float = 0.0,
     predictions: Sequence[mx.array] = (),
+    start: mx.array | None = None,
 ) -> Steps:
     """Denoise in iterations, or once in the only one; the records count through all of them.
 
@@ -152,23 +160,33 @@ def denoise_again(
         latents: (B, C, F, h, w), where the first begins; all others take their low frequencies from that.
         free_init: how others begin.
         noise, eta, predictions: see `denoise`.
+        start: the noise, of unit variance, that later iterations add to the last video; None for `latents`,
+            which are noise alone, at that variance.
 
     As in diffusers, a video is brought back to the last timestep of training, wherever the schedule begins.
-    Samplers that begin at a noise level above 1, such as Euler's, go back to that level; diffusers scales
-    their first noise twice, and later noise not at all.
+    Samplers that know the noise of their schedule's timesteps alone, such as DPM++, go back to the first of
+    them where that is another; diffusers takes the last one for it. Samplers that begin at a noise level
+    above 1, such as Euler's, go back to that level; diffusers scales their first noise twice, and later noise
+    not at all.
     """
-    total, done = sum(run.stop for run in runs), 0
+    total, done = sum(run.steps for run in runs), 0
     if len(predictions) > total:
         raise ValueError(
             f"predictions are those of {len(predictions)} steps; this run makes {total}: go on with the "
             "settings that they were made with"
         )
-    start = latents / runs[0].scheduler.init_noise_sigma
+    if start is None:
+        start = latents / runs[0].scheduler.init_noise_sigma
     for i, run in enumerate(runs):
         scheduler = run.scheduler
         if i > 0:
             sigma, last = scheduler.init_noise_sigma, scheduler.config.num_train_timesteps - 1
-            noisy = scheduler.add_noise(latents, start, last if sigma == 1 else scheduler.timesteps[0])
+            if sigma != 1:
+                last = scheduler.timesteps[run.first]
+                sigma = float(scheduler.sigmas[run.first]) if run.first else sigma
+            elif isinstance(scheduler, SigmaScheduler) and last not in scheduler.timesteps:
+                last = scheduler.timesteps[0]
+            noisy = scheduler.add_noise(latents, start, last)
             latents = free_init.mix(noisy, noise(tuple(latents.shape)) * sigma)
         steps = denoise(
             run.predict,
@@ -176,7 +194,8 @@ def denoise_again(
             latents,
             noise=noise,
             eta=eta,
-            predictions=predictions[done : done + run.stop],
+            predictions=predictions[done : done + run.steps],
+            first_step=run.first,
             stop=run.stop,
         )
         record = next(steps, None)
@@ -187,4 +206,4 @@ def denoise_again(
                 record = steps.send(replaced)
             except StopIteration:
                 record = None
-        done += run.stop
+        done += run.steps

@@ -29,6 +29,7 @@ from .free_noise import FreeNoiseMethods, check_text_of_frames
 from .guidance import Predict
 from .image_prompts import IMAGE_PARTS, ImagePrompts, PromptImages
 from .sampling import Sampling
+from .windows import ContextWindows
 
 
 class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMethods, VideoPipeline):
@@ -93,6 +94,7 @@ class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMet
     ) -> Steps:
         """Return the denoising loop of a run that begins with noise."""
         num_frames = as_count("num_frames", self.num_frames(num_frames))
+        self.check_frames(num_frames, sampling.context_windows)
         batch = text[0].shape[0]
         check_text_of_frames(text[0], num_frames)
         images = self._image_states(ip_adapter_image_embeds, batch, sampling.is_guided)
@@ -106,6 +108,15 @@ class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMet
         return denoise_again(
             runs, latents, self.free_init, noise=noise, eta=sampling.eta, predictions=predictions
         )
+
+    def check_frames(self, num_frames: int, context_windows: ContextWindows | None = None) -> None:
+        """Raise ValueError for more frames than the network can see at a time; see `enable_free_noise` and
+        `ContextWindows` for these."""
+        self._need("unet")
+        if context_windows is None or num_frames <= context_windows.length:
+            self.unet.check_frames(num_frames)
+        else:
+            self.unet.check_frames(context_windows.length, "length of context_windows")
 
     @property
     def motion_adapter(self) -> MotionAdapter:

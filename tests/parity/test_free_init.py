@@ -8,7 +8,15 @@ pytest.importorskip("transformers")
 
 import mlx.core as mx  # noqa: E402
 from mlx_unet3d.pipelines.free_init import FreeInit  # noqa: E402
-from test_animatediff_pipelines import check, difference, folder, pipes, with_scheduler  # noqa: E402, F401
+from test_animatediff_pipelines import (  # noqa: E402, F401
+    CLIP,
+    check,
+    difference,
+    folder,
+    pipes,
+    video_pipes,
+    with_scheduler,
+)
 
 pytestmark = [
     pytest.mark.parity,
@@ -76,6 +84,36 @@ def test_with_free_noise(free_pipes):
     finally:
         free_pipes[1].disable_free_noise()
         free_pipes[0].disable_free_noise()
+
+
+VIDEOS = {
+    "plain": ({}, {}),
+    "fast": (dict(use_fast_sampling=True), dict(num_inference_steps=12)),
+    "enforced": ({}, dict(enforce_inference_steps=True, strength=0.6)),
+    "two": ({}, dict(prompt=["a fox", "two moons"], video=[CLIP, CLIP[::-1]], eta=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_video_to_video(video_pipes, name):  # noqa: F811
+    """Each iteration runs a share of the steps of the last."""
+    options, args = VIDEOS[name]
+    enable(video_pipes, **{"num_iters": 2, **options})
+    check(video_pipes, **SMALL | {"video": CLIP, "num_inference_steps": 4} | args)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("LCMScheduler", {}),
+        ("DPMSolverMultistepScheduler", dict(timestep_spacing="linspace")),
+        ("PNDMScheduler", dict(skip_prk_steps=True)),
+    ],
+)
+def test_video_to_video_schedulers(video_pipes, name, options):  # noqa: F811
+    made = with_scheduler(video_pipes, name, options)
+    enable(made, num_iters=2)
+    check(made, **SMALL | dict(video=CLIP, num_inference_steps=4, strength=0.9))
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 5, 6, 4), (2, 3, 1, 1, 7)])
