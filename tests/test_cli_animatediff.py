@@ -129,6 +129,9 @@ def test_sdxl(place, tmp_path):
     frames = media.to_uint8(pipe("a cat", **SHORT).frames[0])
     assert np.array_equal(media.read_video("out.png")[0], frames)
 
-    guided = config | {"time_cond_proj_dim": 4}
-    with pytest.raises(ValueError, match="takes guidance as an embedding"):
-        AnimateDiffSDXLPipeline(**parts | {"unet": tiny.randomize(UNetMotionModel(**guided), 4)})
+    embedded = tiny.randomize(UNetMotionModel(**config, time_cond_proj_dim=4), 4)
+    AnimateDiffSDXLPipeline(**parts | {"unet": embedded}).save_pretrained("embedded")
+    one_pass = load_pipeline("embedded")
+    assert not one_pass.is_guided(5.0)
+    weak, strong = (one_pass("a cat", guidance_scale=w, **SHORT).frames for w in (2.0, 9.0))
+    assert abs(weak - strong).max() > 1e-3

@@ -117,7 +117,7 @@ def fit(pipe: VideoPipeline, settings: dict[str, Any], choice: str | float) -> N
             num_frames=settings["num_frames"],
             height=max(settings["height"] // factor, 1) * factor,
             width=max(settings["width"] // factor, 1) * factor,
-            guidance=settings["guidance"] > 1,
+            guidance=pipe.is_guided(settings["guidance"]),
             encoded=settings["video"] is not None,
             cache_depth=settings["cache_depth"] if settings["cache_interval"] > 1 else None,
             dtype=pipe.unet.dtype,

@@ -102,7 +102,7 @@ class AnimateDiffPipeline(MotionPipeline):
         the same `guidance_scale`; see `TextToVideoPipeline.steps`."""
         self._need("unet")
         sampling = self.sampling(**settings)
-        states = checked_states(states, sampling.guidance_scale)
+        states = checked_states(states, sampling)
         return self._from_noise(
             states,
             sampling,

@@ -30,15 +30,10 @@ class AnimateDiffSDXLPipeline(PooledTextPrompts, MotionPipeline):
     }
     class_names = ("AnimateDiffSDXLPipeline", "StableDiffusionXLPipeline")
     default_guidance_scale = 5.0
+    embedded_scale_offset = -1.0
 
     def _check_parts(self) -> None:
         super()._check_parts()
-        if self.unet.config.time_cond_proj_dim is not None:
-            raise ValueError(
-                f"the unet takes guidance as an embedding (time_cond_proj_dim="
-                f"{self.unet.config.time_cond_proj_dim}), which this pipeline does not make; give a UNet "
-                "without, or call the network with timestep_cond"
-            )
         config, pooled = self.unet.config, self.text_encoder_2.config.projection_dim
         wanted = None
         if config.addition_embed_type is not None:
@@ -163,7 +158,7 @@ class AnimateDiffSDXLPipeline(PooledTextPrompts, MotionPipeline):
         the same `guidance_scale`; see `TextToVideoPipeline.steps`."""
         self._need("unet")
         sampling = self.sampling(**settings)
-        text, pooled = checked_pooled(states, sampling.guidance_scale)
+        text, pooled = checked_pooled(states, sampling)
         own = tuple(side * self.vae_scale_factor for side in self.latent_size(height, width))
         ids = time_ids(
             original_size=original_size or own,

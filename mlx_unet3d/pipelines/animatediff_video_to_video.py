@@ -131,7 +131,7 @@ class AnimateDiffVideoToVideoPipeline(MotionPipeline):
         """Return the denoising loop alone; see `AnimateDiffPipeline.steps`."""
         self._need("unet")
         sampling = self.sampling(**settings)
-        states = checked_states(states, sampling.guidance_scale)
+        states = checked_states(states, sampling)
         videos = states.prompt_embeds.shape[0]
         states = states.repeated(num_videos_per_prompt)
         batch = states.prompt_embeds.shape[0]

@@ -120,7 +120,7 @@ class FreeNoiseMethods(TextPrompts):
             )
         frames = as_count("num_frames", self.num_frames(num_frames))
         positive = self._text_of_frames("prompt", prompt, frames, clip_skip)
-        if self.guidance_scale(guidance_scale) <= 1:
+        if not self.is_guided(guidance_scale):
             return TextStates(positive)
         negative_prompt = "" if negative_prompt is None else negative_prompt
         return TextStates(positive, self._text_of_frames("negative_prompt", negative_prompt, frames, None))

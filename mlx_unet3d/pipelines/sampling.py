@@ -31,7 +31,7 @@ class Sampling:
         num_inference_steps: steps of the scheduler; None for what the checkpoint recommends, or the
             pipeline's default.
         guidance_scale: strength of the prompt; at most 1: one pass a step, without the negative prompt. None
-            as above.
+            as above. A UNet that takes it as an embedding runs once a step at any scale.
         timesteps: (n,) a schedule of one's own in place of `num_inference_steps`, noisiest first.
         sigmas: (n + 1,) noise levels in place of it, falling; the last is where the last step ends.
         eta: noise of DDIM and TCD, 0 to 1; only with their schedulers.
@@ -179,6 +179,26 @@ class Delivery:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {others[0]!r}; a callback is given 'latents' alone"
             )
+
+
+class EmbeddedSampling(Sampling):
+    """Settings of a run whose UNet takes the guidance scale as an embedding, and runs once a step."""
+
+    @property
+    def is_guided(self) -> bool:
+        """False: the network sees no negative input, whatever the scale."""
+        return False
+
+    def check(self, scheduler: Scheduler, unet: VideoUNet | None) -> Sampling:
+        """See `Sampling.check`."""
+        for name, neutral in (("guidance_rescale", (0,)), ("guidance_interval", ((0, 1), [0, 1]))):
+            value = getattr(self, name)
+            if value not in neutral:
+                raise ValueError(
+                    f"{name}={value!r} changes guidance by a negative prompt, and this UNet takes guidance "
+                    f"as an embedding instead; leave {name} out"
+                )
+        return super().check(scheduler, unet)
 
 
 class BatchNoise:

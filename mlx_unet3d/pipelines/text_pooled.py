@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 
 from ..scalars import as_count
+from .sampling import Sampling
 from .text import TextPrompts, TextStates, checked_states, checked_texts, repeated_rows, token_ids
 
 
@@ -31,7 +32,7 @@ class PooledTextStates(NamedTuple):
         return PooledTextStates(*repeated_rows(self, copies))
 
 
-def checked_pooled(states: Any, guidance_scale: float) -> tuple[TextStates, TextStates]:
+def checked_pooled(states: Any, sampling: Sampling) -> tuple[TextStates, TextStates]:
     """Return states and pooled states, each without the negative ones where nothing is guided.
 
     Raises TypeError for anything but the four of `encode_prompt`, ValueError where guidance lacks some.
@@ -40,7 +41,7 @@ def checked_pooled(states: Any, guidance_scale: float) -> tuple[TextStates, Text
         raise TypeError(
             f"text states are a {type(states).__name__}; give the four arrays that encode_prompt returns"
         )
-    return checked_states(states[:2], guidance_scale), checked_states(states[2:], guidance_scale)
+    return checked_states(states[:2], sampling), checked_states(states[2:], sampling)
 
 
 class PooledTextPrompts(TextPrompts):
@@ -67,14 +68,15 @@ class PooledTextPrompts(TextPrompts):
     ) -> PooledTextStates:
         """Return the text states of SDXL, as diffusers' pipelines do.
 
-        The negative ones are None for a `guidance_scale` of at most 1. The second encoder reads `prompt_2`
+        The negative ones are None for a `guidance_scale` of at most 1, and for a UNet that takes it as an
+        embedding. The second encoder reads `prompt_2`
         and `negative_prompt_2`, where given. Without any negative prompt its states are zeros, or with
         `force_zeros_for_empty_prompt=False` in the index those of "". `clip_skip` counts layers to leave out
         before the last but one, for the positive prompt.
         """
         given = prompt_embeds, pooled_prompt_embeds
         positive = self._states_of_both("prompt", (prompt, prompt_2), given, clip_skip)
-        if self.guidance_scale(guidance_scale) <= 1:
+        if not self.is_guided(guidance_scale):
             return PooledTextStates(positive[0], None, positive[1], None)
         given = negative_prompt_embeds, negative_pooled_prompt_embeds
         texts = negative_prompt, negative_prompt_2

@@ -1,6 +1,7 @@
 """AnimateDiff's pipelines against diffusers' own, live, in fp32."""
 
 import copy
+import shutil
 
 import pytest
 
@@ -438,6 +439,24 @@ def test_sdxl_with_a_motion_adapter(folder_xl, pipes_xl):
     """`from_unet2d` copies `add_embedding`."""
     ours = AnimateDiffSDXLPipeline.from_pretrained(folder_xl / "sd", motion_adapter=folder_xl / "motion")
     check((pipes_xl[0], ours))
+
+
+def test_sdxl_with_guidance_as_an_embedding(folder_xl, tmp_path):
+    """One pass a step, with the scale less one embedded; with a base model that was distilled so, too."""
+    base = diffusers.UNet2DConditionModel.from_pretrained(folder_xl / "sd", subfolder="unet")
+    unet = diffusers.UNet2DConditionModel.from_config(base.config, time_cond_proj_dim=32)
+    unet.load_state_dict(base.state_dict(), strict=False)
+    shutil.copytree(folder_xl / "sd", tmp_path / "sd")
+    unet.save_pretrained(tmp_path / "sd" / "unet")
+    motion = diffusers.MotionAdapter.from_pretrained(folder_xl / "motion")
+    theirs = diffusers.AnimateDiffSDXLPipeline.from_pretrained(tmp_path / "sd", motion_adapter=motion)
+    theirs.unet.add_embedding.load_state_dict(unet.add_embedding.state_dict())
+    theirs.set_progress_bar_config(disable=True)
+    ours = AnimateDiffSDXLPipeline.from_pretrained(tmp_path / "sd", motion_adapter=folder_xl / "motion")
+    frames = check((theirs, ours), negative_prompt="rain", guidance_scale=8.5)
+    weak = check((theirs, ours), prompt=["a fox", "two moons"], guidance_scale=1.2, num_inference_steps=2)
+    assert difference(frames, weak[:1]) > 1e-3
+    assert ours.encode_prompt("a fox", guidance_scale=8.5).negative_prompt_embeds is None
 
 
 def test_sdxl_without_zeros(folder_xl):
