@@ -13,7 +13,7 @@ from .components import Part
 from .decoding import VideoOutput
 from .denoising import Steps
 from .motion import MotionPipeline
-from .sampling import Delivery, Sampling, takes
+from .sampling import Delivery, Sampling, takes, text_lora_scale
 from .text_pooled import PooledTextPrompts, checked_pooled
 
 Size = tuple[int, int]
@@ -110,6 +110,7 @@ class AnimateDiffSDXLPipeline(PooledTextPrompts, MotionPipeline):
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             clip_skip=clip_skip,
+            lora_scale=text_lora_scale(settings),
         )
         states = states.repeated(delivery.num_videos_per_prompt)
         # 3. Images -> embeddings (2, n, P) for each IP-Adapter

@@ -13,7 +13,7 @@ from .denoising import Steps, denoise
 from .frames import as_frames, resized
 from .free_noise import Prompts, check_text_of_frames
 from .motion import MotionPipeline
-from .sampling import BatchNoise, Delivery, Sampling, takes
+from .sampling import BatchNoise, Delivery, Sampling, takes, text_lora_scale
 from .text import checked_states
 from .video_to_video import first_step
 
@@ -91,6 +91,7 @@ class AnimateDiffVideoToVideoPipeline(MotionPipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             clip_skip=clip_skip,
+            lora_scale=text_lora_scale(settings),
         )
         # 3. Images -> embeddings (2, n, P) for each IP-Adapter
         images = self._image_embeds(ip_adapter_image, ip_adapter_image_embeds, guidance_scale)

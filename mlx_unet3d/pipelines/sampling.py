@@ -39,7 +39,8 @@ class Sampling:
         rng: "torch" draws the numbers of torch's CPU generator, so that a seed gives the same video as in
             diffusers; "mlx" those of MLX.
         generator: another name of `seed`; not a torch generator.
-        cross_attention_kwargs: keywords for the attention processors, such as the LoRA `scale`.
+        cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA, in a call that
+            of the text encoders too.
         guidance_rescale: how far to bring a guided prediction back to the deviation that it has without the
             negative prompt, from 0 to 1; against overexposure (arXiv:2305.08891).
         guidance_interval: guidance only in this part of the steps, from 0, the first, to 1; one pass in the
@@ -179,6 +180,11 @@ class Delivery:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {others[0]!r}; a callback is given 'latents' alone"
             )
+
+
+def text_lora_scale(settings: Mapping[str, Any]) -> float | None:
+    """Return the scale that settings of a run give LoRA, which text encoders take too; None for none."""
+    return (settings.get("cross_attention_kwargs") or {}).get("scale")
 
 
 class EmbeddedSampling(Sampling):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..layers.adapted import scaled_adapters
 from ..tokenizer import CLIPTokenizer
 from .embedded_guidance import EmbeddedGuidance
 from .sampling import Sampling
@@ -103,15 +104,16 @@ class TextPrompts(EmbeddedGuidance):
         prompt_embeds: mx.array | None = None,
         negative_prompt_embeds: mx.array | None = None,
         clip_skip: int | None = None,
+        lora_scale: float | None = None,
     ) -> TextStates:
         """Return the text states (prompt_embeds, negative_prompt_embeds), as diffusers' pipelines do.
 
         Each is (B, L, D); the second is None for a `guidance_scale` of at most 1, and for a UNet that takes
         guidance as an embedding. `steps` takes the pair, a call its parts by their names. `clip_skip` counts
-        layers to leave out at the end of the text encoder, for the positive prompt (in I2VGen-XL for both). A
-        model of few words warns of others.
+        layers to leave out at the end of the text encoder, for the positive prompt (in I2VGen-XL for both).
+        `lora_scale` scales the text encoder's LoRA. A model of few words warns of others.
         """
-        positive = self._states("prompt", prompt, prompt_embeds, clip_skip)
+        positive = self._states("prompt", prompt, prompt_embeds, clip_skip, lora_scale)
         if not self.is_guided(guidance_scale):
             return TextStates(positive)
         batch = positive.shape[0]
@@ -120,7 +122,7 @@ class TextPrompts(EmbeddedGuidance):
         if isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt] * batch
         skip = clip_skip if self.negatives_skip else None
-        negative = self._states("negative_prompt", negative_prompt, negative_prompt_embeds, skip)
+        negative = self._states("negative_prompt", negative_prompt, negative_prompt_embeds, skip, lora_scale)
         if negative.shape != positive.shape:
             raise ValueError(
                 f"negative prompts give states {tuple(negative.shape)}, prompts {tuple(positive.shape)}; "
@@ -134,6 +136,7 @@ class TextPrompts(EmbeddedGuidance):
         text: str | Sequence[str] | None,
         states: mx.array | None,
         clip_skip: int | None,
+        lora_scale: float | None,
     ) -> mx.array:
         if (text is None) == (states is None):
             raise ValueError(f"give either {name} or {name}_embeds, and not both")
@@ -142,7 +145,8 @@ class TextPrompts(EmbeddedGuidance):
         texts = checked_texts(name, text)
         self._need("text_encoder")
         self._warn_of_unknown_words(texts)
-        states = self.text_encoder(token_ids(self.tokenizer, texts), clip_skip=clip_skip)
+        with scaled_adapters(lora_scale):
+            states = self.text_encoder(token_ids(self.tokenizer, texts), clip_skip=clip_skip)
         mx.eval(states)
         return states
 

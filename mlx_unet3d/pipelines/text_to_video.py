@@ -17,7 +17,7 @@ from .components import Part
 from .decoding import VideoOutput
 from .denoising import Steps, denoise, start_latents
 from .guidance import Predict
-from .sampling import Delivery, Sampling, takes
+from .sampling import Delivery, Sampling, takes, text_lora_scale
 from .text import TextPrompts, TextStates, checked_states
 
 
@@ -109,6 +109,7 @@ class TextToVideoPipeline(UNet3DPipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             clip_skip=clip_skip,
+            lora_scale=text_lora_scale(settings),
         )
         states = states.repeated(delivery.num_videos_per_prompt)
         self._done_with("text_encoder")

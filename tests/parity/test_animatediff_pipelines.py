@@ -492,3 +492,36 @@ def test_sdxl_ip_adapter_and_embeddings(folder_xl, image_pipes, tmp_path):
     theirs.load_textual_inversion(learned["clip_l"], token="<style>", **first)
     theirs.load_textual_inversion(learned["clip_g"], token="<style>", **second)
     check((theirs, ours), prompt="a <style> fox", ip_adapter_image=picture())
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_scale_of_lora_reaches_the_text_encoders(family, request, tmp_path):
+    """`cross_attention_kwargs["scale"]`, for UNet and text encoders at once."""
+    peft = pytest.importorskip("peft")
+    folder = request.getfixturevalue("folder" if family == "sd" else "folder_xl") / "whole"
+    xl = family == "sdxl"
+    theirs = (diffusers.AnimateDiffSDXLPipeline if xl else diffusers.AnimateDiffPipeline).from_pretrained(
+        folder
+    )
+    theirs.set_progress_bar_config(disable=True)
+    ours = (AnimateDiffSDXLPipeline if xl else AnimateDiffPipeline).from_pretrained(folder)
+    prompt = "a fox"
+    if not xl:  # prompts of frames are encoded apart
+        prompt = {0: "a fox", 2: "two moons"}
+        theirs.enable_free_noise(2, 1)
+        ours.enable_free_noise(2, 1)
+    torch.manual_seed(4)
+    layers = {}
+    for name in ("unet", "text_encoder", "text_encoder_2") if xl else ("unet", "text_encoder"):
+        targets = ["to_q"] if name == "unet" else ["q_proj", "v_proj", "fc1"]
+        config = peft.LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=targets)
+        network = peft.inject_adapter_in_model(config, getattr(theirs, name))
+        state = peft.get_peft_model_state_dict(network)
+        layers |= {f"{name}.{key}": value.contiguous() for key, value in state.items()}
+    save_file(layers, tmp_path / "lora.safetensors")
+    ours.load_lora_weights(tmp_path / "lora.safetensors")
+    calls = [dict(cross_attention_kwargs={"scale": scale}) for scale in (0.5, 0.0)]
+    half, none = (check((theirs, ours), prompt=prompt, num_inference_steps=2, **call) for call in calls)
+    assert difference(half, none) > 1e-3
+    text = [ours.encode_prompt("a fox", lora_scale=scale).prompt_embeds for scale in (None, 0.5)]
+    assert difference(*text) > 1e-2
