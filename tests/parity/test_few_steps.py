@@ -11,6 +11,7 @@ import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 from mlx_unet3d import TextToVideoPipeline  # noqa: E402
 from mlx_unet3d.layers.embeddings import guidance_embedding  # noqa: E402
+from mlx_unet3d.pipelines.few_steps import sample_as, training_of_lora  # noqa: E402
 from mlx_unet3d.schedulers import scheduler_from_config  # noqa: E402
 from reference import relative_error, unet_pair  # noqa: E402
 
@@ -66,3 +67,76 @@ def test_t2v_turbo(tmp_path, scale, steps):
     assert relative_error(latents, expected) <= 1e-4
     other = pipe(prompts, guidance_scale=scale + 1, seed=5, **settings).frames
     assert mx.abs(other - latents).max() > 1e-3
+
+
+LAYERS = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
+
+
+def write_unet_lora(unet, file, rank=3, parameters=False):
+    """T2V-Turbo's file for a UNet of diffusers with `time_cond_proj_dim`, and its change merged into that."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = []
+    for _, layer in unet.named_modules():
+        if isinstance(layer, LAYERS):
+            out, channels, *kernel = layer.weight.shape
+            r = min(rank, out, channels)
+            up = 0.1 * torch.randn(out, r, *(1 for _ in kernel), generator=generator)
+            down = torch.randn(r, channels, *kernel, generator=generator) / layer.weight[0].numel() ** 0.5
+            with torch.no_grad():
+                layer.weight += (up.flatten(1) @ down.flatten(1)).reshape(layer.weight.shape)
+            tensors += [torch.nn.Parameter(x) if parameters else x for x in (up, down)]
+    torch.save(tensors, file)
+    return len(tensors) // 2
+
+
+@pytest.mark.parametrize("parameters", [False, True])
+def test_the_lora_of_t2v_turbo(tmp_path, parameters):
+    """All layers of a UNet to which the projection of the guidance scale was added, from zeros."""
+    theirs, unet = unet_pair(tmp_path / "unet", cross_attention_dim=12)
+    student = diffusers.UNet3DConditionModel.from_config(theirs.config, time_cond_proj_dim=256).eval()
+    student.load_state_dict(theirs.state_dict(), strict=False)
+    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    count = write_unet_lora(student, tmp_path / "unet_lora.pt", parameters=parameters)
+    base = TextToVideoPipeline.from_pretrained(tiny.write_pipeline(tmp_path / "base"))
+    config = base.scheduler.config.to_dict() | {"distilled_spacing": "strided"}
+    parts = base.components | {"unet": unet, "scheduler": scheduler_from_config(config, "lcm")}
+    pipe = TextToVideoPipeline(**parts)
+    assert pipe.load_lora_weights(tmp_path / "unet_lora.pt") == {"unet": count}
+    assert pipe.embeds_guidance
+    text = np.array(pipe.encode_prompt("a fox").prompt_embeds)
+    settings = dict(num_frames=3, height=32, width=48, num_inference_steps=4, output_type="latent")
+    expected = t2v_turbo(student, torch.from_numpy(text), 7.5, 4, seed=5)
+    assert relative_error(pipe("a fox", guidance_scale=7.5, seed=5, **settings).frames, expected) <= 1e-4
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "turbo", layout="diffusers")
+    again = TextToVideoPipeline.from_pretrained(tmp_path / "turbo")
+    assert relative_error(again("a fox", guidance_scale=7.5, seed=5, **settings).frames, expected) <= 1e-4
+    loaded = diffusers.UNet3DConditionModel.from_pretrained(tmp_path / "turbo" / "unet")
+    ours, its = (net.time_embedding.cond_proj.weight.detach() for net in (loaded, student))
+    assert relative_error(ours, its) <= 1e-5
+
+
+def test_mcm(tmp_path):
+    """The folder that PEFT saves, sampled as MCM's demo does."""
+    peft = pytest.importorskip("peft")
+    base = TextToVideoPipeline.from_pretrained(tiny.write_pipeline(tmp_path / "base"))
+    base.save_pretrained(tmp_path / "theirs", layout="diffusers")
+    theirs = diffusers.TextToVideoSDPipeline.from_pretrained(tmp_path / "theirs")
+    theirs.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    targets = r".*(to_q|to_v|to_out\.0|proj_in|net\.2|resnets\.\d+\.conv1|conv_shortcut|time_emb_proj)"
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets)
+    theirs.unet = peft.get_peft_model(theirs.unet, config)
+    folder = tmp_path / "mcm" / "modelscopet2v-laion"
+    theirs.unet.save_pretrained(folder)
+    theirs.scheduler = diffusers.LCMScheduler.from_config(theirs.scheduler.config, timestep_scaling=4.0)
+    training = training_of_lora(str(folder), "adapter_model.safetensors")
+    assert sample_as(base, training).startswith("a motion consistency model (MCM), sampled by LCMScheduler")
+    plain = base("a fox", seed=3, num_frames=3, height=32, width=32).frames
+    base.load_lora_weights(folder)
+    args = dict(num_frames=3, height=32, width=32, num_inference_steps=4, guidance_scale=1.0)
+    expected = theirs("a fox", generator=torch.Generator().manual_seed(3), **args).frames
+    frames = base("a fox", seed=3, num_frames=3, height=32, width=32).frames  # the rest it recommends
+    assert np.abs(frames - expected).max() <= 1e-4
+    assert np.abs(frames - plain).max() > 1e-2
