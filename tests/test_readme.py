@@ -114,7 +114,7 @@ def test_commands(place):
             assert all((place[0] / line).exists() for line in printed.split()), printed
             assert Path(name).stem in printed
     assert media.read_metadata(place[0] / "panda.gif")["prompt"] == "a panda surfing a wave"
-    for name, guidance in (("turbo.gif", 7.5), ("mcm.gif", 1.0), ("lcm.gif", 1.0)):
+    for name, guidance in (("turbo.gif", 7.5), ("mcm.gif", 1.0), ("lcm.gif", 1.0), ("turbo-snow.gif", 7.5)):
         found = media.read_metadata(place[0] / name)
         found = [found[name] for name in ("scheduler", "steps", "guidance")]
         assert found == ["LCMScheduler", 4, guidance], name

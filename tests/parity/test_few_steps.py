@@ -10,6 +10,7 @@ import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 from mlx_unet3d import TextToVideoPipeline  # noqa: E402
+from mlx_unet3d.cli import main  # noqa: E402
 from mlx_unet3d.layers.embeddings import guidance_embedding  # noqa: E402
 from mlx_unet3d.pipelines.few_steps import sample_as, training_of_lora  # noqa: E402
 from mlx_unet3d.schedulers import scheduler_from_config  # noqa: E402
@@ -107,6 +108,12 @@ def test_the_lora_of_t2v_turbo(tmp_path, parameters):
     settings = dict(num_frames=3, height=32, width=48, num_inference_steps=4, output_type="latent")
     expected = t2v_turbo(student, torch.from_numpy(text), 7.5, 4, seed=5)
     assert relative_error(pipe("a fox", guidance_scale=7.5, seed=5, **settings).frames, expected) <= 1e-4
+    command = ["convert", "--hf-path", str(tmp_path / "unet"), "--lora", str(tmp_path / "unet_lora.pt")]
+    assert main([*command, "--to", "diffusers", "--mlx-path", str(tmp_path / "merged")]) == 0
+    merged = diffusers.UNet3DConditionModel.from_pretrained(tmp_path / "merged").state_dict()
+    assert merged.keys() == student.state_dict().keys()
+    for name, weight in student.state_dict().items():
+        assert relative_error(merged[name], weight) <= 1e-5, name
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "turbo", layout="diffusers")
