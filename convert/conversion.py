@@ -26,6 +26,7 @@ from tqdm import tqdm
 from .card import model_card
 from .forward import compare_forwards
 from .kinds.pipeline import FEATURE_EXTRACTOR
+from .loras import Loras
 from .plan import CheckpointPlan, ComponentPlan, TensorPlan
 from .planning import PREPROCESSOR_CONFIG, SCHEDULER_CONFIG, plan_checkpoint
 from .upload import check_upload, upload
@@ -43,6 +44,7 @@ def convert(
     *,
     tokenizer: str | Path | None = None,
     motion_adapter: str | Path | None = None,
+    loras: Loras = (),
     dtype: mx.Dtype | None = None,
     layout: str = "mlx",
     variant: str | None = None,
@@ -59,7 +61,7 @@ def convert(
     """Convert a checkpoint; memory use is a few tensors, not the model.
 
     Args:
-        source, tokenizer, motion_adapter, dtype, layout, variant, quantization, recipe, hub: see
+        source, tokenizer, motion_adapter, loras, dtype, layout, variant, quantization, recipe, hub: see
             `plan_checkpoint`.
         target: folder to make; it appears when everything is written and, with `verify`, verified.
         max_shard_size: bytes, or text such as "5GB", above which weights are divided over files.
@@ -91,6 +93,7 @@ def convert(
         source,
         tokenizer=tokenizer,
         motion_adapter=motion_adapter,
+        loras=loras,
         dtype=dtype,
         layout=layout,
         variant=variant,
@@ -249,14 +252,19 @@ def compare(component: ComponentPlan, folder: Path, progress: bool) -> str:
             ratios[tensor.name] = _signal_to_noise(tensor, written)
             continue
         result = read_tensor(*written[tensor.name])
+        if tensor.changes:
+            if not mx.array_equal(result, tensor.make(), equal_nan=True):
+                raise CheckpointError(f"{tensor.name} came out different from {tensor.key} and its LoRA")
+            continue
         original = read_tensor(tensor.path, tensor.info)
         if mx.issubdtype(original.dtype, mx.floating):
             original = original.astype(tensor.dtype)
         if not mx.array_equal(tensor.restored(result), original, equal_nan=True):
             raise CheckpointError(f"{tensor.name} came out different from {tensor.key} in {tensor.path}")
     count = len(component.tensors) - len(ratios)
+    changed = sum(bool(tensor.changes) for tensor in component.tensors)
     if not ratios:
-        return f"{count} tensors read back, all equal to the source"
+        return f"{count} tensors read back, all equal to the source{' and its LoRA' if changed else ''}"
     worst = min(ratios, key=ratios.__getitem__)
     return (
         f"{count} tensors read back, equal to the source, and {len(ratios)} quantized ones, at least "

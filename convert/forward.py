@@ -44,6 +44,7 @@ def compare_forwards(component: ComponentPlan, folder: Path) -> str:
     made = {name for name, want in model.expected_tensors().items() if want.optional}
     there = {name for name, _ in loaded}
     loaded += [(k, a) for k, a in tree_flatten(model.parameters()) if k in made - there]
+    loaded += [(k, a) for k, a in component.constants.items() if k not in made | there]
     model.load_weights(loaded)
     del loaded
     expected = _forward(model)

@@ -1,6 +1,7 @@
 """The plan of a conversion: of each tensor, network and checkpoint."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ class TensorPlan:
         shape, dtype: of the result, before it is quantized.
         source_layout, target_layout: "mlx" or "diffusers".
         quantization: how it is quantized; None for no quantization.
+        changes: make what LoRAs add to it, in float32 and MLX's layout.
     """
 
     key: str
@@ -38,6 +40,7 @@ class TensorPlan:
     source_layout: str
     target_layout: str
     quantization: Quantization | None = None
+    changes: tuple[Callable[[], mx.array], ...] = ()
 
     @property
     def permutation(self) -> str:
@@ -53,8 +56,8 @@ class TensorPlan:
 
     @property
     def may_overflow(self) -> bool:
-        """True if finite numbers may become infinite: those of a wider dtype in float16."""
-        return self.dtype == mx.float16 and self.info.dtype != "F16"
+        """True if finite numbers may become infinite: those of a wider dtype in float16, and sums."""
+        return self.dtype == mx.float16 and (self.info.dtype != "F16" or bool(self.changes))
 
     @property
     def working_bytes(self) -> int:
@@ -65,10 +68,12 @@ class TensorPlan:
     def make(self) -> mx.array:
         """Read the tensor and return the result before it is quantized."""
         array = read_tensor(self.path, self.info)
-        if mx.issubdtype(array.dtype, mx.floating):
+        if mx.issubdtype(array.dtype, mx.floating) and not self.changes:
             array = array.astype(self.dtype)
         if self.source_layout == "diffusers":
             array = to_mlx(self.layout, array)
+        if self.changes:
+            array = sum((make() for make in self.changes), array.astype(mx.float32)).astype(self.dtype)
         return to_diffusers(self.layout, array) if self.target_layout == "diffusers" else array
 
     def results(self) -> dict[str, Deferred]:

@@ -19,6 +19,7 @@ from mlx_unet3d.schedulers import scheduler_of_pipeline
 
 from .kinds import BY_NAME, COMPONENTS, Kind, Pipeline
 from .kinds.pipeline import FEATURE_EXTRACTOR, TOKENIZERS
+from .loras import Loras, with_loras
 from .networks import Source, Ways, class_name, plan_combined, plan_network, source_in_folder
 from .original_files import (
     MOTION_ADAPTER,
@@ -51,6 +52,7 @@ def plan_checkpoint(
     *,
     tokenizer: str | Path | None = None,
     motion_adapter: str | Path | None = None,
+    loras: Loras = (),
     dtype: mx.Dtype | None = None,
     layout: str = "mlx",
     variant: str | None = None,
@@ -58,7 +60,7 @@ def plan_checkpoint(
     recipe: str = "mixed",
     **hub: Any,
 ) -> CheckpointPlan:
-    """Plan a conversion without reading tensors.
+    """Plan a conversion without reading tensors of the source.
 
     Args:
         source: folder or hub id of a diffusers pipeline or of one network, in safetensors or torch pickles;
@@ -68,6 +70,8 @@ def plan_checkpoint(
             original files have none.
         motion_adapter: folder, hub id or file of AnimateDiff's motion modules, to be inserted into the
             source's Stable Diffusion UNet.
+        loras: files, folders or hub ids, and weights, to add to the weights; those of few steps bring their
+            sampler, steps and guidance, see `few_steps`.
         dtype: of all floating-point tensors; None for the dtype of most bytes of each network.
         layout: "mlx" or "diffusers", of the result.
         variant: weight files such as "fp16", of a diffusers folder.
@@ -89,6 +93,17 @@ def plan_checkpoint(
         raise ValueError("diffusers does not read MLX's quantized weights; quantize with the layout 'mlx'")
     ways = Ways(dtype, layout, variant, quantization, recipe)
     adapter = None if motion_adapter is None else find_adapter(motion_adapter, hub)
+    return with_loras(_plan(source, tokenizer, adapter, ways, hub), loras, hub)
+
+
+def _plan(
+    source: str | Path,
+    tokenizer: str | Path | None,
+    adapter: Source | None,
+    ways: Ways,
+    hub: dict[str, Any],
+) -> CheckpointPlan:
+    """Plan a source of any kind, without LoRAs."""
     file = Path(source).expanduser()
     if file.is_file():
         if hub.get("revision") is not None:
@@ -105,7 +120,7 @@ def plan_checkpoint(
                 files = weight_files_in(folder)
                 return plan_originals(source, folder, files, tokenizer, adapter, ways, hub)
         config = read_json(folder / "config.json")
-        own = source_in_folder(source, "", _kind_of(config, folder), variant, hub)
+        own = source_in_folder(source, "", _kind_of(config, folder), ways.variant, hub)
         component = plan_network(own, "", ways) if adapter is None else plan_combined(own, adapter, "", ways)
         return with_tokenizer(CheckpointPlan(str(source), folder, None, [component], hub), tokenizer)
     return _plan_pipeline(source, folder, tokenizer, adapter, ways, hub)

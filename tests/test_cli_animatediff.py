@@ -1,6 +1,7 @@
 """AnimateDiff on the command line."""
 
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from mlx_unet3d import (
     AnimateDiffVideoToVideoPipeline,
     CLIPTextModelWithProjection,
     DDIMScheduler,
+    LCMScheduler,
     UNetMotionModel,
     load_pipeline,
     media,
@@ -96,6 +98,24 @@ def test_motion_modules_bring_their_sampler_steps_and_guidance(place, capsys):
     assert media.read_metadata("2.png")["scheduler"] == type(pipe.scheduler).__name__
 
 
+def test_a_few_step_lora_on_the_schedule_of_the_motion_modules(place, capsys):
+    pipe = load_pipeline(place / "base", motion_adapter=place / "motion")
+    tensors = {
+        f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_{half}.weight": mx.ones((8, 8))
+        / 8
+        for half in "AB"
+    }
+    Path("lcm-lora").mkdir()
+    mx.save_safetensors("lcm-lora/pytorch_lora_weights.safetensors", tensors)
+    words = ["--model", str(place / "base"), "--motion-adapter", str(place / "motion"), "--num-frames", "3"]
+    assert main(["generate", "a cat", *words, "--lora", "./lcm-lora", "-o", "out.png"]) == 0
+    assert "LCM-LoRA, sampled by LCMScheduler, steps 4, guidance 1" in capsys.readouterr().err
+    pipe.load_lora_weights("lcm-lora")
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, beta_schedule="linear")
+    expected = pipe("a cat", num_frames=3, num_inference_steps=4, guidance_scale=1.0).frames
+    assert np.array_equal(media.read_video("out.png")[0], media.to_uint8(expected[0]))
+
+
 def test_switches_of_video_to_video(place):
     video = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     pipe = AnimateDiffVideoToVideoPipeline.from_pretrained(place / "base", motion_adapter=place / "motion")
@@ -145,6 +165,9 @@ def test_sdxl(place, tmp_path):
     frames = media.to_uint8(pipe("a cat", **SHORT).frames[0])
     assert np.array_equal(media.read_video("out.png")[0], frames)
 
-    guided = config | {"time_cond_proj_dim": 4}
-    with pytest.raises(ValueError, match="takes guidance as an embedding"):
-        AnimateDiffSDXLPipeline(**parts | {"unet": tiny.randomize(UNetMotionModel(**guided), 4)})
+    embedded = tiny.randomize(UNetMotionModel(**config, time_cond_proj_dim=4), 4)
+    AnimateDiffSDXLPipeline(**parts | {"unet": embedded}).save_pretrained("embedded")
+    one_pass = load_pipeline("embedded")
+    assert not one_pass.is_guided(5.0)
+    weak, strong = (one_pass("a cat", guidance_scale=w, **SHORT).frames for w in (2.0, 9.0))
+    assert abs(weak - strong).max() > 1e-3

@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel, media
+from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel, VideoToVideoPipeline, media
 from mlx.utils import tree_flatten
+from mlx_unet3d.checkpoints.adapter_keys import components_of
 from mlx_unet3d.checkpoints.adapters import AdapterFile
 from mlx_unet3d.cli import main
 from mlx_unet3d.errors import CheckpointError
@@ -618,6 +619,36 @@ def test_pipeline(folder, both):
         pipe.fuse_lora()
     with pytest.raises(ValueError, match="no adapter 'style'"):
         pipe.set_adapters("style")
+
+
+@pytest.mark.parametrize("kind", [TextToVideoPipeline, VideoToVideoPipeline])
+def test_the_scale_of_a_call_is_that_of_all_networks(folder, both, kind):
+    pipe = kind.from_pretrained(folder)
+    pipe.load_lora_weights(both, "style")
+    args = dict(num_inference_steps=2, output_type="latent")
+    args |= {"num_frames": 2} if kind is TextToVideoPipeline else {"video": mx.zeros((1, 4, 2, 4, 4))}
+    scaled = pipe("a cat", cross_attention_kwargs={"scale": 0.3}, **args).frames
+    states = pipe.encode_prompt("a cat", "rain", lora_scale=0.3)
+    pipe.set_adapters("style", 0.3)
+    assert mx.allclose(pipe("a cat", **args).frames, scaled, atol=1e-5)
+    for ours, weighed in zip(states, pipe.encode_prompt("a cat", "rain"), strict=True):
+        assert mx.array_equal(ours, weighed)
+    pipe.text_encoder.set_adapters("style", 1.0)
+    assert not mx.allclose(pipe("a cat", **args).frames, scaled, atol=1e-3)
+    with pytest.raises(ValueError, match="scale"):
+        pipe("a cat", cross_attention_kwargs={"scale": "much"}, **args)
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "text_encoder_2", "unet"])
+@pytest.mark.parametrize("spelling", ["{0}.{2}.lora_A.weight", "lora_{1}_{2}.lora_down.weight"])
+def test_the_network_of_a_key(name, spelling):
+    """The text encoders of SDXL have layers of the same names."""
+    layer = "mid_block.attentions.0.proj_in" if name == "unet" else "text_model.encoder.layers.0.mlp.fc1"
+    short = {"text_encoder": "te1", "text_encoder_2": "te2", "unet": "unet"}[name]
+    if "down" in spelling:
+        layer = layer.replace(".", "_")
+    key = spelling.format(name, short, layer)
+    assert components_of(AdapterFile(None, {key: mx.zeros(1)}, {})) == {name}
 
 
 def test_pipeline_loads_all_or_nothing(folder, both):

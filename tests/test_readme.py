@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import tiny
-from mlx_unet3d import TextToVideoPipeline, media
+from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel, media
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,7 @@ IMAGE_MODELS = {
     "ali-vilab/i2vgen-xl": tiny.write_i2vgen_xl,
 }
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+LCM_LORA = "latent-consistency/lcm-lora-sdv1-5"
 MOTION_ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-3"
 
 
@@ -66,6 +67,15 @@ def place(tmp_path_factory):
         getattr(pipe, name).save_pretrained(snapshot / name, variant="fp16")
     lora = {f"conv_in.lora_{half}.weight": mx.zeros(shape) for half, shape in LORA}
     mx.save_safetensors(str(folder / "style.safetensors"), lora)
+    few = cached(hub, "jiachenli-ucsb/T2V-Turbo-MS"), cached(hub, "yhzhai/mcm"), cached(hub, LCM_LORA)
+    turbo = tiny.unnamed_lora(UNet3DConditionModel(**tiny.UNET, time_cond_proj_dim=256), size=0.1)
+    mx.save_safetensors(str(few[0] / "unet_lora.safetensors"), turbo)
+    (few[0] / "unet_lora.safetensors").rename(few[0] / "unet_lora.pt")
+    mcm = few[1] / "modelscopet2v-laion"
+    mcm.mkdir()
+    mx.save_safetensors(str(mcm / "adapter_model.safetensors"), lora)
+    (mcm / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    mx.save_safetensors(str(few[2] / "pytorch_lora_weights.safetensors"), lora)
     shutil.copytree(ROOT / "examples", folder / "examples")
     scripts = Path(sys.executable).parent
     environment = os.environ | {
@@ -105,6 +115,10 @@ def test_commands(place):
             assert all((place[0] / line).exists() for line in printed.split()), printed
             assert Path(name).stem in printed
     assert media.read_metadata(place[0] / "panda.gif")["prompt"] == "a panda surfing a wave"
+    for name, guidance in (("turbo.gif", 7.5), ("mcm.gif", 1.0), ("lcm.gif", 1.0), ("turbo-snow.gif", 7.5)):
+        found = media.read_metadata(place[0] / name)
+        found = [found[name] for name in ("scheduler", "steps", "guidance")]
+        assert found == ["LCMScheduler", 4, guidance], name
 
 
 def test_the_rest_of_the_commands_is_run_by_ci():

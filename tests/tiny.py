@@ -26,6 +26,7 @@ from mlx_unet3d import (
     UNetSpatioTemporalConditionModel,
 )
 from mlx.utils import tree_map_with_path
+from mlx_unet3d.layers.adapted import layout_of, weight_shape
 from mlx_unet3d.pipelines.components import Recommended
 
 UNET = dict(
@@ -166,6 +167,17 @@ def write_stable_diffusion(folder: Path, motion_adapter: Path) -> Path:
     index |= {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def unnamed_lora(network, seed=0, size=0.3) -> dict[str, mx.array]:
+    """Up and down for each layer of a network, in torch's layout and order: a file without names."""
+    rng, made = np.random.default_rng(seed), []
+    for layer in network._adaptable().values():
+        out, *kernel, channels = weight_shape(layer)
+        kernel = [*kernel, 1] if layout_of(layer) == "conv3d_temporal" else kernel
+        for shape in ((out, 2, *(1 for _ in kernel)), (2, channels, *kernel)):
+            made.append(mx.array((size * rng.normal(size=shape)).astype(np.float32)))
+    return {f"{i:04}": array for i, array in enumerate(made)}
 
 
 def processor() -> CLIPImageProcessor:

@@ -194,7 +194,8 @@ def _named(stem: str) -> tuple[str | None, str]:
         owner = next((network for network, pattern in _LAYERS if pattern.match(name)), None)
         front = next((entry for entry in _FRONT if name.startswith(entry[0])), None)
         if owner is not None or front is None:
-            return owner or named, name
+            second = owner is not None and named is not None and named.startswith(owner)
+            return named if second else owner or named, name  # both text encoders have the same layers
         name, named = name[len(front[0]) :], front[1] or named
 
 

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     settings |= {name: value for name, value in chosen.items() if value is not None}
     settings["steps"] = args.steps + 1
     families.complete(family, pipe, settings, None)
-    guidance, frames = settings["guidance"], settings["num_frames"]
+    guided, frames = pipe.is_guided(settings["guidance"]), settings["num_frames"]
     height, width = settings["height"], settings["width"]
     options.check_size(frames, height, width)
     image = Image.new("RGB", (width, height), "gray") if "image" in family.takes else None
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     pipe.decode(latents)
     decoding = time.perf_counter() - start
-    video = memory.Video(frames, height, width, guidance=guidance > 1)
+    video = memory.Video(frames, height, width, guidance=guided)
     work = memory.step_work(memory.Networks.of(pipe), video, pipe.unet.dtype)
     whole = pipe.num_inference_steps() * step + decoding
     found = facts()
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         "MLX": found["MLX"],
         "model": str(model),
         "dtype": dtype,
-        "video": f"{width}x{height}x{frames}{', guided' if guidance > 1 else ''}",
+        "video": f"{width}x{height}x{frames}{', guided' if guided else ''}",
         "s a step": f"{step:.3g}",
         "s to decode": f"{decoding:.3g}",
         f"frames a second, {pipe.num_inference_steps()} steps": f"{frames / whole:.3g}",

@@ -7,6 +7,7 @@ from ..checkpoints.matching import MismatchError
 from ..checkpoints.storage import parse_size
 from ..errors import printable
 from . import options
+from .requests import lora_setting
 
 _ALL = 10**6  # lines about mismatches; a damaged header may have more
 
@@ -71,6 +72,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="PATH_OR_ID",
         help="folder, hub id or file of AnimateDiff's motion modules, to put into a UNet of Stable Diffusion",
     )
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        action="append",
+        metavar=("PATH_OR_ID", "WEIGHT"),
+        help="add a LoRA to the weights, with this weight (default: 1), found as by generate; one of few "
+        "steps brings its sampler, steps and guidance; may be given again",
+    )
     parser.add_argument("--to", choices=("mlx", "diffusers"), default="mlx", help="layout (default: mlx)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--variant", help="weight files to read, such as fp16")
@@ -105,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     common = dict(
         tokenizer=args.tokenizer,
         motion_adapter=args.motion_adapter,
+        loras=[lora_setting(values) for values in args.lora or ()],
         quantization=quantization,
         recipe=args.q_recipe or "mixed",
         dtype=None if args.dtype is None else options.DTYPES[args.dtype],

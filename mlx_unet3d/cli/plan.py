@@ -116,7 +116,9 @@ def run(args: argparse.Namespace) -> int:
         plans.append((machine, found))
         if found.fits and found.settings == memory.Settings():
             break  # more memory changes nothing
-    for line in report(plans, model, dtype, args.guidance > 1, args.chip):
+    guidance = "guidance as an embedding" if networks.embeds_guidance else "guidance"
+    guidance = f"{'with' if args.guidance > 1 or networks.embeds_guidance else 'without'} {guidance}"
+    for line in report(plans, model, dtype, guidance, args.chip):
         print(line)
     return 0 if plans[-1][1].fits else 1
 
@@ -163,12 +165,11 @@ def size_of(networks: memory.Networks, args: argparse.Namespace) -> tuple[int, i
 
 
 def report(
-    plans: list[tuple[Machine, memory.Plan]], model: str, dtype: str, guidance: bool, chip: Chip | None
+    plans: list[tuple[Machine, memory.Plan]], model: str, dtype: str, guidance: str, chip: Chip | None
 ) -> list[str]:
     """Return lines about plans for machines, the smallest first, with the stages of the last."""
     last = plans[-1][1]
-    guided = "with" if guidance else "without"
-    lines = [f"{model}: {last.video}, {guided} guidance, {dtype}", ""]
+    lines = [f"{model}: {last.video}, {guidance}, {dtype}", ""]
     lines += [*stage_lines(last), ""]
     for machine, plan in plans:
         usable = f"{machine.name} ({gigabytes(machine.budget)} for MLX)"

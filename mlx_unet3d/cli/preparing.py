@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, inside_hub, read_ada
 from ..chips import working_set
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..pipelines.calls import VideoPipeline
+from ..pipelines.few_steps import T2V_TURBO, sample_as, training_of_lora
 from ..pipelines.motion_training import training_of
-from ..schedulers import scheduler_from_config
 from . import long_clips, options
 from .families import Family
 from .plan import stage_lines
@@ -44,16 +43,25 @@ def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> 
     )
     if more:
         sample_as_trained(args, pipe, settings)
-    settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
     pipe.unet.set_convolution(settings["convolution"])
     if settings["vae_tiling"]:
         pipe.enable_vae_tiling()
     settings["weights"] = pipe.weights_checksum
     for file, path, weight in loras:
+        embedded = pipe.embeds_guidance
         counts = pipe.load_lora_weights(file, path, weight=weight)
         layers = ", ".join(f"{count} layers of the {name}" for name, count in counts.items())
         options.say(f"LoRA {path}: {layers}, weight {weight:g}")
         settings["weights"] += "+" + checksum([file.path])
+        training = training_of_lora(path, file.path.name)
+        if pipe.embeds_guidance and not embedded:  # no other LoRA brings that
+            training = T2V_TURBO
+        if training is not None and weight:
+            said = sample_as(pipe, training, settings["scheduler"])
+            options.say(f"LoRA {path}: {said}, unless options say otherwise")
+    settings["scheduler"] = settings["scheduler"] or type(pipe.scheduler).__name__
+    if pipe.embeds_guidance and settings["negative_prompt"] is not None:
+        options.say("the negative prompt has no effect: this model takes guidance as an embedding")
     for path, token in json.loads(settings.get("embedding") or "[]"):
         file = read_adapter(path, names=TEXTUAL_INVERSION_NAMES, local_files_only=args.local_files_only)
         name, *more = pipe.load_textual_inversion(file, token)
@@ -81,9 +89,7 @@ def sample_as_trained(args: argparse.Namespace, pipe: VideoPipeline, settings: d
     if not index["_class_name"].startswith("StableDiffusion"):
         return  # its sampler is meant for motion modules already
     training = training_of(settings["motion_adapter"])
-    name = settings["scheduler"] or training.scheduler
-    pipe.scheduler = scheduler_from_config(pipe.scheduler.config.to_dict() | dict(training.settings), name)
-    pipe.recommended = replace(pipe.recommended, **training.recommended)
+    sample_as(pipe, training, settings["scheduler"])
     options.say(
         f"{settings['motion_adapter']}: {training.title}, sampled by {type(pipe.scheduler).__name__} on "
         f"their schedule{'; ' + training.advice if training.advice else ''}"
@@ -120,7 +126,7 @@ def fit(pipe: VideoPipeline, settings: dict[str, Any], choice: str | float) -> N
             num_frames=settings["num_frames"],
             height=max(settings["height"] // factor, 1) * factor,
             width=max(settings["width"] // factor, 1) * factor,
-            guidance=settings["guidance"] > 1,
+            guidance=pipe.is_guided(settings["guidance"]),
             encoded=settings["video"] is not None,
             cache_depth=settings["cache_depth"] if settings["cache_interval"] > 1 else None,
             dtype=pipe.unet.dtype,

@@ -26,6 +26,27 @@ def timestep_sinusoid(timesteps: mx.array, dim: int, max_period: float = 10_000.
     return mx.concatenate(columns, axis=-1)
 
 
+def guidance_embedding(scale: float, dim: int, rows: int) -> mx.array:
+    """Sinusoid of a guidance scale, the same in all rows -> (rows, dim) in fp32: sines first, then cosines.
+
+    The frequencies are 1000 / 10000^(k / (n - 1)), k = 0 ... n - 1 of n = dim // 2; for odd `dim` the last
+    column is zero. Equals `get_guidance_scale_embedding` of diffusers' pipelines and `get_w_embedding` of
+    T2V-Turbo. Raises ValueError for fewer than 4 columns, which hold no two frequencies.
+    """
+    half = dim // 2
+    if half < 2:
+        raise ValueError(
+            f"time_cond_proj_dim={dim} is too narrow for a guidance scale; it must be at least 4"
+        )
+    # Rounded to fp32 where torch rounds: at 1000 * scale the last bit of a frequency is seen in its sine.
+    spacing = np.float32(math.log(10_000.0)) / np.float32(half - 1)
+    exponent = np.arange(half, dtype=np.float32) * -spacing
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angles = (np.float32(scale) * np.float32(1000) * frequencies).astype(np.float64)
+    row = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(dim % 2)]).astype(np.float32)
+    return mx.array(np.tile(row, (rows, 1)))
+
+
 class TimestepEmbedding(nn.Module):
     """MLP over the sinusoid, (B, in_channels) -> (B, out_dim); diffusers' class of that name.
 

@@ -112,6 +112,12 @@ class Networks:
         return FAMILIES[self.unet.kind]
 
     @property
+    def embeds_guidance(self) -> bool:
+        """True if the UNet takes the guidance scale as an embedding, and runs once a step at any scale."""
+        plain_motion = self.unet.kind is UNetMotionModel and self.text_encoder_2 is None  # as in diffusers
+        return self.unet.config.get("time_cond_proj_dim") is not None and not plain_motion
+
+    @property
     def text_encoders(self) -> tuple[Network, ...]:
         """The networks that encode the prompt."""
         return tuple(n for n in (self.text_encoder, self.text_encoder_2) if n is not None)

@@ -72,7 +72,7 @@ def plan(
         networks: `read_networks` of a checkpoint, or `Networks.of` a pipeline.
         num_frames, height, width: of the video; multiples of 8 pixels for the usual VAEs.
         batch: videos at once.
-        guidance: True for a `guidance_scale` above 1.
+        guidance: True for a `guidance_scale` above 1; without effect where the UNet takes it as an embedding.
         encoded: True for a run that starts from a video.
         cache_depth: of a `FeatureCache`, whose features stay from step to step; None for none.
         dtype, vae_dtype: of UNet and text encoder, and of the VAE.
@@ -91,7 +91,7 @@ def plan(
     Raises ValueError for sizes below 1, for those that the VAE does not divide, and for what the network does
     not have: a depth, more positions of frames, FreeNoise, texts of frames.
     """
-    video = Video(num_frames, height, width, batch, guidance, encoded)
+    video = Video(num_frames, height, width, batch, guidance and not networks.embeds_guidance, encoded)
     _check(video, networks)
     if decode_chunk_size is not None:
         as_count("decode_chunk_size", decode_chunk_size)
@@ -346,6 +346,8 @@ class Planner:
         """The arguments of a forward of so many rows."""
         unet, (_, _, frames, height, width) = self.networks.unet, self.latent_shape(video)
         inputs = unet_inputs(unet.kind, unet.config, Latents(rows, frames, height, width), self.dtype)
+        if self.networks.embeds_guidance:
+            inputs["timestep_cond"] = mx.zeros((rows, unet.config.time_cond_proj_dim), mx.float32)
         return self.clip.of_frames(inputs, frames)
 
     def context(self, video: Video) -> int:

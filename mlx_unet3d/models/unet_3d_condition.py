@@ -15,6 +15,7 @@ from ..layers.blocks import UNetMidBlock3DCrossAttn
 from ..layers.conditions import Conditions
 from ..layers.text_context import TextContext
 from ..layers.transformers import TransformerTemporalModel
+from .added_condition import AddedCondition
 from .feature_cache import FeatureCache
 from .video_unet import Inputs, VideoUNet, VideoUNetOutput, as_timestep, check_input, make_levels, mask_bias
 from .video_unet_config import VideoUNetConfig, block_types
@@ -97,7 +98,7 @@ class UNet3DConditionOutput(VideoUNetOutput):
     """`sample`: the prediction, (B, C, F, H, W)."""
 
 
-class UNet3DConditionModel(VideoUNet):
+class UNet3DConditionModel(AddedCondition, VideoUNet):
     """Predicts noise, velocity or sample of a noisy video latent at a timestep, given text states.
 
     Raises ValueError where keys of its config contradict each other.

@@ -10,7 +10,7 @@ from .decoding import VideoOutput
 from .denoising import Steps
 from .free_noise import Prompts
 from .motion import MotionPipeline
-from .sampling import Delivery, Sampling, takes
+from .sampling import Delivery, Sampling, takes, text_lora_scale
 from .text import checked_states
 
 
@@ -75,6 +75,7 @@ class AnimateDiffPipeline(MotionPipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             clip_skip=clip_skip,
+            lora_scale=text_lora_scale(settings),
         )
         states = states.repeated(delivery.num_videos_per_prompt)
         # 3. Images -> embeddings (2, n, P) for each IP-Adapter
@@ -102,7 +103,7 @@ class AnimateDiffPipeline(MotionPipeline):
         the same `guidance_scale`; see `TextToVideoPipeline.steps`."""
         self._need("unet")
         sampling = self.sampling(**settings)
-        states = checked_states(states, sampling.guidance_scale)
+        states = checked_states(states, sampling)
         return self._from_noise(
             states,
             sampling,

@@ -13,7 +13,7 @@ from .components import Part
 from .decoding import VideoOutput
 from .denoising import Steps
 from .motion import MotionPipeline
-from .sampling import Delivery, Sampling, takes
+from .sampling import Delivery, Sampling, takes, text_lora_scale
 from .text_pooled import PooledTextPrompts, checked_pooled
 
 Size = tuple[int, int]
@@ -30,15 +30,10 @@ class AnimateDiffSDXLPipeline(PooledTextPrompts, MotionPipeline):
     }
     class_names = ("AnimateDiffSDXLPipeline", "StableDiffusionXLPipeline")
     default_guidance_scale = 5.0
+    embedded_scale_offset = -1.0
 
     def _check_parts(self) -> None:
         super()._check_parts()
-        if self.unet.config.time_cond_proj_dim is not None:
-            raise ValueError(
-                f"the unet takes guidance as an embedding (time_cond_proj_dim="
-                f"{self.unet.config.time_cond_proj_dim}), which this pipeline does not make; give a UNet "
-                "without, or call the network with timestep_cond"
-            )
         config, pooled = self.unet.config, self.text_encoder_2.config.projection_dim
         wanted = None
         if config.addition_embed_type is not None:
@@ -115,6 +110,7 @@ class AnimateDiffSDXLPipeline(PooledTextPrompts, MotionPipeline):
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             clip_skip=clip_skip,
+            lora_scale=text_lora_scale(settings),
         )
         states = states.repeated(delivery.num_videos_per_prompt)
         # 3. Images -> embeddings (2, n, P) for each IP-Adapter
@@ -163,7 +159,7 @@ class AnimateDiffSDXLPipeline(PooledTextPrompts, MotionPipeline):
         the same `guidance_scale`; see `TextToVideoPipeline.steps`."""
         self._need("unet")
         sampling = self.sampling(**settings)
-        text, pooled = checked_pooled(states, sampling.guidance_scale)
+        text, pooled = checked_pooled(states, sampling)
         own = tuple(side * self.vae_scale_factor for side in self.latent_size(height, width))
         ids = time_ids(
             original_size=original_size or own,

@@ -16,7 +16,7 @@ from .frames import as_frames, resized
 from .free_init import FreeInit, Run, denoise_again
 from .free_noise import Prompts, check_text_of_frames
 from .motion import MotionPipeline
-from .sampling import BatchNoise, Delivery, Sampling, takes
+from .sampling import BatchNoise, Delivery, Sampling, takes, text_lora_scale
 from .text import checked_states
 from .video_to_video import first_step
 
@@ -90,6 +90,7 @@ class AnimateDiffVideoToVideoPipeline(MotionPipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             clip_skip=clip_skip,
+            lora_scale=text_lora_scale(settings),
         )
         # 3. Images -> embeddings (2, n, P) for each IP-Adapter
         images = self._image_embeds(ip_adapter_image, ip_adapter_image_embeds, guidance_scale)
@@ -130,7 +131,7 @@ class AnimateDiffVideoToVideoPipeline(MotionPipeline):
         """Return the denoising loop alone; see `AnimateDiffPipeline.steps`."""
         self._need("unet")
         sampling = self.sampling(**settings)
-        states = checked_states(states, sampling.guidance_scale)
+        states = checked_states(states, sampling)
         videos = states.prompt_embeds.shape[0]
         states = states.repeated(num_videos_per_prompt)
         batch = states.prompt_embeds.shape[0]

@@ -12,15 +12,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ..scalars import as_count
-from .components import Components
 from .decoding import VideoOutput, as_output, decode_latents
 from .denoising import Steps
+from .embedded_guidance import EmbeddedGuidance
 from .guidance import Guidance, Inputs, Predict
-from .sampling import Delivery, Sampling, divide
+from .sampling import Delivery, EmbeddedSampling, Sampling, divide
 from .windows import in_windows
 
 
-class VideoPipeline(Components):
+class VideoPipeline(EmbeddedGuidance):
     """Base of the pipelines: components, and what their calls have in common."""
 
     frames_axis = 2
@@ -35,7 +35,7 @@ class VideoPipeline(Components):
         Raises TypeError for unknown names, ValueError for values out of range.
         """
         (given,) = divide(settings, Sampling)
-        found = Sampling(**given)
+        found = (EmbeddedSampling if self.embeds_guidance else Sampling)(**given)
         return replace(
             found,
             num_inference_steps=self.num_inference_steps(found.num_inference_steps),
@@ -82,6 +82,10 @@ class VideoPipeline(Components):
         frame_axes: Mapping[str, int] | None = None,
     ) -> Predict:
         """Return the network with its guidance, in the context windows of the settings; see `Guidance`."""
+        if self.embeds_guidance:
+            rows = positive["encoder_hidden_states"].shape[0]
+            embedding = self._guidance_embedding(sampling.guidance_scale, rows)
+            positive = {**positive, "timestep_cond": embedding}
         predict = Guidance(
             self._network,
             sampling,

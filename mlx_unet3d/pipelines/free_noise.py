@@ -97,6 +97,7 @@ class FreeNoiseMethods(TextPrompts):
         prompt_embeds: mx.array | None = None,
         negative_prompt_embeds: mx.array | None = None,
         clip_skip: int | None = None,
+        lora_scale: float | None = None,
     ) -> TextStates:
         """Return the text states; see `TextPrompts.encode_prompt`.
 
@@ -112,6 +113,7 @@ class FreeNoiseMethods(TextPrompts):
                 prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds,
                 clip_skip=clip_skip,
+                lora_scale=lora_scale,
             )
         if prompt_embeds is not None or negative_prompt_embeds is not None:
             raise ValueError(
@@ -119,18 +121,24 @@ class FreeNoiseMethods(TextPrompts):
                 "prompt_embeds (B, F, L, D) of all frames"
             )
         frames = as_count("num_frames", self.num_frames(num_frames))
-        positive = self._text_of_frames("prompt", prompt, frames, clip_skip)
-        if self.guidance_scale(guidance_scale) <= 1:
+        positive = self._text_of_frames("prompt", prompt, frames, clip_skip, lora_scale)
+        if not self.is_guided(guidance_scale):
             return TextStates(positive)
         negative_prompt = "" if negative_prompt is None else negative_prompt
-        return TextStates(positive, self._text_of_frames("negative_prompt", negative_prompt, frames, None))
+        negative = self._text_of_frames("negative_prompt", negative_prompt, frames, None, lora_scale)
+        return TextStates(positive, negative)
 
     def _text_of_frames(
-        self, name: str, prompts: Prompts | None, frames: int, clip_skip: int | None
+        self,
+        name: str,
+        prompts: Prompts | None,
+        frames: int,
+        clip_skip: int | None,
+        lora_scale: float | None,
     ) -> mx.array:
         """-> (1, F, L, D)."""
         keys = checked_keys(name, prompts, frames)
-        states = self._states(name, list(keys.values()), None, clip_skip)
+        states = self._states(name, list(keys.values()), None, clip_skip, lora_scale)
         places = [*keys, frames - 1]
         interpolate = linear if self._interpolate is None else self._interpolate
         parts = []

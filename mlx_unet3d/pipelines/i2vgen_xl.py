@@ -160,7 +160,7 @@ class I2VGenXLPipeline(TextPrompts, AdapterMethods, VideoPipeline):
         sampling = self.sampling(**settings)
         num_frames = as_count("num_frames", self.num_frames(num_frames))
         target_fps = as_finite("target_fps", target_fps)
-        states = checked_states(states, sampling.guidance_scale).repeated(num_videos_per_prompt)
+        states = checked_states(states, sampling).repeated(num_videos_per_prompt)
         image_states = image_states.repeated(num_videos_per_prompt)
         batch = states.prompt_embeds.shape[0]
         if image_states.pixels.shape[0] != batch:

@@ -10,7 +10,8 @@ from ..checkpoints.hub import Hub, takes_hub
 from ..image_processor import CLIPImageProcessor, Pictures
 from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.ip_adapter_files import IPAdapterSource
-from .components import Components, Part
+from .components import Part
+from .embedded_guidance import EmbeddedGuidance
 
 IMAGE_PARTS = {
     "feature_extractor": Part((CLIPImageProcessor,), is_optional=True),
@@ -26,7 +27,7 @@ class PromptImages(NamedTuple):
     negative: list[mx.array] | None = None
 
 
-class ImagePrompts(Components):
+class ImagePrompts(EmbeddedGuidance):
     """A pipeline whose UNet takes IP-Adapters: images as prompts beside the text (arXiv:2308.06721)."""
 
     @takes_hub
@@ -113,7 +114,7 @@ class ImagePrompts(Components):
                 f"ip_adapter_image has {len(images)} entries for {len(adapters)} IP-Adapters; give one for "
                 "each: several images for one IP-Adapter are a list within the list"
             )
-        is_guided = self.guidance_scale(guidance_scale) > 1
+        is_guided = self.is_guided(guidance_scale)
         made = []
         for its, adapter in zip(images, adapters, strict=True):
             pixels = self.feature_extractor(its)  # (n, 3, H, W)

@@ -7,13 +7,15 @@ Source: the authors' settings, and the examples in diffusers' documentation of t
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..schedulers import Scheduler
+from .components import Recommended
 
 _LIGHTNING = re.compile(r"lightning", re.I)
-_STEPS = re.compile(r"(\d+)[-_ ]?steps?(?![a-z])", re.I)
+STEPS = re.compile(r"(\d+)[-_ ]?steps?(?![a-z])", re.I)
+"""The number of steps in a name."""
 _LCM = re.compile(r"lcm", re.I)
 
 
@@ -38,6 +40,10 @@ class Training:
     def scheduler_config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of `scheduler_config.json`, given that of the base model."""
         return Scheduler.classes[self.scheduler].from_config(base, **self.settings).config.to_dict()
+
+    def recommend(self, base: Recommended) -> Recommended:
+        """Return the use to recommend, given that of the base model."""
+        return replace(base, **self.recommended)
 
 
 ANIMATEDIFF = Training(
@@ -64,7 +70,7 @@ def training_of(name: str, *, authors: bool = False, mid: bool = True, tables: b
         tables: True if there are tables of positions; AnimateLCM's own file has none.
     """
     if _LIGHTNING.search(name):
-        found = _STEPS.search(name)
+        found = STEPS.search(name)
         steps = 4 if found is None else max(int(found[1]), 1)
         return Training(
             "AnimateDiff-Lightning's motion modules",

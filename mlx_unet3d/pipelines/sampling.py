@@ -31,7 +31,7 @@ class Sampling:
         num_inference_steps: steps of the scheduler; None for what the checkpoint recommends, or the
             pipeline's default.
         guidance_scale: strength of the prompt; at most 1: one pass a step, without the negative prompt. None
-            as above.
+            as above. A UNet that takes it as an embedding runs once a step at any scale.
         timesteps: (n,) a schedule of one's own in place of `num_inference_steps`, noisiest first.
         sigmas: (n + 1,) noise levels in place of it, falling; the last is where the last step ends.
         eta: noise of DDIM and TCD, 0 to 1; only with their schedulers.
@@ -39,7 +39,8 @@ class Sampling:
         rng: "torch" draws the numbers of torch's CPU generator, so that a seed gives the same video as in
             diffusers; "mlx" those of MLX.
         generator: another name of `seed`; not a torch generator.
-        cross_attention_kwargs: keywords for the attention processors, such as the LoRA `scale`.
+        cross_attention_kwargs: keywords for the attention processors; `scale` scales all LoRA, in a call that
+            of the text encoders too.
         guidance_rescale: how far to bring a guided prediction back to the deviation that it has without the
             negative prompt, from 0 to 1; against overexposure (arXiv:2305.08891).
         guidance_interval: guidance only in this part of the steps, from 0, the first, to 1; one pass in the
@@ -179,6 +180,31 @@ class Delivery:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {others[0]!r}; a callback is given 'latents' alone"
             )
+
+
+def text_lora_scale(settings: Mapping[str, Any]) -> float | None:
+    """Return the scale that settings of a run give LoRA, which text encoders take too; None for none."""
+    return (settings.get("cross_attention_kwargs") or {}).get("scale")
+
+
+class EmbeddedSampling(Sampling):
+    """Settings of a run whose UNet takes the guidance scale as an embedding, and runs once a step."""
+
+    @property
+    def is_guided(self) -> bool:
+        """False: the network sees no negative input, whatever the scale."""
+        return False
+
+    def check(self, scheduler: Scheduler, unet: VideoUNet | None) -> Sampling:
+        """See `Sampling.check`."""
+        for name, neutral in (("guidance_rescale", (0,)), ("guidance_interval", ((0, 1), [0, 1]))):
+            value = getattr(self, name)
+            if value not in neutral:
+                raise ValueError(
+                    f"{name}={value!r} changes guidance by a negative prompt, and this UNet takes guidance "
+                    f"as an embedding instead; leave {name} out"
+                )
+        return super().check(scheduler, unet)
 
 
 class BatchNoise:

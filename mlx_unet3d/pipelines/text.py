@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..layers.adapted import scaled_adapters
 from ..tokenizer import CLIPTokenizer
-from .components import Components
+from .embedded_guidance import EmbeddedGuidance
+from .sampling import Sampling
 
 
 class TextStates(NamedTuple):
@@ -40,7 +42,7 @@ def repeated_rows(states: Sequence[mx.array | None], copies: int) -> list[mx.arr
     return [None if x is None else mx.repeat(x, copies, axis=0) for x in states]
 
 
-def checked_states(states: tuple[mx.array, mx.array | None], guidance_scale: float) -> TextStates:
+def checked_states(states: tuple[mx.array, mx.array | None], sampling: Sampling) -> TextStates:
     """Return the pair of `encode_prompt`, without negative states where nothing is guided.
 
     Raises TypeError for anything but a pair, ValueError where guidance lacks negative states.
@@ -50,18 +52,18 @@ def checked_states(states: tuple[mx.array, mx.array | None], guidance_scale: flo
             f"text states are a {type(states).__name__}; give the pair that encode_prompt returns"
         )
     positive, negative = states
-    if guidance_scale <= 1:
+    if not sampling.is_guided:
         return TextStates(positive)
     if negative is None or negative.shape != positive.shape:
         shape = None if negative is None else tuple(negative.shape)
         raise ValueError(
-            f"guidance_scale={guidance_scale:g} needs negative states of shape {tuple(positive.shape)}, "
-            f"not {shape}; call encode_prompt with the same guidance_scale"
+            f"guidance_scale={sampling.guidance_scale:g} needs negative states of shape "
+            f"{tuple(positive.shape)}, not {shape}; call encode_prompt with the same guidance_scale"
         )
     return TextStates(positive, negative)
 
 
-class TextPrompts(Components):
+class TextPrompts(EmbeddedGuidance):
     """A pipeline with a CLIP tokenizer and text encoder."""
 
     negatives_skip = False
@@ -102,15 +104,17 @@ class TextPrompts(Components):
         prompt_embeds: mx.array | None = None,
         negative_prompt_embeds: mx.array | None = None,
         clip_skip: int | None = None,
+        lora_scale: float | None = None,
     ) -> TextStates:
         """Return the text states (prompt_embeds, negative_prompt_embeds), as diffusers' pipelines do.
 
-        Each is (B, L, D); the second is None for a `guidance_scale` of at most 1. `steps` takes the pair, a
-        call its parts by their names. `clip_skip` counts layers to leave out at the end of the text encoder,
-        for the positive prompt (in I2VGen-XL for both). A model of few words warns of others.
+        Each is (B, L, D); the second is None for a `guidance_scale` of at most 1, and for a UNet that takes
+        guidance as an embedding. `steps` takes the pair, a call its parts by their names. `clip_skip` counts
+        layers to leave out at the end of the text encoder, for the positive prompt (in I2VGen-XL for both).
+        `lora_scale` scales the text encoder's LoRA. A model of few words warns of others.
         """
-        positive = self._states("prompt", prompt, prompt_embeds, clip_skip)
-        if self.guidance_scale(guidance_scale) <= 1:
+        positive = self._states("prompt", prompt, prompt_embeds, clip_skip, lora_scale)
+        if not self.is_guided(guidance_scale):
             return TextStates(positive)
         batch = positive.shape[0]
         if negative_prompt is None and negative_prompt_embeds is None:
@@ -118,7 +122,7 @@ class TextPrompts(Components):
         if isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt] * batch
         skip = clip_skip if self.negatives_skip else None
-        negative = self._states("negative_prompt", negative_prompt, negative_prompt_embeds, skip)
+        negative = self._states("negative_prompt", negative_prompt, negative_prompt_embeds, skip, lora_scale)
         if negative.shape != positive.shape:
             raise ValueError(
                 f"negative prompts give states {tuple(negative.shape)}, prompts {tuple(positive.shape)}; "
@@ -132,6 +136,7 @@ class TextPrompts(Components):
         text: str | Sequence[str] | None,
         states: mx.array | None,
         clip_skip: int | None,
+        lora_scale: float | None,
     ) -> mx.array:
         if (text is None) == (states is None):
             raise ValueError(f"give either {name} or {name}_embeds, and not both")
@@ -140,7 +145,8 @@ class TextPrompts(Components):
         texts = checked_texts(name, text)
         self._need("text_encoder")
         self._warn_of_unknown_words(texts)
-        states = self.text_encoder(token_ids(self.tokenizer, texts), clip_skip=clip_skip)
+        with scaled_adapters(lora_scale):
+            states = self.text_encoder(token_ids(self.tokenizer, texts), clip_skip=clip_skip)
         mx.eval(states)
         return states
 

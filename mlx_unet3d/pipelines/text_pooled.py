@@ -7,7 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 
+from ..layers.adapted import scaled_adapters
 from ..scalars import as_count
+from .sampling import Sampling
 from .text import TextPrompts, TextStates, checked_states, checked_texts, repeated_rows, token_ids
 
 
@@ -31,7 +33,7 @@ class PooledTextStates(NamedTuple):
         return PooledTextStates(*repeated_rows(self, copies))
 
 
-def checked_pooled(states: Any, guidance_scale: float) -> tuple[TextStates, TextStates]:
+def checked_pooled(states: Any, sampling: Sampling) -> tuple[TextStates, TextStates]:
     """Return states and pooled states, each without the negative ones where nothing is guided.
 
     Raises TypeError for anything but the four of `encode_prompt`, ValueError where guidance lacks some.
@@ -40,7 +42,7 @@ def checked_pooled(states: Any, guidance_scale: float) -> tuple[TextStates, Text
         raise TypeError(
             f"text states are a {type(states).__name__}; give the four arrays that encode_prompt returns"
         )
-    return checked_states(states[:2], guidance_scale), checked_states(states[2:], guidance_scale)
+    return checked_states(states[:2], sampling), checked_states(states[2:], sampling)
 
 
 class PooledTextPrompts(TextPrompts):
@@ -64,17 +66,19 @@ class PooledTextPrompts(TextPrompts):
         pooled_prompt_embeds: mx.array | None = None,
         negative_pooled_prompt_embeds: mx.array | None = None,
         clip_skip: int | None = None,
+        lora_scale: float | None = None,
     ) -> PooledTextStates:
         """Return the text states of SDXL, as diffusers' pipelines do.
 
-        The negative ones are None for a `guidance_scale` of at most 1. The second encoder reads `prompt_2`
+        The negative ones are None for a `guidance_scale` of at most 1, and for a UNet that takes it as an
+        embedding. The second encoder reads `prompt_2`
         and `negative_prompt_2`, where given. Without any negative prompt its states are zeros, or with
         `force_zeros_for_empty_prompt=False` in the index those of "". `clip_skip` counts layers to leave out
-        before the last but one, for the positive prompt.
+        before the last but one, for the positive prompt. `lora_scale` scales the LoRA of both encoders.
         """
         given = prompt_embeds, pooled_prompt_embeds
-        positive = self._states_of_both("prompt", (prompt, prompt_2), given, clip_skip)
-        if self.guidance_scale(guidance_scale) <= 1:
+        positive = self._states_of_both("prompt", (prompt, prompt_2), given, clip_skip, lora_scale)
+        if not self.is_guided(guidance_scale):
             return PooledTextStates(positive[0], None, positive[1], None)
         given = negative_prompt_embeds, negative_pooled_prompt_embeds
         texts = negative_prompt, negative_prompt_2
@@ -85,7 +89,7 @@ class PooledTextPrompts(TextPrompts):
                 texts = "", negative_prompt_2
             batch = positive[0].shape[0]
             texts = [[text] * batch if isinstance(text, str) else text for text in texts]
-            negative = self._states_of_both("negative_prompt", texts, given, None)
+            negative = self._states_of_both("negative_prompt", texts, given, None, lora_scale)
         shapes = [[tuple(x.shape) for x in states] for states in (negative, positive)]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -95,7 +99,12 @@ class PooledTextPrompts(TextPrompts):
         return PooledTextStates(positive[0], negative[0], positive[1], negative[1])
 
     def _states_of_both(
-        self, name: str, texts: Sequence[Any], given: Sequence[Any], clip_skip: int | None
+        self,
+        name: str,
+        texts: Sequence[Any],
+        given: Sequence[Any],
+        clip_skip: int | None,
+        lora_scale: float | None,
     ) -> tuple[mx.array, mx.array]:
         """The states (B, L, D) and the pooled states (B, P) of texts for both encoders, or those given."""
         text, text_2 = texts
@@ -116,8 +125,9 @@ class PooledTextPrompts(TextPrompts):
             raise ValueError(f"{name}_2 has {len(second)} texts, {name} {len(first)}; give one, or one each")
         self._warn_of_unknown_words([*first, *second])
         layer = self._layer(clip_skip)
-        one = self.text_encoder(token_ids(self.tokenizer, first), output_hidden_states=True)
-        two = self.text_encoder_2(token_ids(self.tokenizer_2, second), output_hidden_states=True)
+        with scaled_adapters(lora_scale):
+            one = self.text_encoder(token_ids(self.tokenizer, first), output_hidden_states=True)
+            two = self.text_encoder_2(token_ids(self.tokenizer_2, second), output_hidden_states=True)
         states = mx.concatenate([one.hidden_states[layer], two.hidden_states[layer]], axis=-1)
         mx.eval(states, two.text_embeds)
         return states, two.text_embeds

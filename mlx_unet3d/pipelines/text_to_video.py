@@ -17,7 +17,7 @@ from .components import Part
 from .decoding import VideoOutput
 from .denoising import Steps, denoise, start_latents
 from .guidance import Predict
-from .sampling import Delivery, Sampling, takes
+from .sampling import Delivery, Sampling, takes, text_lora_scale
 from .text import TextPrompts, TextStates, checked_states
 
 
@@ -40,6 +40,7 @@ class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
         "tokenizer": Part((CLIPTokenizer,)),
         "scheduler": Part((Scheduler,)),
     }
+    embedded_scale_offset = 0.0  # T2V-Turbo's w is the scale
     class_names = ("TextToVideoSDPipeline", "TextToVideoMSPipeline", "VideoToVideoSDPipeline")
 
     def _guidance(self, states: TextStates, sampling: Sampling, steps: int) -> Predict:
@@ -88,7 +89,8 @@ class TextToVideoPipeline(UNet3DPipeline):
                 quality falls away from the trained number.
             num_inference_steps: steps of the scheduler; default: as above, or 50.
             guidance_scale: strength of the prompt; at most 1: one pass a step, without negative prompt.
-                Default: as above, or 9.
+                Default: as above, or 9. A UNet with `time_cond_proj_dim`, such as T2V-Turbo's, takes it as an
+                embedding: one pass a step, and no negative prompt.
             negative_prompt: what to avoid; one, or one a prompt; or `negative_prompt_embeds`.
             clip_skip: layers of the text encoder to leave out at its end.
             latents: (B, C, F, h, w) to start from instead of noise, before `init_noise_sigma`.
@@ -107,6 +109,7 @@ class TextToVideoPipeline(UNet3DPipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             clip_skip=clip_skip,
+            lora_scale=text_lora_scale(settings),
         )
         states = states.repeated(delivery.num_videos_per_prompt)
         self._done_with("text_encoder")
@@ -138,7 +141,7 @@ class TextToVideoPipeline(UNet3DPipeline):
         self._need("unet")
         sampling = self.sampling(**settings)
         num_frames = as_count("num_frames", self.num_frames(num_frames))
-        states = checked_states(states, sampling.guidance_scale)
+        states = checked_states(states, sampling)
         batch = states.prompt_embeds.shape[0]
         shape = (batch, self.unet.config.in_channels, num_frames, *self.latent_size(height, width))
         scheduler, noise = sampling.lay_out(self.scheduler), sampling.noise(batch)
@@ -152,5 +155,5 @@ class TextToVideoPipeline(UNet3DPipeline):
             noise=noise,
             eta=sampling.eta,
             predictions=predictions,
-            folded=True,
+            folded=not self.embeds_guidance,  # T2V-Turbo draws the noise of a clip at once
         )

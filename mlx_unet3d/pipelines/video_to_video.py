@@ -9,7 +9,7 @@ import numpy as np
 from .decoding import VideoOutput
 from .denoising import Steps, denoise, fold_frames, unfold_frames
 from .frames import as_pixels
-from .sampling import BatchNoise, Delivery, Sampling, takes
+from .sampling import BatchNoise, Delivery, Sampling, takes, text_lora_scale
 from .text import checked_states
 from .text_to_video import UNet3DPipeline
 
@@ -60,6 +60,7 @@ class VideoToVideoPipeline(UNet3DPipeline):
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             clip_skip=clip_skip,
+            lora_scale=text_lora_scale(settings),
         )
         self._done_with("text_encoder")
         # 3. Video -> latents -> noised, denoised step by step -> frames
@@ -81,7 +82,7 @@ class VideoToVideoPipeline(UNet3DPipeline):
         """Return the denoising loop alone; see `TextToVideoPipeline.steps`."""
         self._need("unet")
         sampling = self.sampling(**settings)
-        states = checked_states(states, sampling.guidance_scale)
+        states = checked_states(states, sampling)
         videos = states.prompt_embeds.shape[0]
         states = states.repeated(num_videos_per_prompt)
         batch = states.prompt_embeds.shape[0]

@@ -1,6 +1,7 @@
 """AnimateDiff's pipelines against diffusers' own, live, in fp32."""
 
 import copy
+import shutil
 
 import pytest
 
@@ -440,6 +441,24 @@ def test_sdxl_with_a_motion_adapter(folder_xl, pipes_xl):
     check((pipes_xl[0], ours))
 
 
+def test_sdxl_with_guidance_as_an_embedding(folder_xl, tmp_path):
+    """One pass a step, with the scale less one embedded; with a base model that was distilled so, too."""
+    base = diffusers.UNet2DConditionModel.from_pretrained(folder_xl / "sd", subfolder="unet")
+    unet = diffusers.UNet2DConditionModel.from_config(base.config, time_cond_proj_dim=32)
+    unet.load_state_dict(base.state_dict(), strict=False)
+    shutil.copytree(folder_xl / "sd", tmp_path / "sd")
+    unet.save_pretrained(tmp_path / "sd" / "unet")
+    motion = diffusers.MotionAdapter.from_pretrained(folder_xl / "motion")
+    theirs = diffusers.AnimateDiffSDXLPipeline.from_pretrained(tmp_path / "sd", motion_adapter=motion)
+    theirs.unet.add_embedding.load_state_dict(unet.add_embedding.state_dict())
+    theirs.set_progress_bar_config(disable=True)
+    ours = AnimateDiffSDXLPipeline.from_pretrained(tmp_path / "sd", motion_adapter=folder_xl / "motion")
+    frames = check((theirs, ours), negative_prompt="rain", guidance_scale=8.5)
+    weak = check((theirs, ours), prompt=["a fox", "two moons"], guidance_scale=1.2, num_inference_steps=2)
+    assert difference(frames, weak[:1]) > 1e-3
+    assert ours.encode_prompt("a fox", guidance_scale=8.5).negative_prompt_embeds is None
+
+
 def test_sdxl_without_zeros(folder_xl):
     theirs = diffusers.AnimateDiffSDXLPipeline.from_pretrained(
         folder_xl / "whole", force_zeros_for_empty_prompt=False
@@ -473,3 +492,36 @@ def test_sdxl_ip_adapter_and_embeddings(folder_xl, image_pipes, tmp_path):
     theirs.load_textual_inversion(learned["clip_l"], token="<style>", **first)
     theirs.load_textual_inversion(learned["clip_g"], token="<style>", **second)
     check((theirs, ours), prompt="a <style> fox", ip_adapter_image=picture())
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_scale_of_lora_reaches_the_text_encoders(family, request, tmp_path):
+    """`cross_attention_kwargs["scale"]`, for UNet and text encoders at once."""
+    peft = pytest.importorskip("peft")
+    folder = request.getfixturevalue("folder" if family == "sd" else "folder_xl") / "whole"
+    xl = family == "sdxl"
+    theirs = (diffusers.AnimateDiffSDXLPipeline if xl else diffusers.AnimateDiffPipeline).from_pretrained(
+        folder
+    )
+    theirs.set_progress_bar_config(disable=True)
+    ours = (AnimateDiffSDXLPipeline if xl else AnimateDiffPipeline).from_pretrained(folder)
+    prompt = "a fox"
+    if not xl:  # prompts of frames are encoded apart
+        prompt = {0: "a fox", 2: "two moons"}
+        theirs.enable_free_noise(2, 1)
+        ours.enable_free_noise(2, 1)
+    torch.manual_seed(4)
+    layers = {}
+    for name in ("unet", "text_encoder", "text_encoder_2") if xl else ("unet", "text_encoder"):
+        targets = ["to_q"] if name == "unet" else ["q_proj", "v_proj", "fc1"]
+        config = peft.LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=targets)
+        network = peft.inject_adapter_in_model(config, getattr(theirs, name))
+        state = peft.get_peft_model_state_dict(network)
+        layers |= {f"{name}.{key}": value.contiguous() for key, value in state.items()}
+    save_file(layers, tmp_path / "lora.safetensors")
+    ours.load_lora_weights(tmp_path / "lora.safetensors")
+    calls = [dict(cross_attention_kwargs={"scale": scale}) for scale in (0.5, 0.0)]
+    half, none = (check((theirs, ours), prompt=prompt, num_inference_steps=2, **call) for call in calls)
+    assert difference(half, none) > 1e-3
+    text = [ours.encode_prompt("a fox", lora_scale=scale).prompt_embeds for scale in (None, 0.5)]
+    assert difference(*text) > 1e-2
