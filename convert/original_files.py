@@ -105,7 +105,7 @@ def plan_originals(
     made = CheckpointPlan(
         str(source),
         where,
-        with_recommendation(index, recommended),
+        with_recommendation(index, recommended, where),
         components,
         hub,
         words,

@@ -197,13 +197,14 @@ def _plan_pipeline(
         processor = read_component_config(source, PREPROCESSOR_CONFIG, subfolder=FEATURE_EXTRACTOR, **hub)
         with naming(folder / FEATURE_EXTRACTOR / PREPROCESSOR_CONFIG):
             CLIPImageProcessorConfig.from_dict(processor)
+    recommended: dict[str, Any] = {}
     if pipeline is not None:
         recommended = pipeline.recommend(config, f"{source} {config.get('_name_or_path', '')}")
         if training is not None:
             recommended |= training.recommended
         elif within and scheduler is not None and scheduler["_class_name"] == ANIMATE_LCM.scheduler:
             recommended |= ANIMATE_LCM.recommended
-        index = with_recommendation(index, recommended)
+    index = with_recommendation(index, recommended, path)
     known = {*TOKENIZERS, "scheduler", *within, *(component.name for component in components)}
     known |= set() if processor is None else {FEATURE_EXTRACTOR}
     notes += [

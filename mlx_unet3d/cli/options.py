@@ -1,7 +1,6 @@
 """Shared by sub-commands: kinds of arguments, dtypes, output names, stage reports."""
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,31 +13,14 @@ import mlx.core as mx
 from .. import blas
 from ..errors import printable_lines
 from ..memory import parse_memory
+from ..values import check_size, text
+from ..values import count as count
+from ..values import frames as frames
+from ..values import number as number
+from ..values import rate as rate
+from ..values import side as side
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-# Far above the training of any network, and low enough to plan quickly.
-_MOST_FRAMES, _LONGEST_SIDE, _MOST_PIXELS = 4096, 2**15, 2**28
-_MOST_TEXT = 100_000
-_MOST = 1_000_000
-
-
-def count(text: str) -> int:
-    """Parse an integer from 1 up to a generous limit."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return _at_most(value, _MOST)
-
-
-def text(value: str) -> str:
-    """Parse text that can be encoded and is not too long."""
-    if len(value) > _MOST_TEXT:
-        raise argparse.ArgumentTypeError(f"{len(value)} characters are more than {_MOST_TEXT}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError("it holds half a character, and is no text") from error
-    return value
 
 
 def path(value: str) -> str:
@@ -67,32 +49,6 @@ def seed(text: str) -> int:
     return value
 
 
-def frames(text: str) -> int:
-    """Parse a number of frames."""
-    return _at_most(count(text), _MOST_FRAMES)
-
-
-def side(text: str) -> int:
-    """Parse the pixels of one side of a frame."""
-    return _at_most(count(text), _LONGEST_SIDE)
-
-
-def _at_most(value: int, most: int) -> int:
-    if value > most:
-        raise argparse.ArgumentTypeError(f"{str(value)[:40]} must be at most {most}")
-    return value
-
-
-def check_size(num_frames: int | None, height: int | None, width: int | None) -> None:
-    """Raise ValueError for a video with more pixels than any machine can hold."""
-    pixels = (num_frames or 1) * (height or 1) * (width or 1)
-    if pixels > _MOST_PIXELS:
-        raise ValueError(
-            f"{num_frames or 1} frames of {width or 1}x{height or 1} are {pixels / 1e9:.1f} billion pixels, "
-            f"more than {_MOST_PIXELS / 1e9:.1f}; make a smaller or shorter video"
-        )
-
-
 def check_latents(path: Path, shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
     """Raise ValueError unless latents (B, C, F, h, w) belong to the single video that their settings
     describe."""
@@ -110,22 +66,6 @@ def check_latents(path: Path, shape: tuple[int, ...], settings: Mapping[str, Any
             f"{path} holds latents of shape {shape}, and its settings say {frames} frames of "
             f"{width}x{height}; give a file that `generate` left"
         )
-
-
-def number(text: str) -> float:
-    """Parse a finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
-    return value
-
-
-def rate(text: str) -> float:
-    """Parse a finite number above 0."""
-    value = number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
 
 
 def memory_size(text: str) -> float:
