@@ -124,6 +124,12 @@ def _plan_pipeline(
     index = read_json(path)
     notes, scheduler, training = [], None, None
     unet = index.get("unet")
+    if unet in (None, [None, None]):
+        other = f"a {str(index['transformer'][-1])[:200]} and " if lists(index, "transformer") else ""
+        raise CheckpointError(
+            f"{path} has {other}no UNet, and a pipeline of videos needs one here; to convert one of its "
+            "networks, give the folder of that"
+        )
     base = _known(unet[-1]) if isinstance(unet, list) and unet else None
     if adapter is not None and (base is None or base.combine is None):
         raise CheckpointError(
@@ -174,8 +180,6 @@ def _plan_pipeline(
             components.append(plan_combined(own, adapter, name, ways))
         else:
             components.append(plan_network(own, name, ways))
-    if not components:
-        raise CheckpointError(f"{path} lists none of {', '.join(BY_NAME)}; there is nothing to convert")
     words = {}
     for name in TOKENIZERS if tokenizer is None else ():
         if lists(index, name):

@@ -17,7 +17,7 @@ from mlx_unet3d.checkpoints.shapes import Shapes
 from mlx_unet3d.errors import CheckpointError
 
 from .kinds import KINDS, Family, Kind
-from .kinds.others import other
+from .kinds.others import Other, other
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 """Suffixes of weight files in a folder; their content identifies the networks."""
@@ -39,6 +39,7 @@ class Recognized:
         names: the parameter of each part.
         dropped: keys of the file that the network does not need.
         unused: the shapes of dropped keys that belong to this network.
+        pickled: whether the file is a torch pickle.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Recognized:
     names: dict[str, str]
     dropped: list[str]
     unused: dict[str, tuple[int, ...]]
+    pickled: bool
 
     @property
     def shapes(self) -> Shapes:
@@ -70,7 +72,7 @@ class Recognized:
     def reason(self) -> str:
         """Return how it was identified, and how it is read."""
         kind = f"{self.family.title}, as it has {self.prefix}{self.family.signs[-1]}"
-        return f"{kind}; a torch pickle, read without running it" if is_pickle(self.path) else kind
+        return f"{kind}; a torch pickle, read without running it" if self.pickled else kind
 
 
 def recognize(path: Path) -> list[Recognized]:
@@ -84,13 +86,32 @@ def recognize(path: Path) -> list[Recognized]:
         CheckpointError: it is damaged, holds none of `KINDS`, one of them twice or several of which two take
             the same tensor, as they do without prefixes, or a fused tensor that does not come apart.
     """
-    header = read_pickle(path) if is_pickle(path) else read_header(path)
+    found = identify(path, *read_any(path))
+    if isinstance(found, Other):
+        raise CheckpointError(f"{path} holds {found.title}: {found.cure}")
+    return found
+
+
+def read_any(path: Path) -> tuple[Header, bool]:
+    """Read the header of a weight file, and return whether it is a torch pickle."""
+    pickled = is_pickle(path)
+    return (read_pickle(path, lists=True) if pickled else read_header(path)), pickled
+
+
+def identify(path: Path, header: Header, pickled: bool) -> list[Recognized] | Other:
+    """Identify a file of a header: its networks, or what else it is.
+
+    Args:
+        path: of the file, for messages.
+        header, pickled: see `read_any`.
+
+    Raises CheckpointError as `recognize`.
+    """
     bare = {without_wrappers(key): info for key, info in header.tensors.items()}
     if len(bare) == len(header.tensors):  # otherwise some would appear with a wrapper and without
         header = Header(bare, header.metadata)
-    beside = other(header.tensors)
-    if beside is not None:
-        raise CheckpointError(f"{path} holds {beside.title}: {beside.cure}")
+    if (beside := other(header)) is not None:
+        return beside
     found = list(_matches(header.tensors))
     if not found:
         raise CheckpointError(_unknown(path, header.tensors))
@@ -103,7 +124,7 @@ def recognize(path: Path) -> list[Recognized]:
             "a file may hold one of each kind, all with a prefix such as model.diffusion_model., "
             "first_stage_model. and cond_stage_model.model.; save each to a file of its own"
         )
-    return [_recognized(path, header, kind, family, prefix) for kind, family, prefix in found]
+    return [_recognized(path, header, *one, pickled) for one in found]
 
 
 def _claimed(keys: Collection[str], family: Family, prefix: str) -> Iterator[str]:
@@ -113,7 +134,9 @@ def _claimed(keys: Collection[str], family: Family, prefix: str) -> Iterator[str
     yield from (prefix + key for key in bare if naming(key))
 
 
-def _recognized(path: Path, header: Header, kind: Kind, family: Family, prefix: str) -> Recognized:
+def _recognized(
+    path: Path, header: Header, kind: Kind, family: Family, prefix: str, pickled: bool
+) -> Recognized:
     """Return the parts of one network of the file."""
     keys = {key.removeprefix(prefix): key for key in header.tensors if key.startswith(prefix)}
     naming = family.naming(keys.keys())
@@ -129,7 +152,9 @@ def _recognized(path: Path, header: Header, kind: Kind, family: Family, prefix: 
         if not made:
             dropped.append(key)
             unused[bare] = header.tensors[key].shape
-    return Recognized(path, kind, family, prefix, Header(parts, header.metadata), names, dropped, unused)
+    return Recognized(
+        path, kind, family, prefix, Header(parts, header.metadata), names, dropped, unused, pickled
+    )
 
 
 def is_image_model(networks: Collection[Recognized]) -> bool:

@@ -83,7 +83,9 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize(("settings", "least"), [SETTINGS[0], SETTINGS[4], SETTINGS[8]], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "least"), [SETTINGS[0], SETTINGS[4], SETTINGS[8]], ids=[NAMES[0], NAMES[4], NAMES[8]]
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_other_networks(name, settings, least, tmp_path, monkeypatch):
     """As `test_output_and_reload`; with the option of the converter, the same bytes."""

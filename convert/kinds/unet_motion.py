@@ -61,7 +61,12 @@ def check_base(config: Config, where: str) -> None:
     added = config.get("addition_embed_type") is not None
     reason = None
     if channels != 4:
-        kinds = {9: "an inpainting model", 8: "a model that edits images", 5: "a depth model"}
+        kinds = {
+            9: "an inpainting model",
+            8: "a model that edits images",
+            7: "an upscaler",
+            5: "a depth model",
+        }
         reason = f"{kinds.get(channels, 'a UNet of other inputs')}, with {channels} input channels"
     elif added and text == 1280:
         reason = "the refiner of Stable Diffusion XL"

@@ -5,7 +5,7 @@ layers with cross-attention: down, up, mid.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,43 @@ IPAdapterSource = str | Path | Mapping[str, Any] | AdapterFile
 _PARTS = ("image_proj", "ip_adapter")
 _DIM_HEAD = 64  # of the resamplers of all IP-Adapters; cannot be inferred from shapes
 
+_KINDS = (
+    ("FaceID Plus", "perceiver_resampler.proj_in.weight"),
+    ("plain", "proj.weight"),
+    ("full", "proj.3.weight"),
+    ("FaceID", "norm.weight"),
+)
+
 KeysValues = list[tuple[mx.array, mx.array]]
 
 
 def find_files(source: Any, subfolder: Any, weight_name: Any, **hub: Any) -> list[AdapterFile]:
     """Read the files of one or several IP-Adapters; see `IPAdapterMixin.load_ip_adapter`."""
     return [_read(*one, hub) for one in _broadcast(source, subfolder, weight_name)]
+
+
+def projection_kind(names: Container[str]) -> str:
+    """Return the kind of an IP-Adapter by the names of its projection's tensors."""
+    for kind, sign in _KINDS:
+        if sign in names:
+            return kind
+    return "plus"
+
+
+def encoder_needed(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int] | None:
+    """Return the config key of the image encoder that a projection decides, and its value.
+
+    Args:
+        shapes: of the projection's tensors.
+
+    A plain adapter takes embeddings, "plus" and "full" hidden states; None for one of faces, whose embeddings
+    no CLIP makes, and for shapes of no projection.
+    """
+    kind = projection_kind(shapes)
+    name = {"plain": "proj.weight", "full": "proj.0.weight", "plus": "proj_in.weight"}.get(kind, "")
+    if len(shapes.get(name, ())) != 2:
+        return None
+    return "projection_dim" if kind == "plain" else "hidden_size", shapes[name][1]
 
 
 def parse_file(file: AdapterFile, layers: Sequence[Attention]) -> tuple[nn.Module, KeysValues]:
@@ -142,21 +173,22 @@ def _projection(file: AdapterFile, arrays: Mapping[str, mx.array], layers: Seque
             )
         return tuple(arrays[key].shape)
 
-    if "perceiver_resampler.proj_in.weight" in arrays:
+    kind = projection_kind(arrays)
+    if kind == "FaceID Plus":
         raise CheckpointError(
             f"{file.name} is a FaceID Plus, which this package does not read; take a plain, plus or full "
             "IP-Adapter"
         )
     names: dict[str, mx.array] = dict(arrays)
-    if "proj.weight" in arrays:
+    if kind == "plain":
         (width,), (out, dim) = shape("norm.weight", 1), shape("proj.weight")
         layer: nn.Module = ImageProjection(dim, width, max(out // width, 1))
         names = {key.replace("proj.", "image_embeds."): a for key, a in arrays.items()}
-    elif "proj.3.weight" in arrays:
+    elif kind == "full":
         (width,), (_, dim) = shape("proj.3.weight", 1), shape("proj.0.weight")
         layer = IPAdapterFullImageProjection(dim, width)
         names = _renamed(arrays, _FULL)
-    elif "norm.weight" in arrays:
+    elif kind == "FaceID":
         (width,), (inner, dim), (out, _) = (
             shape("norm.weight", 1),
             shape("proj.0.weight"),
