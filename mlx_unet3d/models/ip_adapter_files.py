@@ -70,6 +70,17 @@ def encoder_needed(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int] | N
     return "projection_dim" if kind == "plain" else "hidden_size", shapes[name][1]
 
 
+def encoders_needed(files: Sequence[AdapterFile]) -> list[tuple[str, str, int]]:
+    """Return the name of each file that needs an image encoder, and its `encoder_needed`."""
+    found = []
+    for file in files:
+        with naming(file.name):
+            shapes = {name: tuple(array.shape) for name, array in _parts(file)[0].items()}
+        if (needed := encoder_needed(shapes)) is not None:
+            found.append((file.name, *needed))
+    return found
+
+
 def parse_file(file: AdapterFile, layers: Sequence[Attention]) -> tuple[nn.Module, KeysValues]:
     """Return the projection of a file, and the key and value weights of each layer.
 
