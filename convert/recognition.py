@@ -1,14 +1,13 @@
 """Identify the networks in a weight file by the names of its tensors, never by its own name."""
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_unet3d.checkpoints import Header, read_header, read_pickle
-from mlx_unet3d.checkpoints.describe import size
+from mlx_unet3d.checkpoints.describe import label, parameters_line
 from mlx_unet3d.checkpoints.matching import file_format
 from mlx_unet3d.checkpoints.numbered_blocks import WITHIN
 from mlx_unet3d.checkpoints.pickles import is_pickle
@@ -60,13 +59,8 @@ class Recognized:
 
     def line(self) -> str:
         """Return a line about it: its name in a pipeline, its class, its size, and how it was identified."""
-        infos = self.header.tensors.values()
-        parameters, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
-        dtypes = "/".join(sorted({info.dtype for info in infos}))
-        return (
-            f"{self.kind.component:<14}{self.kind.name}, {parameters:,} parameters in {len(infos)} tensors, "
-            f"{dtypes}, {size(nbytes)}, {self.reason}"
-        )
+        found = parameters_line(self.header.tensors)
+        return f"{label(self.kind.component)}{self.kind.name}, {found}, {self.reason}"
 
     @property
     def reason(self) -> str:

@@ -273,15 +273,6 @@ CASES = {
 }  # fmt: skip
 
 
-def test_info_of_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["info", str(adapter())]) == 0
-    assert "MotionAdapter, " in (line := capsys.readouterr().out)
-    assert "a motion module of AnimateDiff" in line
-    assert main(["info", str(keys("ip_adapter.1.to_k_ip.weight"))]) == 2
-    assert "an IP-Adapter" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_refused_by_name(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)

@@ -95,7 +95,7 @@ _DOWN = re.compile(r"_lora\.down\.|\.lora_down\.|\.lora_A\b|\.lora\.down\.|\.lor
 _LORA = (
     "it changes a network and is none; convert the network, and load the LoRA into it with generate --lora"
 )
-_TO_LORA = "generate --model MODEL --lora {file}"
+_TO_LORA = "generate PROMPT --model MODEL --lora {file}"
 _UNETS = "this package is for video UNets; give the checkpoint of one, or of Stable Diffusion 1.5 or XL"
 OTHERS = (
     Other(
@@ -114,7 +114,7 @@ OTHERS = (
         re.compile(r"(^|\.)(ip_adapter|image_proj)\.|\.to_[kv]_ip\."),
         "it steers a UNet by pictures and is none, and is read as it is: generate --ip-adapter FILE "
         "--ip-image PICTURE",
-        use="generate --model MODEL --motion-adapter ADAPTER --ip-adapter {file} --ip-image PICTURE",
+        use="generate PROMPT --model MODEL --motion-adapter ADAPTER --ip-adapter {file} --ip-image PICTURE",
         facts=of_ip_adapter,
     ),
     Other(
@@ -122,7 +122,7 @@ OTHERS = (
         re.compile(r"motion_modules\..*(_lora\.|\.lora_|\.lora\.)"),
         "it changes motion modules and is none; give the modules that it was trained for, and load the LoRA "
         "with generate --lora",
-        use="generate --model MODEL --motion-adapter ADAPTER --lora {file}",
+        use="generate PROMPT --model MODEL --motion-adapter ADAPTER --lora {file}",
         facts=of_lora,
     ),
     Other(
@@ -195,7 +195,7 @@ OTHERS = (
         re.compile(r"^[^.]+$"),
         "it changes no network; load it with generate --embedding",
         only=is_embedding,
-        use="generate --model MODEL --embedding {file}",
+        use="generate PROMPT --model MODEL --embedding {file}",
         facts=of_embedding,
     ),
 )
