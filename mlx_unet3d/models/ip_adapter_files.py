@@ -117,7 +117,7 @@ def _read(
         }
         return AdapterFile(None, flat or dict(source), {})
     if not isinstance(source, AdapterFile) and weight_name is None and Path(source).expanduser().is_dir():
-        raise ValueError(f"{source} is a folder; name the file in it by weight_name")
+        raise ValueError(f"{source} is a folder; give the file in it, or its name by weight_name")
     return read_adapter(source, weight_name=weight_name, names=(), subfolder=subfolder, **hub)
 
 
