@@ -57,8 +57,7 @@ def describe_use(config: dict[str, Any], pickled: bool, name: str) -> Iterator[s
     if kind is None:
         yield _use("none here: this package has no such network")
     elif kind is _ADAPTER:
-        if isinstance(widths := config.get("block_out_channels"), list):
-            yield f"{label('')}for {base_model(tuple(widths))}"
+        yield from _base(config)
         yield _use(_use_of_adapter(pickled, name))
     else:
         python = "" if pickled or kind.called else f", or in Python {kind.cls.__name__}.from_pretrained"
@@ -69,10 +68,16 @@ def _use(words: str) -> str:
     return label("use") + words
 
 
+def _base(config: dict[str, Any]) -> Iterator[str]:
+    """Yield the base model of a motion adapter."""
+    if isinstance(widths := config.get("block_out_channels"), list | tuple):
+        yield f"{label('')}for {base_model(tuple(widths))}"
+
+
 def _about(source: Source) -> Iterator[str]:
     """Yield what a motion adapter was trained for."""
     if source.kind is _ADAPTER:
-        yield f"{label('')}for {base_model(tuple(source.config['block_out_channels']))}"
+        yield from _base(source.config)
         for line in about_training(training_of_adapter(source)):
             yield label("") + line
 

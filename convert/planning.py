@@ -10,7 +10,7 @@ from mlx_unet3d import image_processor
 from mlx_unet3d.checkpoints import find_folder, read_component_config, read_json
 from mlx_unet3d.checkpoints.config import naming
 from mlx_unet3d.checkpoints.hub import Hub
-from mlx_unet3d.checkpoints.source import choose_variants, pinned
+from mlx_unet3d.checkpoints.source import choose_variants, find_file, pinned
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.image_processor import CLIPImageProcessorConfig
 from mlx_unet3d.layers.quantized import Quantization
@@ -63,7 +63,8 @@ def plan_checkpoint(
     Args:
         source: folder or hub id of a diffusers pipeline or of one network, in safetensors or torch pickles;
             or original files, identified by their tensors: a file of one of `kinds`, a checkpoint with
-            several networks, or a folder of such files. A single file may also have diffusers' names.
+            several networks, or a folder of such files. A single file may also have diffusers' names, and be
+            on the hub, OWNER/NAME[/FOLDER]/FILE.
         tokenizer: folder or hub id of a CLIP tokenizer, or of a pipeline with one, in place of the source's;
             original files have none.
         motion_adapter: folder, hub id or file of AnimateDiff's motion modules, to be inserted into the
@@ -89,12 +90,9 @@ def plan_checkpoint(
         raise ValueError("diffusers does not read MLX's quantized weights; quantize with the layout 'mlx'")
     ways = Ways(dtype, layout, variant, quantization, recipe)
     adapter = None if motion_adapter is None else find_adapter(motion_adapter, hub)
-    file = Path(source).expanduser()
-    if file.is_file():
-        if hub.get("revision") is not None:
-            raise ValueError(
-                f"revision={hub['revision']!r} is for hub ids, but {file} is a file; leave it out"
-            )
+    if hub.get("revision") is not None and Path(source).expanduser().is_file():
+        raise ValueError(f"revision={hub['revision']!r} is for hub ids, but {source} is a file; leave it out")
+    if (file := find_file(source, **hub)) is not None:
         return plan_originals(source, file, [file], tokenizer, adapter, ways, hub)
     folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), **hub)
     hub = {**hub, "revision": pinned(Hub(hub.get("revision")), source, folder).revision}

@@ -13,13 +13,11 @@ from mlx_unet3d.checkpoints.numbered_blocks import WITHIN
 from mlx_unet3d.checkpoints.pickles import is_pickle
 from mlx_unet3d.checkpoints.prefixes import without_wrappers
 from mlx_unet3d.checkpoints.shapes import Shapes
+from mlx_unet3d.checkpoints.source import SUFFIXES
 from mlx_unet3d.errors import CheckpointError
 
 from .kinds import KINDS, Family, Kind
 from .kinds.others import Other, other
-
-SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-"""Suffixes of weight files in a folder; their content identifies the networks."""
 
 # Finding the nearest kind compares all kinds of keys; real files have about a hundred, all short.
 _COMPARED, _LONGEST = 500, 200

@@ -12,12 +12,14 @@ import hub_server
 import mlx.core as mx
 import original_files as original
 import pytest
+import test_convert_refusals
 import tiny
 from mlx_unet3d import MotionAdapter, TextToVideoPipeline, UNet3DConditionModel
 from hub_server import TOKEN, Hub, Repo, read_folder
 from huggingface_hub import close_session, constants, file_download
 from mlx_unet3d.checkpoints import find_folder, weight_files
 from mlx_unet3d.cli import main
+from mlx_unet3d.models.loading import find_checkpoint
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
@@ -537,3 +539,27 @@ def test_info_of_a_server_that_sends_no_parts(hub, adapters, capsys, monkeypatch
     monkeypatch.setattr(hub_server, "PARTS", False)
     assert main(["info", "owner/adapters/sd15/mm.ckpt"]) == 2
     assert "does not send a part of owner/adapters/sd15/mm.ckpt; download it" in capsys.readouterr().err
+
+
+def test_files_of_a_repository_are_converted(hub, adapters, capsys):
+    """What `info` says of them is true."""
+    assert convert(source="owner/adapters/sd15/mm.ckpt") == 0
+    assert hub.files() == ["owner/adapters/sd15/mm.ckpt"]
+    made = weight_files("out", STEM)[0].read_bytes()
+    card = Path("out/README.md").read_text()
+    assert f"`owner/adapters/sd15/mm.ckpt` at `{hub.repos['owner/adapters'].refs['main']}`" in card
+    assert "base_model: owner/adapters\n" in card
+    assert convert("--force", source=str(adapters / "sd15/mm.ckpt")) == 0
+    assert weight_files("out", STEM)[0].read_bytes() == made
+    assert convert("--force", "--revision", "main", source="owner/adapters/sd15/mm.ckpt") == 0
+    shutil.rmtree("out")
+    refused(capsys, "has no file sd15/none.ckpt", "/tree/main", source="owner/adapters/sd15/none.ckpt")
+    base = shutil.move(test_convert_refusals.base(), "../base.ckpt")
+    assert convert("--motion-adapter", "owner/adapters/sd15/mm.ckpt", source=base) == 0
+    combined = weight_files("out", STEM)[0].read_bytes()
+    assert convert("--motion-adapter", str(adapters / "sd15/mm.ckpt"), "--force", source=base) == 0
+    assert weight_files("out", STEM)[0].read_bytes() == combined
+    hub.add("owner/modules", Path(shutil.move("out", "../modules")))
+    found = find_checkpoint(f"owner/modules/{WEIGHTS}", STEM, files=True)
+    assert found.headers.keys() == {found.where}
+    assert found.where.read_bytes() == combined

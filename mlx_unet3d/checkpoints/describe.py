@@ -16,12 +16,12 @@ from .matching import file_format
 from .pickles import read_pickle
 from .quantization import from_config
 from .remote import Repository
+from .source import SUFFIXES
 from .weight_files import variant_of, weight_files, weight_patterns
 
 # Stems of weight files: diffusers' and transformers'.
 _STEMS = ("diffusion_pytorch_model", "model")
-_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
-_SUFFIXES = (".safetensors", *_PICKLES)
+_PICKLES = tuple(suffix for suffix in SUFFIXES if suffix != ".safetensors")
 _FACTS = (
     "in_channels",
     "out_channels",
@@ -160,7 +160,7 @@ def describe_component(folder: Path, variant: str | None, repository: Repository
     kind = config.get("_class_name") or ", ".join(config.get("architectures") or ["a component"])
     if repository is not None:
         headers, pickles = _remote_headers(repository, variant)
-    elif _is_of_hub(folder) and not any(file.suffix in _SUFFIXES for file in folder.iterdir()):
+    elif _is_of_hub(folder) and not any(file.suffix in SUFFIXES for file in folder.iterdir()):
         return Component(config, f"{kind}, its weights are not in the cache")
     else:
         headers, pickles = _headers(folder, variant)
@@ -198,7 +198,7 @@ def _headers(folder: Path, variant: str | None) -> tuple[dict[Path, Header], boo
 def _remote_headers(repository: Repository, variant: str | None) -> tuple[dict[Path, Header], bool]:
     """As `_headers`: of the variant, else the plain files, else the first variant; empty without any."""
     names = sorted(name for name in repository.sizes if "/" not in name)
-    there = [found for name in names if name.endswith(_SUFFIXES) and (found := variant_of(name))]
+    there = [found for name in names if name.endswith(SUFFIXES) and (found := variant_of(name))]
     for chosen in dict.fromkeys([variant, None, *there]):
         for pickles in (False, True):
             patterns = weight_patterns(_stem(names), chosen, pickles)

@@ -8,10 +8,10 @@ from typing import Any
 
 from .. import media
 from ..checkpoints import DEMO, Hub, describe, find_folder, read_json
-from ..checkpoints.adapters import inside_hub
 from ..checkpoints.describe import describe_component, label, size
 from ..checkpoints.remote import Repository, cached_file
-from ..checkpoints.source import pinned
+from ..checkpoints.source import SUFFIXES as WEIGHTS
+from ..checkpoints.source import inside_hub, pinned
 from ..errors import CheckpointError, printable
 from ..latents import LATENTS, open_latents
 from ..media.files import READ_ONLY_SUFFIXES, SUFFIXES
@@ -19,7 +19,6 @@ from ..pipelines.loading import PIPELINES
 from .families import FAMILIES
 from .settings import DEFAULTS, SETTINGS, of_file
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _CONFIGS = ("model_index.json", "config.json", "*/config.json", "*_config.json")
 _MOST_FILES = 4
 """Of a folder without a config, that are looked into; others are listed."""
@@ -111,7 +110,7 @@ def of_hub_file(source: str, file: str, name: str, hub: Hub) -> Iterator[str]:
         raise FileNotFoundError(f"{name} is not in the hub's cache; run again without --local-files-only")
     repository = Repository.of(source, hub)
     if file not in repository.sizes:
-        there = ", ".join(sorted(n for n in repository.sizes if n.endswith(_WEIGHTS))[:8]) or "none"
+        there = ", ".join(sorted(n for n in repository.sizes if n.endswith(WEIGHTS))[:8]) or "none"
         raise FileNotFoundError(f"{source} has no file {file}; its weight files are {there}")
     header, pickled = repository.read(file)
     yield f"{label('on the hub')}{size(repository.sizes[file])}, of which only the header was read"
@@ -155,7 +154,7 @@ def of_folder(folder: Path, variant: str | None, name: str, hub: Hub | None, ins
         files = {n: s for n, s in repository.sizes.items() if "/" not in n}
     else:
         files = {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()} if folder.is_dir() else {}
-    files = {n: files[n] for n in sorted(files) if n.endswith(_WEIGHTS)}
+    files = {n: files[n] for n in sorted(files) if n.endswith(WEIGHTS)}
     if not files:
         raise CheckpointError(
             f"{name} has neither model_index.json (a pipeline) nor config.json (a component) nor weight files"
@@ -165,8 +164,15 @@ def of_folder(folder: Path, variant: str | None, name: str, hub: Hub | None, ins
             yield f"{size(nbytes):>10}  {file}"
             continue
         yield f"{file}, {size(nbytes)}"
-        header, pickled = read_any(folder / file) if repository is None else repository.read(file)
-        yield from describe_file(folder / file, header, pickled, shlex.quote(f"{name.rstrip('/')}/{file}"))
+        try:
+            header, pickled = read_any(folder / file) if repository is None else repository.read(file)
+            yield from describe_file(
+                folder / file, header, pickled, shlex.quote(f"{name.rstrip('/')}/{file}")
+            )
+        except CheckpointError as error:
+            if len(files) == 1:
+                raise
+            yield label("") + str(error)
     if len(files) > _MOST_FILES:
         yield f"{label('use')}info {name.rstrip('/')}/FILE says what one of these files holds"
 
@@ -186,7 +192,7 @@ def use_of_pipeline(index: Mapping[str, Any], folder: Path, name: str, repositor
         names = [file.name for file in (folder / "unet").glob("*")]
     else:
         names = list(repository.below("unet").sizes)
-    weights = [n for n in names if n.endswith(_WEIGHTS)]
+    weights = [n for n in names if n.endswith(WEIGHTS)]
     if weights and not any(n.endswith(".safetensors") for n in weights):
         return f"convert --hf-path {name} --mlx-path FOLDER, as its weights are pickles, then " + " ".join(
             ["FOLDER" if word == name else word for word in words]
