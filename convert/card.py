@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx_unet3d
 from mlx_unet3d import __version__
 from mlx_unet3d.checkpoints import DEMO, checksum
+from mlx_unet3d.checkpoints.source import inside_hub
 
 from .kinds import kind_of
 from .plan import CheckpointPlan, ComponentPlan
@@ -25,7 +26,7 @@ def model_card(plan: CheckpointPlan, layout: str) -> str:
     front = [f"library_name: {layout}", f"pipeline_tag: {_task(plan)}"]
     front += _licence(plan.folder)
     if plan.source != DEMO and not Path(plan.source).expanduser().exists():
-        front.append(f"base_model: {plan.source}")
+        front.append(f"base_model: {inside_hub(plan.source)[0]}")
     rows = []
     for component in plan.components:
         parameters = sum(math.prod(tensor.shape) for tensor in component.tensors)
@@ -93,7 +94,7 @@ def _name(plan: CheckpointPlan) -> str:
     local = Path(plan.source).expanduser()
     if local.exists():
         return f"the {'file' if local.is_file() else 'folder'} `{local.resolve().name}`"
-    commit = plan.folder.name if re.fullmatch(r"[0-9a-f]{40}", plan.folder.name) else None
+    commit = next((part for part in plan.folder.parts if re.fullmatch(r"[0-9a-f]{40}", part)), None)
     return f"`{plan.source}`" + (f" at `{commit}`" if commit else "")
 
 

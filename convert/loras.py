@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_unet3d.checkpoints.adapters import AdapterFile, read_adapter
-from mlx_unet3d.checkpoints.config import naming
+from mlx_unet3d.checkpoints.config import blame
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.adapted import CHANGEABLE, LowRank
 from mlx_unet3d.models.adapter_changes import change_of
@@ -80,7 +80,7 @@ def _changes(file: AdapterFile, network: Any, weight: float) -> dict[str, tuple[
     """Return the change of each layer, by path, and its weight."""
     layers = network._adaptable(CHANGEABLE)
     made = {}
-    with naming(file.name):
+    with blame(file.name):
         for path, entry in network._parse(file, layers).items():
             if entry.weight is not None or entry.bias is not None:
                 raise CheckpointError(

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_unet3d.checkpoints.source import find_file
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.pipelines.motion_training import Training, training_of
 
@@ -18,14 +19,14 @@ MOTION_ADAPTER = "motion_adapter"
 
 
 def find_adapter(path_or_id: str | Path, hub: dict[str, Any]) -> Source:
-    """Find a motion adapter: a folder or hub id in diffusers' format, or one file.
+    """Find a motion adapter: a folder or hub id in diffusers' format, or one file, here or on the hub.
 
     Raises FileNotFoundError as `find_folder`, and CheckpointError for anything else.
     """
     kind = BY_NAME["MotionAdapter"]
-    file = Path(path_or_id).expanduser()
-    if not file.is_file():
-        where = {key: value for key, value in hub.items() if key != "revision"}  # the base model's
+    where = {key: value for key, value in hub.items() if key != "revision"}  # the base model's
+    file = find_file(path_or_id, **where)
+    if file is None:
         return source_in_folder(path_or_id, "", kind, None, where)
     networks = recognize(file)
     if [network.kind for network in networks] != [kind]:
@@ -105,7 +106,7 @@ def plan_originals(
     made = CheckpointPlan(
         str(source),
         where,
-        with_recommendation(index, recommended),
+        with_recommendation(index, recommended, where),
         components,
         hub,
         words,

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from mlx_unet3d.recommended import KEY, Recommended
 
 from .kinds import BY_NAME, kind_of
 from .networks import Ways, part_of
@@ -25,11 +28,15 @@ def finish(plan: CheckpointPlan, ways: Ways) -> CheckpointPlan:
     return replace(plan, index=index, components=components)
 
 
-def with_recommendation(index: dict[str, Any], recommended: Mapping[str, Any]) -> dict[str, Any]:
-    """The index with what is recommended for its use; what it says of that itself stays."""
-    own = index.get("_recommended")
-    both = {**recommended, **(own if isinstance(own, dict) else {})}
-    return {**index, "_recommended": both} if both else index
+def with_recommendation(
+    index: dict[str, Any], recommended: Mapping[str, Any], path: str | Path
+) -> dict[str, Any]:
+    """The index, read from `path`, with what is recommended for its use; what it says of that itself stays.
+
+    Raises CheckpointError for values that no video can have.
+    """
+    both = {**recommended, **Recommended.of_index(index, path).to_dict()}
+    return {**index, KEY: both} if both else index
 
 
 def lists(index: Mapping[str, Any], name: str) -> bool:

@@ -10,7 +10,7 @@ from mlx_unet3d import image_processor
 from mlx_unet3d.checkpoints import find_folder, read_component_config, read_json
 from mlx_unet3d.checkpoints.config import blame
 from mlx_unet3d.checkpoints.hub import Hub
-from mlx_unet3d.checkpoints.source import choose_variants, pinned
+from mlx_unet3d.checkpoints.source import choose_variants, find_file, pinned
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.image_processor import CLIPImageProcessorConfig
 from mlx_unet3d.layers.quantized import Quantization
@@ -65,7 +65,8 @@ def plan_checkpoint(
     Args:
         source: folder or hub id of a diffusers pipeline or of one network, in safetensors or torch pickles;
             or original files, identified by their tensors: a file of one of `kinds`, a checkpoint with
-            several networks, or a folder of such files. A single file may also have diffusers' names.
+            several networks, or a folder of such files. A single file may also have diffusers' names, and be
+            on the hub, OWNER/NAME[/FOLDER]/FILE.
         tokenizer: folder or hub id of a CLIP tokenizer, or of a pipeline with one, in place of the source's;
             original files have none.
         motion_adapter: folder, hub id or file of AnimateDiff's motion modules, to be inserted into the
@@ -104,12 +105,9 @@ def _plan(
     hub: dict[str, Any],
 ) -> CheckpointPlan:
     """Plan a source of any kind, without LoRAs."""
-    file = Path(source).expanduser()
-    if file.is_file():
-        if hub.get("revision") is not None:
-            raise ValueError(
-                f"revision={hub['revision']!r} is for hub ids, but {file} is a file; leave it out"
-            )
+    if hub.get("revision") is not None and Path(source).expanduser().is_file():
+        raise ValueError(f"revision={hub['revision']!r} is for hub ids, but {source} is a file; leave it out")
+    if (file := find_file(source, **hub)) is not None:
         return plan_originals(source, file, [file], tokenizer, adapter, ways, hub)
     folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), **hub)
     hub = {**hub, "revision": pinned(Hub(hub.get("revision")), source, folder).revision}
@@ -139,6 +137,12 @@ def _plan_pipeline(
     index = read_json(path)
     notes, scheduler, training = [], None, None
     unet = index.get("unet")
+    if unet in (None, [None, None]):
+        other = f"a {str(index['transformer'][-1])[:200]} and " if lists(index, "transformer") else ""
+        raise CheckpointError(
+            f"{path} has {other}no UNet, and a pipeline of videos needs one here; to convert one of its "
+            "networks, give the folder of that"
+        )
     base = _known(unet[-1]) if isinstance(unet, list) and unet else None
     if adapter is not None and (base is None or base.combine is None):
         raise CheckpointError(
@@ -189,8 +193,6 @@ def _plan_pipeline(
             components.append(plan_combined(own, adapter, name, ways))
         else:
             components.append(plan_network(own, name, ways))
-    if not components:
-        raise CheckpointError(f"{path} lists none of {', '.join(BY_NAME)}; there is nothing to convert")
     words = {}
     for name in TOKENIZERS if tokenizer is None else ():
         if lists(index, name):
@@ -212,13 +214,14 @@ def _plan_pipeline(
         processor = read_component_config(source, PREPROCESSOR_CONFIG, subfolder=FEATURE_EXTRACTOR, **hub)
         with blame(folder / FEATURE_EXTRACTOR / PREPROCESSOR_CONFIG):
             CLIPImageProcessorConfig.from_dict(processor)
+    recommended: dict[str, Any] = {}
     if pipeline is not None:
         recommended = pipeline.recommend(config, f"{source} {config.get('_name_or_path', '')}")
         if training is not None:
             recommended |= training.recommended
         elif within and scheduler is not None and scheduler["_class_name"] == ANIMATE_LCM.scheduler:
             recommended |= ANIMATE_LCM.recommended
-        index = with_recommendation(index, recommended)
+    index = with_recommendation(index, recommended, path)
     known = {*TOKENIZERS, "scheduler", *within, *(component.name for component in components)}
     known |= set() if processor is None else {FEATURE_EXTRACTOR}
     notes += [

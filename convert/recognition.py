@@ -1,26 +1,23 @@
 """Identify the networks in a weight file by the names of its tensors, never by its own name."""
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_unet3d.checkpoints import Header, read_header, read_pickle
-from mlx_unet3d.checkpoints.describe import size
+from mlx_unet3d.checkpoints.describe import label, parameters_line
 from mlx_unet3d.checkpoints.matching import file_format
 from mlx_unet3d.checkpoints.numbered_blocks import WITHIN
 from mlx_unet3d.checkpoints.pickles import is_pickle
 from mlx_unet3d.checkpoints.prefixes import without_wrappers
 from mlx_unet3d.checkpoints.shapes import Shapes
+from mlx_unet3d.checkpoints.source import SUFFIXES
 from mlx_unet3d.errors import CheckpointError
 
 from .kinds import KINDS, Family, Kind
-from .kinds.others import other
-
-SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-"""Suffixes of weight files in a folder; their content identifies the networks."""
+from .kinds.others import Other, other
 
 # Finding the nearest kind compares all kinds of keys; real files have about a hundred, all short.
 _COMPARED, _LONGEST = 500, 200
@@ -39,6 +36,7 @@ class Recognized:
         names: the parameter of each part.
         dropped: keys of the file that the network does not need.
         unused: the shapes of dropped keys that belong to this network.
+        pickled: whether the file is a torch pickle.
     """
 
     path: Path
@@ -49,6 +47,7 @@ class Recognized:
     names: dict[str, str]
     dropped: list[str]
     unused: dict[str, tuple[int, ...]]
+    pickled: bool
 
     @property
     def shapes(self) -> Shapes:
@@ -58,19 +57,14 @@ class Recognized:
 
     def line(self) -> str:
         """Return a line about it: its name in a pipeline, its class, its size, and how it was identified."""
-        infos = self.header.tensors.values()
-        parameters, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
-        dtypes = "/".join(sorted({info.dtype for info in infos}))
-        return (
-            f"{self.kind.component:<14}{self.kind.name}, {parameters:,} parameters in {len(infos)} tensors, "
-            f"{dtypes}, {size(nbytes)}, {self.reason}"
-        )
+        found = parameters_line(self.header.tensors)
+        return f"{label(self.kind.component)}{self.kind.name}, {found}, {self.reason}"
 
     @property
     def reason(self) -> str:
         """Return how it was identified, and how it is read."""
         kind = f"{self.family.title}, as it has {self.prefix}{self.family.signs[-1]}"
-        return f"{kind}; a torch pickle, read without running it" if is_pickle(self.path) else kind
+        return f"{kind}; a torch pickle, read without running it" if self.pickled else kind
 
 
 def recognize(path: Path) -> list[Recognized]:
@@ -84,13 +78,32 @@ def recognize(path: Path) -> list[Recognized]:
         CheckpointError: it is damaged, holds none of `KINDS`, one of them twice or several of which two take
             the same tensor, as they do without prefixes, or a fused tensor that does not come apart.
     """
-    header = read_pickle(path) if is_pickle(path) else read_header(path)
+    found = identify(path, *read_any(path))
+    if isinstance(found, Other):
+        raise CheckpointError(f"{path} holds {found.title}: {found.cure}")
+    return found
+
+
+def read_any(path: Path) -> tuple[Header, bool]:
+    """Read the header of a weight file, and return whether it is a torch pickle."""
+    pickled = is_pickle(path)
+    return (read_pickle(path, lists=True) if pickled else read_header(path)), pickled
+
+
+def identify(path: Path, header: Header, pickled: bool) -> list[Recognized] | Other:
+    """Identify a file of a header: its networks, or what else it is.
+
+    Args:
+        path: of the file, for messages.
+        header, pickled: see `read_any`.
+
+    Raises CheckpointError as `recognize`.
+    """
     bare = {without_wrappers(key): info for key, info in header.tensors.items()}
     if len(bare) == len(header.tensors):  # otherwise some would appear with a wrapper and without
         header = Header(bare, header.metadata)
-    beside = other(header.tensors)
-    if beside is not None:
-        raise CheckpointError(f"{path} holds {beside.title}: {beside.cure}")
+    if (beside := other(header)) is not None:
+        return beside
     found = list(_matches(header.tensors))
     if not found:
         raise CheckpointError(_unknown(path, header.tensors))
@@ -103,7 +116,7 @@ def recognize(path: Path) -> list[Recognized]:
             "a file may hold one of each kind, all with a prefix such as model.diffusion_model., "
             "first_stage_model. and cond_stage_model.model.; save each to a file of its own"
         )
-    return [_recognized(path, header, kind, family, prefix) for kind, family, prefix in found]
+    return [_recognized(path, header, *one, pickled) for one in found]
 
 
 def _claimed(keys: Collection[str], family: Family, prefix: str) -> Iterator[str]:
@@ -113,7 +126,9 @@ def _claimed(keys: Collection[str], family: Family, prefix: str) -> Iterator[str
     yield from (prefix + key for key in bare if key_map(key))
 
 
-def _recognized(path: Path, header: Header, kind: Kind, family: Family, prefix: str) -> Recognized:
+def _recognized(
+    path: Path, header: Header, kind: Kind, family: Family, prefix: str, pickled: bool
+) -> Recognized:
     """Return the parts of one network of the file."""
     keys = {key.removeprefix(prefix): key for key in header.tensors if key.startswith(prefix)}
     key_map = family.key_map(keys.keys())
@@ -129,7 +144,9 @@ def _recognized(path: Path, header: Header, kind: Kind, family: Family, prefix: 
         if not made:
             dropped.append(key)
             unused[bare] = header.tensors[key].shape
-    return Recognized(path, kind, family, prefix, Header(parts, header.metadata), names, dropped, unused)
+    return Recognized(
+        path, kind, family, prefix, Header(parts, header.metadata), names, dropped, unused, pickled
+    )
 
 
 def is_image_model(networks: Collection[Recognized]) -> bool:

@@ -18,6 +18,8 @@ from .inputs import parse_json
 MAX_BYTES = 2**30
 """Of the latents and predictions of a run: 50 steps of 64 frames of 1024x576 take half of that."""
 _MAX_STEPS = 1000
+LATENTS, PREDICTIONS = "latents", "predictions"
+"""The tensors of a file."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class SavedLatents:
         for name, tensor in tensors.items():
             if not math.isfinite(mx.abs(tensor.astype(mx.float32)).max().item()):
                 raise CheckpointError(f"{self.path}: its {name} are not finite; make the video again")
-        return tensors["latents"], list(tensors.get("predictions", ()))
+        return tensors[LATENTS], list(tensors.get(PREDICTIONS, ()))
 
 
 def save_latents(
@@ -58,9 +60,9 @@ def save_latents(
     machine, so the owner of the file alone may read it.
     """
     metadata = {"format": "mlx", "settings": json.dumps(dict(settings))}
-    tensors = {"latents": latents}
+    tensors = {LATENTS: latents}
     if predictions:
-        tensors["predictions"] = mx.stack(list(predictions))
+        tensors[PREDICTIONS] = mx.stack(list(predictions))
     with whole_file(Path(path), private=True) as partial:
         write_safetensors(partial, tensors, metadata)
 
@@ -74,16 +76,16 @@ def open_latents(path: str | Path) -> SavedLatents:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a file that `mlx-unet3d generate` left")
     header = read_header(path)
-    if set(header.tensors) - {"predictions"} != {"latents"} or "settings" not in header.metadata:
+    if set(header.tensors) - {PREDICTIONS} != {LATENTS} or "settings" not in header.metadata:
         raise CheckpointError(f"{path} does not hold latents; give a file that `mlx-unet3d generate` left")
-    shape = header.tensors["latents"].shape
+    shape = header.tensors[LATENTS].shape
     if len(shape) != 5 or 0 in shape:
         raise CheckpointError(
             f"{path}: latents has shape {shape}, not (batch, channels, frames, height, width)"
         )
     steps = 0
-    if "predictions" in header.tensors:
-        all_steps = header.tensors["predictions"].shape
+    if PREDICTIONS in header.tensors:
+        all_steps = header.tensors[PREDICTIONS].shape
         if all_steps[1:] != shape or not 0 < all_steps[0] <= _MAX_STEPS:
             raise CheckpointError(
                 f"{path}: its predictions {all_steps} are not those of 1 to {_MAX_STEPS} steps of latents of "

@@ -12,6 +12,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_standIn"
+PARTS = True
+"""Whether parts of files are sent; a server may also send all."""
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Hub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
+        self.parts: list[tuple[str, int]] = []
+        """Files of which only some bytes were asked for, and how many."""
         self.answer: Callable[[str, str], int | None] = lambda method, path: None
         self.cuts = 0
         """How many of the next files break off in the middle."""
@@ -188,13 +192,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
             return
         headers["ETag"] = f'"{hashlib.sha1(data).hexdigest()}"'
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        begin = int(asked[1]) if asked else 0
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "" if PARTS else "")
+        begin, end = 0, len(data)
         if asked:
-            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+            begin, end = int(asked[1]), int(asked[2] or len(data) - 1) + 1
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
+            self.hub.parts.append((path, end - begin))
         cut = self.command == "GET" and self.hub.cuts > 0
         self.hub.cuts -= cut
-        self.send(206 if asked else 200, data[begin:], headers, cut=cut)
+        self.send(206 if asked else 200, data[begin:end], headers, cut=cut)
 
     def send_json(self, value: object, status: int = 200) -> None:
         self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})

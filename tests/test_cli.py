@@ -642,7 +642,7 @@ def test_info_of_nothing(tmp_path, capsys):
     assert main(["info", str(tmp_path)]) == 2
     assert "neither model_index.json" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "missing")]) == 2
-    assert "missing is missing" in capsys.readouterr().err
+    assert "missing does not exist" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main(["info", str(tmp_path / "file")]) == 2
     assert "file is empty" in capsys.readouterr().err

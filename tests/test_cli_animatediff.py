@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import original_files as original
 import pytest
 import tiny
 from mlx_unet3d import (
@@ -12,6 +13,7 @@ from mlx_unet3d import (
     AnimateDiffSDXLPipeline,
     AnimateDiffVideoToVideoPipeline,
     CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
     DDIMScheduler,
     LCMScheduler,
     UNetMotionModel,
@@ -171,3 +173,55 @@ def test_sdxl(place, tmp_path):
     assert not one_pass.is_guided(5.0)
     weak, strong = (one_pass("a cat", guidance_scale=w, **SHORT).frames for w in (2.0, 9.0))
     assert abs(weak - strong).max() > 1e-3
+
+
+def test_ip_adapters_and_their_image_encoders(place, tmp_path, capsys):
+    """The folders of the authors: an encoder beside the file, or that in `models` where it does not fit."""
+    unet = load_pipeline(place / "base", motion_adapter=place / "motion").unet
+    width, channels = unet.config.cross_attention_dim, tiny.VISION["projection_dim"]
+    rng = np.random.default_rng(0)
+    shapes = {"proj.weight": (4 * width, channels), "proj.bias": (4 * width,)}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    tensors = {f"image_proj.{key}": rng.normal(size=shape) for key, shape in shapes.items()}
+    for i, attn in enumerate(unet._image_attentions().values()):
+        for letter in "kv":
+            key = f"ip_adapter.{2 * i + 1}.to_{letter}_ip.weight"
+            tensors[key] = rng.normal(size=(attn.query_dim, width))
+    tensors = {key: array.astype(np.float32) for key, array in tensors.items()}
+    files = tmp_path / "files"
+    (files / "sdxl_models").mkdir(parents=True)
+    mx.save_safetensors(
+        str(files / "sdxl_models" / "ip.safetensors"), {key: mx.array(a) for key, a in tensors.items()}
+    )
+    original.write_pickle(files / "sdxl_models" / "ip.bin", tensors)
+    Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save("in.png")
+    words = ["--model", place / "base", "--motion-adapter", place / "motion", "--num-frames", 2]
+    words += ["--ip-image", "in.png"]
+
+    assert generate(*words, "--ip-adapter", files / "sdxl_models" / "ip.bin", "-o", "none.png") == 2
+    error = capsys.readouterr().err
+    assert "ip.bin needs an image encoder of projection_dim=12, and there is none in " in error
+    other = CLIPVisionModelWithProjection(**tiny.VISION | {"projection_dim": 20})
+    other.save_pretrained(files / "sdxl_models" / "image_encoder")
+    assert generate(*words, "--ip-adapter", files / "sdxl_models" / "ip.bin", "-o", "none.png") == 2
+    assert (
+        "sdxl_models/image_encoder has projection_dim=20; give the one that comes" in capsys.readouterr().err
+    )
+    encoder = tiny.randomize(CLIPVisionModelWithProjection(**tiny.VISION), 3)
+    encoder.save_pretrained(files / "models" / "image_encoder")
+    found = []
+    for name in ("ip.bin", "ip.safetensors"):
+        assert generate(*words, "--ip-adapter", files / "sdxl_models" / name, "-o", f"{name}.png") == 0
+        found.append(media.read_video(f"{name}.png")[0])
+    assert np.array_equal(*found)
+    pipe = load_pipeline(place / "base", motion_adapter=place / "motion")
+    pipe.load_ip_adapter(files, "sdxl_models", "ip.safetensors")
+    pipe.scheduler = motion_sampler(pipe)
+    picture = Image.open("in.png")
+    frames = pipe("a cat", ip_adapter_image=picture, num_frames=2, num_inference_steps=2).frames
+    assert np.array_equal(media.to_uint8(frames[0]), found[0])
+    pipe.unload_ip_adapter()
+    pipe.image_encoder = other
+    with pytest.raises(ValueError, match="the pipeline's image encoder has projection_dim=20"):
+        pipe.load_ip_adapter(files, "sdxl_models", "ip.safetensors")
+    assert "encoder_hid_proj" not in pipe.unet

@@ -1,6 +1,8 @@
 """Files that are mixed up, or are no networks of the converter: told by name, and nothing is written."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import mlx_unet3d
@@ -53,12 +55,56 @@ def folder():
     return Path("x")
 
 
+def content(data, name="x.safetensors"):
+    Path(name).write_bytes(data)
+    return Path(name)
+
+
+def shortened(path):
+    return content(path.read_bytes()[:-2000], "short.ckpt")
+
+
+def network(model):
+    """A file of a network under diffusers' names."""
+    model.save_pretrained("made", layout="diffusers")
+    (file,) = Path("made").glob("*.safetensors")
+    Path("x.safetensors").write_bytes(file.read_bytes())
+    shutil.rmtree("made")
+    return Path("x.safetensors")
+
+
+def vae():
+    return network(mlx_unet3d.AutoencoderKL(**tiny.VAE))
+
+
+def text():
+    return network(mlx_unet3d.CLIPTextModel(vocab_size=20, **tiny.TEXT | {"hidden_size": 64}))
+
+
+def pipeline(name="x", without=(), **index):
+    """A folder of a text-to-video pipeline, with another index, and without some folders."""
+    made = tiny.write_pipeline(Path(name))
+    path = made / "model_index.json"
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | index).items() if v}))
+    for part in without:
+        shutil.rmtree(made / part)
+    return made
+
+
 def three_levels():
     down = ("CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion", "DownBlockMotion")
     up = ("UpBlockMotion", "CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion")
     return base(block_out_channels=(32, 64, 64), down_block_types=down, up_block_types=up)
 
 
+def xl():
+    down = ("DownBlockMotion", "CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion")
+    up = ("CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion", "UpBlockMotion")
+    widths = dict(block_out_channels=(32, 64, 64), down_block_types=down, up_block_types=up)
+    return base(cross_attention_dim=2048, **widths, **XL)
+
+
+TRANSFORMER = "a diffusion transformer (as of Stable Diffusion 3, Flux, CogVideoX and Wan)"
 BASE = "makes no video by itself; pass --motion-adapter"
 CASES = {
     "HotShot-XL": (
@@ -87,7 +133,86 @@ CASES = {
     ),
     "LyCORIS": (lambda: keys("lora_unet_down_blocks_0_proj_in.hada_w1_a"), None, "a LyCORIS adapter"),
     "IP-Adapter": (lambda: keys("ip_adapter.1.to_k_ip.weight", "image_proj.proj.weight"), None, "IP-Adapter"),
+    "FaceID": (
+        lambda: keys("ip_adapter.0.to_q_lora.down.weight", "image_proj.norm.weight"), None, "an IP-Adapter",
+    ),
     "textual inversion": (lambda: keys("emb_params"), None, "a textual inversion"),
+    "textual inversion of diffusers": (
+        lambda: write("x", {"<cat>": np.ones((2, 768), np.float32)}), None, "a textual inversion",
+    ),
+    "LoRA in a list": (lambda: keys("0", "1", "2", "3"), None, "a LoRA (a list of halves)"),
+    "Custom Diffusion": (lambda: keys(f"{SPATIAL}.to_k_custom_diffusion.weight"), None, "Custom Diffusion"),
+    "T2I-Adapter": (lambda: keys("adapter.body.0.resnets.0.block1.weight"), None, "a T2I-Adapter"),
+    "T5": (
+        lambda: keys("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+        None,
+        "a T5 text encoder: no video UNet takes its texts",
+    ),
+    "Stable Diffusion 3": (lambda: keys("model.diffusion_model.joint_blocks.0.x"), None, TRANSFORMER),
+    "Flux": (lambda: keys("double_blocks.0.img_attn.qkv.weight"), None, TRANSFORMER),
+    "Flux of diffusers": (lambda: keys("transformer_blocks.0.attn.add_q_proj.weight"), None, TRANSFORMER),
+    "Wan": (lambda: keys("blocks.0.self_attn.q.weight"), None, TRANSFORMER),
+    "TAESD": (lambda: keys("decoder.layers.3.conv.0.weight"), None, "a tiny autoencoder (TAESD)"),
+    "ESRGAN": (lambda: keys("body.0.rdb1.conv1.weight"), None, "an upscaler of pictures (ESRGAN)"),
+    "safety checker": (lambda: keys("concept_embeds"), None, "a safety checker"),
+    "latents": (lambda: keys("latents"), None, "the latents of a run: see them with decode"),
+    "a tensor of nobody": (lambda: keys("some.weight"), None, "holds none of the networks that this"),
+    "empty": (lambda: content(b""), None, "x.safetensors is empty; download it again"),
+    "text": (lambda: content(b"hello, this is text"), None, "x.safetensors is not a safetensors file"),
+    "web page": (lambda: content(b"<!DOCTYPE html><html>"), None, "a web page; download the file itself"),
+    "git-lfs": (lambda: content(b"version https://git-lfs.github.com/spec/v1"), None, "`git lfs pull`"),
+    "GGUF": (lambda: content(b"GGUF\3\0\0\0\0\0\0\0\0\0\0\0"), None, "is a GGUF file"),
+    "cut short": (lambda: shortened(adapter()), None, "short.ckpt is not a torch file, or a damaged one"),
+    "safetensors cut short": (
+        lambda: content(vae().read_bytes()[:-99], "x.safetensors"), None, "x.safetensors is cut short",
+    ),
+    "damaged module": (lambda: base(), lambda: shortened(adapter()), "short.ckpt is not a torch file"),
+    "empty module": (lambda: base(), lambda: content(b""), "x.safetensors is empty"),
+    "empty folder": (lambda: Path("x").mkdir() or Path("x"), None, "x/config.json does not exist"),
+    "no UNet": (lambda: pipeline(unet=None), None, "x/model_index.json has no UNet"),
+    "no folder of the UNet": (lambda: pipeline(without=["unet"]), None, "x has no folder 'unet'"),
+    "pipeline of Stable Diffusion 3": (
+        lambda: pipeline(unet=None, transformer=["diffusers", "SD3Transformer2DModel"]),
+        None,
+        "x/model_index.json has a SD3Transformer2DModel and no UNet",
+    ),
+    "pipeline of another UNet": (
+        lambda: pipeline(unet=["diffusers", "Kandinsky3UNet"]), None, "['diffusers', 'Kandinsky3UNet']; this",
+    ),
+    "upscaler": (lambda: base(in_channels=7), lambda: adapter(), "is an upscaler, with 7 input channels"),
+    "VAE for a module": (
+        lambda: base(), vae, "holds an AutoencoderKL with diffusers' names, no motion module",
+    ),
+    "text encoder for a module": (lambda: base(), text, "holds a CLIPTextModel with diffusers' names, no"),
+    "IP-Adapter for a module": (lambda: base(), lambda: keys("ip_adapter.1.to_k_ip.weight"), "an IP-Adapter"),
+    "IP-Adapter for a base": (
+        lambda: keys("ip_adapter.1.to_k_ip.weight"),
+        lambda: adapter(),
+        "an IP-Adapter: it steers a UNet by pictures and is none, and is read as it is: generate "
+        "--ip-adapter FILE --ip-image PICTURE",
+    ),
+    "ControlNet for a base": (
+        lambda: keys("controlnet_cond_embedding.conv_in.weight"), lambda: adapter(), "a ControlNet",
+    ),
+    "text encoder for a base": (
+        text, lambda: adapter(), "has no UNet of Stable Diffusion, into which the motion",
+    ),
+    "Stable Video Diffusion for a base": (
+        lambda: network(mlx_unet3d.UNetSpatioTemporalConditionModel(**tiny.SVD)),
+        lambda: adapter(),
+        "is a UNetSpatioTemporalConditionModel, into which no motion adapter goes",
+    ),
+    "pipeline of Stable Video Diffusion for a base": (
+        lambda: tiny.write_stable_video(Path("x")),
+        lambda: adapter(),
+        "has no UNet of Stable Diffusion, into which the motion",
+    ),
+    "SDXL and a module of version 2": (
+        xl, lambda: adapter(), "has motion modules for another model (levels of 32, 64 channels)",
+    ),
+    "LoRA for a base": (
+        lambda: keys(f"{SPATIAL}.to_q.lora_A.weight"), lambda: adapter(), "holds a LoRA",
+    ),
     "LoRA for a module": (
         lambda: base(),
         lambda: keys(f"{MODULE}.transformer_blocks.0.attention_blocks.0.processor.to_q_lora.down.weight"),
@@ -148,15 +273,6 @@ CASES = {
 }  # fmt: skip
 
 
-def test_info_of_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["info", str(adapter())]) == 0
-    assert "MotionAdapter, " in (line := capsys.readouterr().out)
-    assert "a motion module of AnimateDiff" in line
-    assert main(["info", str(keys("ip_adapter.1.to_k_ip.weight"))]) == 2
-    assert "an IP-Adapter" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_refused_by_name(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
@@ -166,5 +282,8 @@ def test_refused_by_name(tmp_path, monkeypatch, capsys, name):
         arguments += ["--motion-adapter", str(motion())]
     before = sorted(os.listdir())
     assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("mlx-unet3d: error: ")
+    assert error.count("\n") == 1 or "\nmissing (" in error
     assert sorted(os.listdir()) == before

@@ -8,14 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+import hub_server
 import mlx.core as mx
+import original_files as original
 import pytest
+import test_convert_refusals
 import tiny
-from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel
+from mlx_unet3d import MotionAdapter, TextToVideoPipeline, UNet3DConditionModel
 from hub_server import TOKEN, Hub, Repo, read_folder
 from huggingface_hub import close_session, constants, file_download
 from mlx_unet3d.checkpoints import find_folder, weight_files
 from mlx_unet3d.cli import main
+from mlx_unet3d.models.loading import find_checkpoint
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
@@ -443,3 +447,119 @@ def test_upload_that_fails(hub, model, capsys, place, status):
 def test_a_dry_run_uploads_nothing(hub, model):
     assert upload(model / "vae", "--dry-run") == 0
     assert hub.requests == []
+
+
+# What `info` says of repositories.
+
+
+def info(capsys, *arguments):
+    assert main(["info", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def only_error(capsys):
+    """The one message, behind progress bars."""
+    _, *messages = capsys.readouterr().err.split("mlx-unet3d: error: ")
+    assert [message.count("\n") for message in messages] == [1]
+    return messages[0]
+
+
+@pytest.fixture
+def adapters(hub, tmp_path):
+    """A repository of files without a config, in a folder."""
+    folder = tmp_path / "adapters"
+    (folder / "sd15").mkdir(parents=True)
+    modules = original.motion_module(
+        original.as_diffusers(MotionAdapter(block_out_channels=(32, 64), motion_layers_per_block=1))
+    )
+    original.write_pickle(folder / "sd15/mm.ckpt", modules)
+    original.write_pickle(folder / "sd15/old.ckpt", modules, legacy=True)
+    down, up = "unet.attn2.to_k.lora_A.weight", "unet.attn2.to_k.lora_B.weight"
+    lora = {down: mx.ones((4, 768)), up: mx.ones((320, 4)), "unet.big.lora_A.weight": mx.ones((4, 200_000))}
+    mx.save_safetensors(str(folder / "pytorch_lora_weights.safetensors"), lora)
+    hub.add("owner/adapters", folder)
+    return folder
+
+
+def test_info_of_a_pipeline_downloads_no_weights(hub, model, capsys):
+    said = info(capsys, "owner/video")
+    local = info(capsys, str(model))
+    for part in ("unet", "vae", "text_encoder", "scheduler", "recommended", "total"):
+        lines = [[line for line in s.splitlines() if line.startswith(part)] for s in (said, local)]
+        assert lines[0] == lines[1]
+    assert said.endswith("generate PROMPT --model owner/video\n")
+    assert len(hub.parts) == 3  # of each file of weights
+    assert list(Path("../cache").rglob("*.safetensors")) == []
+    assert f"{STEM}.fp16.safetensors" in info(capsys, "owner/video", "--variant", "fp16")
+    assert info(capsys, "owner/video/unet").startswith("UNet3DConditionModel, ")
+
+    cached = info(capsys, "owner/video", "--local-files-only")
+    assert "unet              UNet3DConditionModel, its weights are not in the cache\n" in cached
+    hub.answer = lambda method, path: 500 if "/tree/" in path else None
+    assert info(capsys, "owner/video").startswith("the hub is out of reach")
+
+
+def test_info_of_files_reads_their_headers(hub, adapters, capsys):
+    said = info(capsys, "owner/adapters/pytorch_lora_weights.safetensors")
+    assert "on the hub        3.2 MB, of which only the header was read" in said
+    assert "a LoRA, " in said
+    assert "for Stable Diffusion 1.5" in said
+    assert "--lora owner/adapters/pytorch_lora_weights.safetensors" in said
+    assert sum(count for _, count in hub.parts) <= 2**18
+    assert info(capsys, "owner/adapters").count("a LoRA, ") == 1
+    hub.parts.clear()
+    said = info(capsys, "owner/adapters/sd15/mm.ckpt")
+    assert "a motion module of AnimateDiff" in said
+    assert "--motion-adapter owner/adapters/sd15/mm.ckpt" in said
+    assert sum(count for _, count in hub.parts) <= (adapters / "sd15/mm.ckpt").stat().st_size
+    assert info(capsys, "owner/adapters/sd15").count("a motion module of AnimateDiff") == 2
+    assert list(Path("../cache").rglob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("owner/adapters/none.ckpt", "has no file none.ckpt; its weight files are pytorch_lora_weights.safe"),
+        (
+            "owner/adapters/other",
+            "has neither model_index.json (a pipeline) nor config.json (a component) no",
+        ),
+        ("owner/nothing", "the hub has no https://huggingface.co/owner/nothing"),
+        ("owner/nothing/x.ckpt", "the hub has no https://huggingface.co/owner/nothing"),
+    ],
+)
+def test_info_of_what_the_hub_does_not_have(hub, adapters, name, message, capsys):
+    assert main(["info", name]) == 2
+    assert message in only_error(capsys)
+    assert main(["info", name, "--local-files-only"]) == 2
+    only_error(capsys)
+
+
+def test_info_of_a_server_that_sends_no_parts(hub, adapters, capsys, monkeypatch):
+    monkeypatch.setattr(hub_server, "PARTS", False)
+    assert main(["info", "owner/adapters/sd15/mm.ckpt"]) == 2
+    assert "does not send a part of owner/adapters/sd15/mm.ckpt; download it" in capsys.readouterr().err
+
+
+def test_files_of_a_repository_are_converted(hub, adapters, capsys):
+    """What `info` says of them is true."""
+    assert convert(source="owner/adapters/sd15/mm.ckpt") == 0
+    assert hub.files() == ["owner/adapters/sd15/mm.ckpt"]
+    made = weight_files("out", STEM)[0].read_bytes()
+    card = Path("out/README.md").read_text()
+    assert f"`owner/adapters/sd15/mm.ckpt` at `{hub.repos['owner/adapters'].refs['main']}`" in card
+    assert "base_model: owner/adapters\n" in card
+    assert convert("--force", source=str(adapters / "sd15/mm.ckpt")) == 0
+    assert weight_files("out", STEM)[0].read_bytes() == made
+    assert convert("--force", "--revision", "main", source="owner/adapters/sd15/mm.ckpt") == 0
+    shutil.rmtree("out")
+    refused(capsys, "has no file sd15/none.ckpt", "/tree/main", source="owner/adapters/sd15/none.ckpt")
+    base = shutil.move(test_convert_refusals.base(), "../base.ckpt")
+    assert convert("--motion-adapter", "owner/adapters/sd15/mm.ckpt", source=base) == 0
+    combined = weight_files("out", STEM)[0].read_bytes()
+    assert convert("--motion-adapter", str(adapters / "sd15/mm.ckpt"), "--force", source=base) == 0
+    assert weight_files("out", STEM)[0].read_bytes() == combined
+    hub.add("owner/modules", Path(shutil.move("out", "../modules")))
+    found = find_checkpoint(f"owner/modules/{WEIGHTS}", STEM, files=True)
+    assert found.headers.keys() == {found.where}
+    assert found.where.read_bytes() == combined

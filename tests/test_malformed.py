@@ -428,7 +428,7 @@ CASES = {
     "pipeline: a page": ("", write("model_index.json", PAGE), ("model_index.json", "web page")),
     "pipeline: lfs": ("", write("model_index.json", LFS), ("model_index.json", "git lfs pull")),
     "pipeline: a list": ("", write("model_index.json", "[]"), ("model_index.json", "a list")),
-    "pipeline: empty": ("", write("model_index.json", "{}"), ("model_index.json", "nothing to convert")),
+    "pipeline: empty": ("", write("model_index.json", "{}"), ("model_index.json", "no UNet")),
     "pipeline: class of a list": ("", edit("model_index.json", unet=["diffusers", ["UNet3DConditionModel"]]),
         ("model_index.json", "unet")),
     "pipeline: path": ("", edit("model_index.json", **{"../unet": ["diffusers", "UNet3DConditionModel"]}),

@@ -16,6 +16,7 @@ from mlx_unet3d import (
     UNet3DConditionModel,
     VideoToVideoPipeline,
 )
+from mlx_unet3d.cli import main
 from mlx_unet3d.errors import CheckpointError, NonFiniteError
 from mlx_unet3d.pipelines.video_to_video import as_pixels
 from PIL import Image
@@ -337,10 +338,44 @@ def test_recommended_settings(folder, tmp_path):
     assert VideoToVideoPipeline.from_pretrained(folder).guidance_scale() == 15
     pipe.save_pretrained(tmp_path / "saved")
     assert TextToVideoPipeline.from_pretrained(tmp_path / "saved").recommended == pipe.recommended
-    for wrong in ([], {"speed": 8}):
-        (copy / "model_index.json").write_text(json.dumps(index | {"_recommended": wrong}))
-        with pytest.raises(CheckpointError, match="_recommended"):
-            TextToVideoPipeline.from_pretrained(copy)
+
+
+WRONG = {
+    "no object": ([], r"_recommended is \[\]; it must be an object of num_frames, "),
+    "unknown": ({"speed": 8}, "must be an object of"),
+    "text for fps": ({"fps": "fast"}, "fps='fast': it must be a number"),
+    "no rate": ({"fps": 0}, "fps=0: 0 must be above 0"),
+    "truth for frames": ({"num_frames": True}, "num_frames=True: it must be a number"),
+    "half a frame": ({"num_frames": 2.5}, r"num_frames=2\.5: it must be an integer"),
+    "frames": ({"num_frames": 5000}, "num_frames=5000: 5000 must be at most 4096"),
+    "no steps": ({"num_inference_steps": 0}, "num_inference_steps=0: 0 must be at least 1"),
+    "infinite": ({"guidance_scale": float("inf")}, "guidance_scale=inf: inf must be a finite number"),
+    "list for size": ({"height": [8]}, r"height=\[8\]: it must be a number"),
+    "size": (dict(num_frames=4096, height=8192, width=8192), "billion pixels"),
+    "words": ({"vocabulary": "cat"}, "vocabulary='cat': it must be a list of at most"),
+    "a word": ({"vocabulary": ["cat", 3]}, "vocabulary has 3: it must be text"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_recommended_settings_of_strangers(folder, tmp_path, name, capsys):
+    """Pipelines, `plan`, `generate` and `convert` refuse them in the same words, which name the file."""
+    values, message = WRONG[name]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    path = copy / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_recommended": values}))
+    with pytest.raises(CheckpointError, match=message) as error:
+        TextToVideoPipeline.from_pretrained(copy)
+    assert str(error.value).startswith(f"{path}: _recommended")
+    assert "correct it or download it again" in str(error.value)
+    for command in (
+        ["plan", "--model", str(copy)],
+        ["generate", "a cat", "--model", str(copy), "-o", str(tmp_path / "out.gif")],
+        ["convert", "--hf-path", str(copy), "--mlx-path", str(tmp_path / "out")],
+    ):
+        assert main(command) == 2
+        assert f"mlx-unet3d: error: {error.value}\n" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["copy"]
 
 
 def test_reload_is_the_same(pipe, tmp_path):

@@ -8,12 +8,21 @@ import mlx.nn as nn
 import mlx_unet3d_convert as converter
 import pytest
 import tiny
-from mlx_unet3d import AutoencoderKL, CLIPTextModel, TextToVideoPipeline, UNet3DConditionModel
+from mlx_unet3d import (
+    AutoencoderKL,
+    CLIPTextModel,
+    I2VGenXLUNet,
+    TextToVideoPipeline,
+    UNet3DConditionModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+)
 from mlx.utils import tree_flatten
 from mlx_unet3d.checkpoints import headers, read_json, weight_files
 from mlx_unet3d.cli import main
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization, QuantizedLayer
+from mlx_unet3d_convert.kinds import kind_of
 
 CONFIG = tiny.UNET | {"block_out_channels": (32, 64), "cross_attention_dim": 32}
 SETTINGS = [
@@ -64,6 +73,40 @@ def test_output_and_reload(settings, least, tmp_path):
     again = UNet3DConditionModel.from_pretrained(tmp_path)
     assert mx.array_equal(again(*inputs()).sample, result)
     assert weight(again) == weight(model) < weight(original) / 2
+
+
+WIDE = {"block_out_channels": (32, 64), "cross_attention_dim": 32}
+NETWORKS = {
+    "motion": lambda: UNetMotionModel(**tiny.MOTION | WIDE),
+    "SVD": lambda: UNetSpatioTemporalConditionModel(**tiny.SVD | WIDE),
+    "I2VGen-XL": lambda: I2VGenXLUNet(**{k: v for k, v in CONFIG.items() if k != "sample_size"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "least"), [SETTINGS[0], SETTINGS[4], SETTINGS[8]], ids=[NAMES[0], NAMES[4], NAMES[8]]
+)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_other_networks(name, settings, least, tmp_path, monkeypatch):
+    """As `test_output_and_reload`; with the option of the converter, the same bytes."""
+    mx.random.seed(0)
+    original = tiny.randomize(NETWORKS[name]()).eval()
+    inputs = kind_of(type(original)).inputs(original.config)
+    truth = inputs.run(original, mx.array)
+    model = type(original)(**original.config)
+    model.load_weights(tree_flatten(original.parameters()))
+    result = inputs.run(model.eval().quantize(**settings), mx.array)
+    assert ratio(result, truth) > least
+    model.save_pretrained(tmp_path / "memory")
+    again = type(original).from_pretrained(tmp_path / "memory")
+    assert mx.array_equal(inputs.run(again, mx.array), result)
+    assert weight(again) == weight(model) < weight(original) / 1.9
+    original.save_pretrained(tmp_path / "source", layout="diffusers")
+    made = converter.convert(tmp_path / "source", tmp_path / "out", quantization=Quantization(**settings))
+    stem = made.components[0].cls.weights_stem
+    written, saved = (mx.load(str(*weight_files(tmp_path / f, stem))) for f in ("out", "memory"))
+    assert written.keys() == saved.keys()
+    assert all(mx.array_equal(written[key], saved[key]) for key in saved)
 
 
 def test_layers_compute_with_the_rounded_weights():

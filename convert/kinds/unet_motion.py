@@ -61,7 +61,12 @@ def check_base(config: Config, where: str) -> None:
     added = config.get("addition_embed_type") is not None
     reason = None
     if channels != 4:
-        kinds = {9: "an inpainting model", 8: "a model that edits images", 5: "a depth model"}
+        kinds = {
+            9: "an inpainting model",
+            8: "a model that edits images",
+            7: "an upscaler",
+            5: "a depth model",
+        }
         reason = f"{kinds.get(channels, 'a UNet of other inputs')}, with {channels} input channels"
     elif added and text == 1280:
         reason = "the refiner of Stable Diffusion XL"
@@ -92,8 +97,8 @@ def combine(base: Config, adapter: Config, where: str, where_adapter: str) -> di
     )
     if of_unet != of_adapter:
         raise CheckpointError(
-            f"{where_adapter} has motion modules for {_model(of_adapter)}, {where} is {_model(of_unet)}; "
-            "take modules that were made for this model"
+            f"{where_adapter} has motion modules for {base_model(of_adapter)}, {where} is "
+            f"{base_model(of_unet)}; take modules that were made for this model"
         )
     complete = mlx_unet3d.MotionAdapter.config_class.from_dict(
         {k: v for k, v in adapter.items() if k != "quantization"}
@@ -101,7 +106,8 @@ def combine(base: Config, adapter: Config, where: str, where_adapter: str) -> di
     return motion_config(mlx_unet3d.UNetMotionModel, base, complete)
 
 
-def _model(widths: tuple[int, ...]) -> str:
+def base_model(widths: tuple[int, ...]) -> str:
+    """Return the name of the model with levels of these widths."""
     name = {4: "Stable Diffusion 1.5", 3: "Stable Diffusion XL"}.get(len(widths), "another model")
     return f"{name} (levels of {', '.join(map(str, widths))} channels)"
 

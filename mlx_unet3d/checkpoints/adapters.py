@@ -25,7 +25,7 @@ from .config import blame, read_json
 from .headers import read_header, read_tensor
 from .hub import Hub, takes_hub
 from .pickles import is_pickle, read_pickle
-from .source import find_folder
+from .source import SUFFIXES, find_folder, inside_hub
 
 LORA_NAMES = (
     "pytorch_lora_weights.safetensors",
@@ -93,7 +93,7 @@ def read_adapter(
             if inside is not None:
                 subfolder = "/".join(part for part in (subfolder, inside) if part)
             weight_name = weight_name if name is None else name
-        if path.suffix in _SUFFIXES and source == str(path):
+        if path.suffix in SUFFIXES and source == str(path):
             raise FileNotFoundError(f"{path} does not exist; give an existing file, a folder or a hub id")
         wanted = [weight_name] if weight_name is not None else list(names)
         try:
@@ -117,21 +117,6 @@ def read_adapter(
         )
     tensors = {key: read_tensor(path, info) for key, info in header.tensors.items()}
     return AdapterFile(path, tensors, _settings(path, header.metadata), header.metadata.get("name"))
-
-
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-
-
-def inside_hub(source: str) -> tuple[str, str | None, str | None]:
-    """Split OWNER/NAME/FOLDER/FILE into hub id, folder and file, the last two None where absent."""
-    owner, _, rest = source.partition("/")
-    name, _, inside = rest.partition("/")
-    if not inside or owner in ("", ".", "..", "~"):
-        return source, None, None
-    folder, _, last = inside.rstrip("/").rpartition("/")
-    if Path(last).suffix in _SUFFIXES:
-        return f"{owner}/{name}", folder or None, last
-    return f"{owner}/{name}", inside.rstrip("/"), None
 
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

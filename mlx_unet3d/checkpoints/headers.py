@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -139,13 +139,17 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     with open_input(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(512)
-        length = int.from_bytes(start[:8], "little")
-        if size < 10 or start[8:9] != b"{" or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(_why_not_safetensors(path, start, size, length))
-        file.seek(8)
-        text = file.read(length)
+        return read_header_of(path, file, os.fstat(file.fileno()).st_size)
+
+
+def read_header_of(path: Path, file: BinaryIO, size: int) -> Header:
+    """As `read_header`, of an open file of `size` bytes, which messages call `path`."""
+    start = file.read(512)
+    length = int.from_bytes(start[:8], "little")
+    if size < 10 or start[8:9] != b"{" or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(_why_not_safetensors(path, start, size, length))
+    file.seek(8)
+    text = file.read(length)
     return _check_header(path, _parse(path, text), start=8 + length, data_bytes=size - 8 - length)
 
 

@@ -3,7 +3,8 @@
 import errno
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,14 +68,23 @@ def download(hub_id: str, hub: Hub, patterns: Sequence[str]) -> Path:
 
     Raises FileNotFoundError, PermissionError, ConnectionError and OSError with the cure, see `find_folder`.
     """
+    with explaining(hub_id, hub):
+        import huggingface_hub
+
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns), **vars(hub)))
+
+
+@contextmanager
+def explaining(hub_id: str, hub: Hub) -> Iterator[None]:
+    """Raise errors of requests to the hub as FileNotFoundError, PermissionError, ConnectionError or OSError,
+    with the cure."""
     # Imported late: it takes longer than the rest of the package together, and folders need none
     # of it.
-    import huggingface_hub
     from huggingface_hub import constants, errors
 
     page = f"https://huggingface.co/{hub_id}"
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(patterns), **vars(hub)))
+        yield
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{hub_id} is gated: accept its licence at {page}, then {LOGIN}; a local folder with "

@@ -9,7 +9,7 @@ import os
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import CheckpointError
 from ..inputs import open_input
@@ -28,7 +28,11 @@ _PARTS = ("unet", "vae", "text_encoder", "image_proj", "ip_adapter")
 def is_pickle(path: str | Path) -> bool:
     """Return True for a file that begins like one of torch's containers."""
     with open_input(path) as file:
-        start = file.read(4)
+        return begins_pickle(file.read(4))
+
+
+def begins_pickle(start: bytes) -> bool:
+    """Return True for the first bytes of one of torch's containers."""
     return begins_archive(start) or (len(start) > 1 and start[0] == 0x80 and start[1] in (2, 3, 4, 5))
 
 
@@ -47,15 +51,24 @@ def read_pickle(path: str | Path, *, lists: bool = False) -> Header:
     """
     path = Path(path)
     with open_input(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            value, places = read_container(path, file)
-        except CheckpointError:
-            raise
-        except _DAMAGE as error:
-            raise CheckpointError(
-                f"{path} is not a torch file, or a damaged one ({str(error)[:300]}); download it again"
-            ) from error
+        return read_pickle_of(path, file, os.fstat(file.fileno()).st_size, lists=lists)
+
+
+def read_pickle_of(
+    path: Path, file: BinaryIO, size: int, *, lists: bool = False, locate: bool = True
+) -> Header:
+    """As `read_pickle`, of an open file of `size` bytes, which messages call `path`.
+
+    Without `locate`, tensors are not located in a zip archive: their `begin` means nothing.
+    """
+    try:
+        value, places = read_container(path, file, locate)
+    except CheckpointError:
+        raise
+    except _DAMAGE as error:
+        raise CheckpointError(
+            f"{path} is not a torch file, or a damaged one ({str(error)[:300]}); download it again"
+        ) from error
     if lists and isinstance(value, list) and value and all(isinstance(v, Tensor) for v in value):
         value = {str(i): tensor for i, tensor in enumerate(value)}
     metadata = {}

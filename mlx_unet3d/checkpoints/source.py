@@ -13,6 +13,8 @@ from .weight_files import has_weights, weight_patterns
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEMO = "demo"
 """The name of the small model that the package brings along, wherever a folder or hub id is taken."""
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Suffixes of weight files."""
 _DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 
 
@@ -75,6 +77,42 @@ def find_folder(
     names = [*files, *(weight_patterns(stem, variant, pickles) if stem is not None else ())]
     snapshot = download(path_or_id, hub, [prefix + name for name in names])
     return _inside(snapshot, subfolder, hub_id=path_or_id)
+
+
+def inside_hub(source: str) -> tuple[str, str | None, str | None]:
+    """Split OWNER/NAME/FOLDER/FILE into hub id, folder and file, the last two None where absent."""
+    owner, _, rest = source.partition("/")
+    name, _, inside = rest.partition("/")
+    if not inside or owner in ("", ".", "..", "~"):
+        return source, None, None
+    folder, _, last = inside.rstrip("/").rpartition("/")
+    if Path(last).suffix in SUFFIXES:
+        return f"{owner}/{name}", folder or None, last
+    return f"{owner}/{name}", inside.rstrip("/"), None
+
+
+@takes_hub
+def find_file(path_or_id: str | Path, *, hub: Hub) -> Path | None:
+    """Return the path of a weight file, downloaded first if it is on the hub, OWNER/NAME[/FOLDER]/FILE.
+
+    None for anything else, such as a folder or a hub id. Raises as `find_folder`, and FileNotFoundError where
+    the repository has no such file.
+    """
+    local = Path(path_or_id).expanduser()
+    if local.is_file():
+        return local
+    if local.exists() or isinstance(path_or_id, Path):
+        return None
+    source, folder, file = inside_hub(path_or_id)
+    if file is None:
+        return None
+    found = find_folder(source, subfolder=folder, files=(file,), hub=hub) / file
+    if not found.is_file():
+        raise FileNotFoundError(
+            f"{source} has no file {'/'.join(part for part in (folder, file) if part)}, or it is not in the "
+            f"cache; see https://huggingface.co/{source}/tree/main"
+        )
+    return found
 
 
 def pinned(hub: Hub, path_or_id: str | Path, folder: Path) -> Hub:

@@ -34,15 +34,17 @@ def begins_archive(start: bytes) -> bool:
     return start[:4] == _ZIP
 
 
-def read_container(path: Path, file: BinaryIO) -> tuple[Any, Places]:
+def read_container(path: Path, file: BinaryIO, locate: bool = True) -> tuple[Any, Places]:
     """Return the unpickled object of an open file, and the places of its storages.
+
+    Without `locate`, the places in an archive are those of the storages' headers, which lie just before them.
 
     Raises CheckpointError, and for nonsense anything that `zipfile`, `struct` and `pickletools` raise.
     """
-    return _read_zip(path, file) if begins_archive(file.read(4)) else _read_legacy(path, file)
+    return _read_zip(path, file, locate) if begins_archive(file.read(4)) else _read_legacy(path, file)
 
 
-def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, Places]:
+def _read_zip(path: Path, file: BinaryIO, locate: bool) -> tuple[Any, Places]:
     with zipfile.ZipFile(file) as archive:
         _check_archive(archive)
         root, members = _members(path, archive)
@@ -55,7 +57,7 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[Any, Places]:
                 )
             if name.startswith("data/"):
                 key = entry.filename.removeprefix(f"{root}data/")
-                places[key] = _data_of(file, entry), entry.file_size
+                places[key] = _data_of(file, entry) if locate else entry.header_offset, entry.file_size
 
         def content(name: str, most: int = 32) -> bytes:
             with archive.open(members[name]) as member:

@@ -28,7 +28,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         ),
     )
     parser.add_argument(
-        "--hf-path", required=True, metavar="PATH_OR_ID", help="folder, hub id or weight file to convert"
+        "--hf-path",
+        required=True,
+        metavar="PATH_OR_ID",
+        help="folder, hub id or weight file to convert; on the hub OWNER/NAME/FOLDER/FILE",
     )
     parser.add_argument(
         "--mlx-path",

@@ -169,7 +169,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--ip-adapter",
         type=options.path,
         metavar="PATH_OR_ID",
-        help="takes an image as a prompt: a folder, a file, or on the hub OWNER/NAME/FOLDER/FILE",
+        help="takes an image as a prompt: a file, or on the hub OWNER/NAME/FOLDER/FILE, with its folder "
+        "image_encoder beside it",
     )
     group.add_argument("--ip-image", type=options.path, metavar="FILE", help="the image for --ip-adapter")
     group.add_argument("--ip-scale", type=options.number, metavar="X", help="its weight (default: 1)")

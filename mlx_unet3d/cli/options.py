@@ -1,7 +1,6 @@
 """Shared by sub-commands: kinds of arguments, dtypes, output names, stage reports."""
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,49 +14,21 @@ import mlx.core as mx
 from .. import blas
 from ..errors import printable_lines
 from ..memory import parse_memory
+from ..values import (  # noqa: F401  kinds of arguments, beside those below
+    LONGEST_TEXT,
+    at_most,
+    check_size,
+    count,
+    count_from_zero,
+    frames,
+    integer,
+    number,
+    rate,
+    side,
+    text,
+)
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-# Far above the training of any network, and low enough to plan quickly.
-_MOST_FRAMES, _LONGEST_SIDE, _MOST_PIXELS = 4096, 2**15, 2**28
-LONGEST_TEXT = 100_000
-_MOST = 1_000_000
-
-
-def integer(text: str) -> int:
-    """Parse an integer."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be an integer") from None
-
-
-def count(text: str) -> int:
-    """Parse an integer from 1 up to a generous limit."""
-    value = integer(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return at_most(value, _MOST)
-
-
-def count_from_zero(text: str) -> int:
-    """Parse an integer from 0 up to a generous limit."""
-    value = integer(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
-    return at_most(value, _MOST)
-
-
-def text(value: str) -> str:
-    """Parse text that can be encoded and is not too long."""
-    if not isinstance(value, str):  # from a file
-        raise argparse.ArgumentTypeError("it must be text")
-    if len(value) > LONGEST_TEXT:
-        raise argparse.ArgumentTypeError(f"{len(value)} characters are more than {LONGEST_TEXT}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError("it holds half a character, and is no text") from error
-    return value
 
 
 def path(value: str) -> str:
@@ -86,33 +57,6 @@ def seed(text: str) -> int:
     return value
 
 
-def frames(text: str) -> int:
-    """Parse a number of frames."""
-    return at_most(count(text), _MOST_FRAMES)
-
-
-def side(text: str) -> int:
-    """Parse the pixels of one side of a frame."""
-    return at_most(count(text), _LONGEST_SIDE)
-
-
-def at_most(value: int, most: int) -> int:
-    """Return an integer; ArgumentTypeError for one above `most`."""
-    if value > most:
-        raise argparse.ArgumentTypeError(f"{str(value)[:40]} must be at most {most}")
-    return value
-
-
-def check_size(num_frames: int | None, height: int | None, width: int | None) -> None:
-    """Raise ValueError for a video with more pixels than any machine can hold."""
-    pixels = (num_frames or 1) * (height or 1) * (width or 1)
-    if pixels > _MOST_PIXELS:
-        raise ValueError(
-            f"{num_frames or 1} frames of {width or 1}x{height or 1} are {pixels / 1e9:.1f} billion pixels, "
-            f"more than {_MOST_PIXELS / 1e9:.1f}; make a smaller or shorter video"
-        )
-
-
 def check_latents(path: Path, shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
     """Raise ValueError unless latents (B, C, F, h, w) belong to the single video that their settings
     describe."""
@@ -122,33 +66,14 @@ def check_latents(path: Path, shape: tuple[int, ...], settings: Mapping[str, Any
     if None in sizes:
         raise ValueError(f"{path} does not say the size of its video; give a file that `generate` left")
     check_size(*sizes)
-    frames, height, width = sizes
+    length, height, width = sizes
     # A latent stands for 1 to 64 pixels each way; an input video may have a remainder.
     fits = any((height // factor, width // factor) == shape[3:] for factor in range(1, 65))
-    if shape[2] != frames or not fits:
+    if shape[2] != length or not fits:
         raise ValueError(
-            f"{path} holds latents of shape {shape}, and its settings say {frames} frames of "
+            f"{path} holds latents of shape {shape}, and its settings say {length} frames of "
             f"{width}x{height}; give a file that `generate` left"
         )
-
-
-def number(text: str) -> float:
-    """Parse a finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be a number") from None
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
-    return value
-
-
-def rate(text: str) -> float:
-    """Parse a finite number above 0."""
-    value = number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
 
 
 def memory_size(text: str) -> float:

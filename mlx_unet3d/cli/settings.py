@@ -5,8 +5,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,8 @@ from ..errors import printable
 from ..layers.convolution import MODES as CONVOLUTIONS
 from ..pipelines.windows import FUSES, SCHEDULES, ContextWindows
 from ..schedulers import scheduler_from_config
+from ..values import Setting
 from . import long_clips, options
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting.
-
-    Attributes:
-        default: None for the model's own, or for what follows from the other settings.
-        parse: its value of the text of a command line; ValueError or ArgumentTypeError for any other.
-        kind: of the value in a file: text, a number, or bool, which no text is parsed for.
-    """
-
-    default: Any
-    parse: Callable[[str], Any]
-    kind: type = str
-
-    def of_file(self, value: Any) -> Any:
-        """The value that a file has, by the same rules as one of the command line."""
-        if value is None:
-            return self.default
-        if self.kind is bool:
-            if not isinstance(value, bool):
-                raise ValueError("it must be true or false")
-            return value
-        if isinstance(value, bool) or not isinstance(value, str if self.kind is str else int | float):
-            raise ValueError("it must be text" if self.kind is str else "it must be a number")
-        return self.parse(value if self.kind is str else repr(value))
 
 
 def scheduler(name: str) -> str:

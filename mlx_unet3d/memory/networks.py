@@ -20,6 +20,7 @@ from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.motion_adapter import MotionAdapterConfig, motion_config
 from ..models.pretrained import PretrainedModel
 from ..models.unet_motion import UNetMotionModel
+from ..recommended import Recommended
 from .families import FAMILIES, Family
 from .tracing import Graph, trace
 
@@ -174,9 +175,8 @@ def read_networks(path_or_id: str | Path, *, hub: Hub) -> Networks:
     optional = (name for name in family.optional if _lists(index, name))
     for name in ("vae", *family.encoders, *optional):
         networks[name] = _network(name, config_of(name), folder)
-    recommended = index.get("_recommended")
-    frames = recommended.get("num_frames") if isinstance(recommended, dict) else None
-    return Networks(**networks, num_frames=frames)
+    recommended = Recommended.of_index(index, folder / "model_index.json")
+    return Networks(**networks, num_frames=recommended.num_frames)
 
 
 def _lists(index: dict[str, Any], name: str) -> bool:

@@ -5,7 +5,7 @@ layers with cross-attention: down, up, mid.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,54 @@ IPAdapterSource = str | Path | Mapping[str, Any] | AdapterFile
 _PARTS = ("image_proj", "ip_adapter")
 _DIM_HEAD = 64  # of the resamplers of all IP-Adapters; cannot be inferred from shapes
 
+_KINDS = (
+    ("FaceID Plus", "perceiver_resampler.proj_in.weight"),
+    ("plain", "proj.weight"),
+    ("full", "proj.3.weight"),
+    ("FaceID", "norm.weight"),
+)
+
 KeysValues = list[tuple[mx.array, mx.array]]
 
 
 def find_files(source: Any, subfolder: Any, weight_name: Any, hub: Hub) -> list[AdapterFile]:
     """Read the files of one or several IP-Adapters; see `IPAdapterMixin.load_ip_adapter`."""
     return [_read(*one, hub) for one in _broadcast(source, subfolder, weight_name)]
+
+
+def projection_kind(names: Container[str]) -> str:
+    """Return the kind of an IP-Adapter by the names of its projection's tensors."""
+    for kind, sign in _KINDS:
+        if sign in names:
+            return kind
+    return "plus"
+
+
+def encoder_needed(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int] | None:
+    """Return the config key of the image encoder that a projection decides, and its value.
+
+    Args:
+        shapes: of the projection's tensors.
+
+    A plain adapter takes embeddings, "plus" and "full" hidden states; None for one of faces, whose embeddings
+    no CLIP makes, and for shapes of no projection.
+    """
+    kind = projection_kind(shapes)
+    name = {"plain": "proj.weight", "full": "proj.0.weight", "plus": "proj_in.weight"}.get(kind, "")
+    if len(shapes.get(name, ())) != 2:
+        return None
+    return "projection_dim" if kind == "plain" else "hidden_size", shapes[name][1]
+
+
+def encoders_needed(files: Sequence[AdapterFile]) -> list[tuple[str, str, int]]:
+    """Return the name of each file that needs an image encoder, and its `encoder_needed`."""
+    found = []
+    for file in files:
+        with blame(file.name):
+            shapes = {name: tuple(array.shape) for name, array in _parts(file)[0].items()}
+        if (needed := encoder_needed(shapes)) is not None:
+            found.append((file.name, *needed))
+    return found
 
 
 def parse_file(file: AdapterFile, layers: Sequence[Attention]) -> tuple[nn.Module, KeysValues]:
@@ -74,7 +116,7 @@ def _read(source: IPAdapterSource, subfolder: str | None, weight_name: str | Non
         }
         return AdapterFile(None, flat or dict(source), {})
     if not isinstance(source, AdapterFile) and weight_name is None and Path(source).expanduser().is_dir():
-        raise ValueError(f"{source} is a folder; name the file in it by weight_name")
+        raise ValueError(f"{source} is a folder; give the file in it, or its name by weight_name")
     return read_adapter(source, weight_name=weight_name, names=(), subfolder=subfolder, hub=hub)
 
 
@@ -141,21 +183,22 @@ def _projection(file: AdapterFile, arrays: Mapping[str, mx.array], layers: Seque
             )
         return tuple(arrays[key].shape)
 
-    if "perceiver_resampler.proj_in.weight" in arrays:
+    kind = projection_kind(arrays)
+    if kind == "FaceID Plus":
         raise CheckpointError(
             f"{file.name} is a FaceID Plus, which this package does not read; take a plain, plus or full "
             "IP-Adapter"
         )
     names: dict[str, mx.array] = dict(arrays)
-    if "proj.weight" in arrays:
+    if kind == "plain":
         (width,), (out, dim) = shape("norm.weight", 1), shape("proj.weight")
         layer: nn.Module = ImageProjection(dim, width, max(out // width, 1))
         names = {key.replace("proj.", "image_embeds."): a for key, a in arrays.items()}
-    elif "proj.3.weight" in arrays:
+    elif kind == "full":
         (width,), (_, dim) = shape("proj.3.weight", 1), shape("proj.0.weight")
         layer = IPAdapterFullImageProjection(dim, width)
         names = _renamed(arrays, _FULL)
-    elif "norm.weight" in arrays:
+    elif kind == "FaceID":
         (width,), (inner, dim), (out, _) = (
             shape("norm.weight", 1),
             shape("proj.0.weight"),

@@ -17,7 +17,7 @@ from ..checkpoints.headers import Header, check_dtypes, load_tensors, read_heade
 from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.layouts import parameter_layouts, to_mlx
 from ..checkpoints.matching import Expected, file_format, majority_dtype, match
-from ..checkpoints.source import find_folder
+from ..checkpoints.source import find_file, find_folder
 from ..checkpoints.weight_files import weight_files
 
 FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -58,7 +58,7 @@ def find_checkpoint(
     """Find the weight files of a network and read their headers.
 
     Args:
-        path_or_id: folder, or hub id `owner/name`.
+        path_or_id: folder, or hub id `owner/name`; with `files`, OWNER/NAME[/FOLDER]/FILE on the hub as well.
         stem: of the names of its weight files.
         subfolder: the folder of the network inside it, such as "unet".
         variant: weight files such as "fp16", see `weight_files`; None takes the plain ones.
@@ -68,8 +68,8 @@ def find_checkpoint(
     Raises FileNotFoundError, PermissionError, ConnectionError, see `find_folder` and `weight_files`;
     CheckpointError where files are damaged.
     """
-    file = Path(path_or_id).expanduser()
-    if files and file.is_file():
+    file = find_file(path_or_id, hub=hub) if files and subfolder is None else None
+    if file is not None:
         folder, config, paths = file, {}, [file]
     else:
         folder = find_folder(path_or_id, subfolder=subfolder, variant=variant, stem=stem, hub=hub)

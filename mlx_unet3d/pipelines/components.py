@@ -7,7 +7,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,43 +20,10 @@ from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.source import choose_variants, pinned
 from ..errors import CheckpointError
 from ..models.pretrained import DIFFUSERS_VERSION, PretrainedModel
+from ..recommended import Recommended
 from ..schedulers import Scheduler, scheduler_of_pipeline
 
 Pipeline = TypeVar("Pipeline", bound="Components")
-
-
-@dataclass(frozen=True)
-class Recommended:
-    """A checkpoint's recommendation for its use, in `model_index.json` under "_recommended".
-
-    Attributes:
-        num_frames, num_inference_steps, guidance_scale, height, width: defaults of a call, the size in
-            pixels; None for diffusers' own.
-        fps: frames a second of the video.
-        vocabulary: all words that it knows, lower case, where these are few; empty for a model of any text.
-    """
-
-    num_frames: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
-    fps: int | None = None
-    vocabulary: tuple[str, ...] = ()
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Recommended:
-        """Raises CheckpointError for anything but an object with these keys."""
-        known = [field.name for field in fields(cls)]
-        if not isinstance(values, dict) or not set(values) <= set(known):
-            raise CheckpointError(
-                f"model_index.json: _recommended is {values!r}; it must be an object of {', '.join(known)}"
-            )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the keys that say something."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, ())}
 
 
 @dataclass(frozen=True)
@@ -183,6 +150,7 @@ class Components:
         folder = find_folder(path_or_id, files=("model_index.json",), hub=hub)
         hub = pinned(hub, path_or_id, folder)
         index = cls._checked_index(path_or_id, read_json(folder / "model_index.json"), components)
+        recommended = Recommended.of_index(index, folder / "model_index.json")
         if dtype is None and mx.default_device() == mx.cpu:
             dtype = mx.float32
         listed = {name: part for name, part in cls.parts.items() if is_listed(index, name, part)}
@@ -215,7 +183,7 @@ class Components:
                 with blame(folder / name / file):
                     made[name] = scheduler_of_pipeline(config, index[name], scheduler)
         options = {name: index.get(name, default) for name, default in cls.index_options.items()}
-        return cls(**made, **options, recommended=Recommended.from_dict(index.get("_recommended", {})))
+        return cls(**made, **options, recommended=recommended)
 
     @classmethod
     def _checked_index(

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..checkpoints import read_component_config
 from ..checkpoints.hub import Hub, takes_hub
 from ..image_processor import CLIPImageProcessor, Pictures
 from ..models.clip_vision import CLIPVisionModelWithProjection
-from ..models.ip_adapter_files import IPAdapterSource
+from ..models.ip_adapter_files import IPAdapterSource, encoders_needed, find_files
 from .components import Part
 from .embedded_guidance import EmbeddedGuidance
 
@@ -27,6 +28,61 @@ class PromptImages(NamedTuple):
     negative: list[mx.array] | None = None
 
 
+IMAGE_ENCODER = "image_encoder"
+Needed = tuple[str, str, int]
+_SHARED = f"models/{IMAGE_ENCODER}"
+
+
+def check_encoder(needed: Sequence[Needed], config: Mapping[str, Any], where: str, cure: str) -> None:
+    """Raise ValueError unless an image encoder has the widths that files of IP-Adapters need."""
+    for name, key, width in needed:
+        if config.get(key) != width:
+            raise ValueError(
+                f"{name} is for an image encoder of {key}={width}, and {where} has {key}={config.get(key)}; "
+                f"{cure}"
+            )
+
+
+def find_encoder(
+    source: str | Path,
+    subfolder: str | None,
+    folder: str,
+    needed: Sequence[Needed],
+    hub: Hub,
+) -> tuple[str | Path, str]:
+    """Return folder or hub id, and the folder in it, of the image encoder for files of IP-Adapters.
+
+    Args: see `load_ip_adapter`; `needed` as `encoders_needed` returns it.
+
+    Raises FileNotFoundError where there is none, ValueError where there are only others.
+    """
+    place = PurePosixPath(folder)
+    if len(place.parts) == 1 and subfolder is not None:
+        place = subfolder / place
+    places: list[tuple[str | Path, str]] = [(source, str(place))]
+    if folder == IMAGE_ENCODER:
+        places += [(source, _SHARED)] if str(place) != _SHARED else []
+        local = Path(source).expanduser()
+        places += [(local.resolve().parent, _SHARED)] if local.is_dir() else []
+    errors: list[Exception] = []
+    for where, inside in places:
+        try:
+            config = read_component_config(where, "config.json", subfolder=inside, hub=hub)
+            check_encoder(needed, config, f"that in {where}/{inside}", "give the one that comes with it")
+        except (FileNotFoundError, ValueError) as error:
+            errors.append(error)
+        else:
+            return where, inside
+    other = next((error for error in errors if not isinstance(error, FileNotFoundError)), None)
+    if other is not None:
+        raise other
+    name, key, width = needed[0]
+    raise FileNotFoundError(
+        f"{name} needs an image encoder of {key}={width}, and there is none in {source}/{place}; put the "
+        f"folder {IMAGE_ENCODER} that comes with the adapter there ({errors[0]})"
+    )
+
+
 class ImagePrompts(EmbeddedGuidance):
     """A pipeline whose UNet takes IP-Adapters: images as prompts beside the text (arXiv:2308.06721)."""
 
@@ -36,7 +92,7 @@ class ImagePrompts(EmbeddedGuidance):
         source: IPAdapterSource | Sequence[IPAdapterSource],
         subfolder: str | Sequence[str | None] | None = None,
         weight_name: str | Sequence[str | None] | None = None,
-        image_encoder_folder: str | None = "image_encoder",
+        image_encoder_folder: str | None = IMAGE_ENCODER,
         *,
         hub: Hub,
     ) -> None:
@@ -46,24 +102,31 @@ class ImagePrompts(EmbeddedGuidance):
             source, subfolder, weight_name: see `UNetMotionModel.load_ip_adapter`.
             image_encoder_folder: where the image encoder of the (first) folder or hub id is: a name in
                 `subfolder`, or a path with a slash from the top. None for no image encoder: calls then take
-                `ip_adapter_image_embeds` alone. Files and arrays come without.
+                `ip_adapter_image_embeds` alone. Files and arrays come without. Where the encoder in the
+                default folder is missing or of another width, that in the folder `models` is taken, in which
+                the authors keep the one that most of their adapters share.
             hub: how the hub is reached: `revision`, `local_files_only`, `token`, `cache_dir`.
 
-        Raises as `UNetMotionModel.load_ip_adapter`, and FileNotFoundError where the folder has no image
-        encoder. Nothing is changed then.
+        Raises as `UNetMotionModel.load_ip_adapter`, FileNotFoundError where there is no image encoder, and
+        ValueError where it has another width than the adapter. Nothing is changed then.
         """
         self._need("unet")
+        files = find_files(source, subfolder, weight_name, hub)
         first, within = (x[0] if isinstance(x, list | tuple) else x for x in (source, subfolder))
         encoder = self.image_encoder
         is_folder = isinstance(first, str | Path) and not Path(first).expanduser().is_file()
-        if encoder is None and image_encoder_folder is not None and is_folder:
-            place = PurePosixPath(image_encoder_folder)
-            if len(place.parts) == 1 and within is not None:
-                place = within / place
+        needed = encoders_needed(files)
+        if image_encoder_folder is None:
+            pass
+        elif encoder is not None:
+            cure = "set image_encoder = None first, and the adapter's own is read"
+            check_encoder(needed, encoder.config, "the pipeline's image encoder", cure)
+        elif is_folder and needed:
+            where, folder = find_encoder(first, within, image_encoder_folder, needed, hub)
             encoder = CLIPVisionModelWithProjection.from_pretrained(
-                first, subfolder=str(place), dtype=self.unet.dtype, hub=hub
+                where, subfolder=folder, dtype=self.unet.dtype, hub=hub
             )
-        self.unet.load_ip_adapter(source, subfolder, weight_name, hub=hub)
+        self.unet.load_ip_adapter(files)
         self.image_encoder = encoder
         if self.feature_extractor is None and encoder is not None:
             size = encoder.config.image_size
