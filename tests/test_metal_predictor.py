@@ -134,8 +134,8 @@ def test_peak_is_that_of_mlx(model, shape):
     limit, cache = mx.set_memory_limit(1), mx.set_cache_limit(0)
     measured = []
     try:
-        # MLX waits here for each operation to end, but its worker may free the inputs an instant later: on some
-        # machines always. The books are then exceeded by one array, never by more.
+        # MLX waits here for each operation to end, but its worker may free the inputs an instant later: on
+        # some machines always. The books are then exceeded by one array, never by more.
         while len(measured) < 200 and min(measured, default=2**62) > 1.001 * predicted:
             mx.synchronize()
             before = mx.get_active_memory()
