@@ -16,7 +16,7 @@ video: $(READY)
 	@.venv/bin/mlx-unet3d generate "$$PROMPT" $(ARGS)
 
 test: $(READY)
-	@.venv/bin/pytest $(ARGS)
+	@.venv/bin/pytest -n auto --dist worksteal $(ARGS)
 
 # Print why a Python does not fit. Old ones run this, too.
 define PROBE

@@ -72,7 +72,7 @@ def test_a_forward_in_pieces_takes_less_and_gives_the_same(plain_unet, exact_pea
 
 
 def test_pieces_within_compile(plain_unet, exact_peaks):
-    sample, states = inputs(frames=3)
+    sample, states = inputs()
     expected, whole = peak_of(forward(plain_unet, sample, states))
     frames_and_pixels(plain_unet)
     result, peak = peak_of(lambda: mx.compile(lambda x, t: plain_unet(x, 10, t).sample)(sample, states))

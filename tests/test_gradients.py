@@ -183,7 +183,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_unet(name, all_routes):
-    unet, fn, arrays = run_unet(4 if name == "feed-forward" else 6)
+    unet, fn, arrays = run_unet(4 if name in ("feed-forward", "compiled") else 6)
     if name == "freeu":
         OPTIONS[name](unet)
     with cpu.routes(False):

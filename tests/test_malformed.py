@@ -51,7 +51,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 def bounded():
     """No test of this file takes long, or more memory than its files explain."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("this takes too long"))
-    signal.alarm(120)  # of the clock; a busy machine may be slow
+    signal.alarm(600)  # of the clock, for what waits; a busy machine may be slow
     scale = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
     start = time.process_time()
