@@ -15,7 +15,8 @@ from ..scalars import as_count
 from .decoding import VideoOutput, as_output, decode_latents
 from .denoising import Steps
 from .embedded_guidance import EmbeddedGuidance
-from .guidance import Guidance, Inputs, Predict
+from .guidance import Guidance, Inputs
+from .predict import Predict
 from .sampling import Delivery, EmbeddedSampling, Sampling, divide
 from .windows import in_windows
 
@@ -98,7 +99,7 @@ class VideoPipeline(EmbeddedGuidance):
             frames_axis=self.frames_axis,
             sequential=self.sequential_guidance,
         )
-        return in_windows(predict, sampling, self.frames_axis)
+        return in_windows(predict, sampling.context_windows, self.frames_axis)
 
     def _network(self, sample: mx.array, timestep: float, **inputs: Any) -> mx.array:
         """The forward of the UNet, see `Network`."""

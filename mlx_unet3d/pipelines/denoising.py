@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..errors import NonFiniteError
 from ..noise import NoiseSource
 from ..schedulers import Scheduler
-from .guidance import Predict
+from .predict import Predict
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..schedulers import Scheduler
 from ..schedulers.sigma import SigmaScheduler
 from .components import Components
 from .denoising import Steps, denoise
-from .guidance import Predict
+from .predict import Predict
 from .sampling import Sampling
 
 METHODS = ("butterworth", "gaussian", "ideal")

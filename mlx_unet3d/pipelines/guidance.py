@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -16,26 +16,6 @@ Inputs = Mapping[str, Any]
 
 Network = Callable[..., mx.array]
 """network(sample, timestep, feature_cache=..., **inputs) -> prediction, of the dtype of the sample."""
-
-
-class Predict(Protocol):
-    """A network with its guidance, as `denoise` calls it."""
-
-    dtype: mx.Dtype
-    """The one that the network computes in."""
-
-    def __call__(
-        self, sample: mx.array, timestep: float, step: int, frames: mx.array | None = None
-    ) -> mx.array:
-        """Return the guided prediction for a sample (B, ...), both float32, in a step of the run.
-
-        `frames` are those of the clip that the sample holds; None for all.
-        """
-        ...
-
-    def resumes_at(self, step: int) -> int:
-        """Return the last step, `step` at most, at which a run that stopped can go on."""
-        ...
 
 
 @dataclass(frozen=True)

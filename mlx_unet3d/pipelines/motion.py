@@ -26,8 +26,8 @@ from .components import Part, is_listed
 from .denoising import Steps, start_latents
 from .free_init import FreeInitMethods, Run, denoise_again
 from .free_noise import FreeNoiseMethods, check_text_of_frames
-from .guidance import Predict
 from .image_prompts import IMAGE_PARTS, ImagePrompts, PromptImages
+from .predict import Predict
 from .sampling import Sampling
 from .windows import ContextWindows
 

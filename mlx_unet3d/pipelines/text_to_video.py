@@ -16,7 +16,7 @@ from .calls import VideoPipeline
 from .components import Part
 from .decoding import VideoOutput
 from .denoising import Steps, denoise, start_latents
-from .guidance import Predict
+from .predict import Predict
 from .sampling import Delivery, Sampling, takes, text_lora_scale
 from .text import TextPrompts, TextStates, checked_states
 

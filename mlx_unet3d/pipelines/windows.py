@@ -5,22 +5,16 @@ than with FreeNoise, the network runs once a window. Sources: ComfyUI-AnimateDif
 weights; MultiDiffusion (arXiv:2302.08113), for the average.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from ..layers.free_noise import window_starts, window_weights
 from ..scalars import as_count
-
-if TYPE_CHECKING:
-    from .guidance import Predict
-    from .sampling import Sampling
+from .predict import Predict
 
 SCHEDULES = ("static_standard", "standard_uniform", "looped_uniform")
 FUSES = ("pyramid", "flat", "overlap-linear")
@@ -173,7 +167,6 @@ class Windowed:
         return self.predict.resumes_at(step)
 
 
-def in_windows(predict: Predict, sampling: Sampling, axis: int) -> Predict:
-    """Return `predict` in the context windows of the settings, where there are some."""
-    context = sampling.context_windows
+def in_windows(predict: Predict, context: ContextWindows | None, axis: int) -> Predict:
+    """Return `predict` in context windows, where there are some."""
     return predict if context is None else Windowed(predict, context, axis)
