@@ -118,7 +118,7 @@ CASES = {
     **{
         f"video{suffix}": (lambda suffix=suffix: video(suffix), "made by this program", "a cat", "guidance",
                            f"generate --from out{suffix}")
-        for suffix in (".gif", ".webp", ".png")
+        for suffix in (".gif", ".webp", ".png", "/")
     },
 }  # fmt: skip
 
@@ -145,6 +145,10 @@ REFUSED = {
     "tensors of nobody": (lambda: made.keys("some.weight"), "holds none of the networks"),
     "foreign video": (lambda: media.write_video("x.gif", np.zeros((2, 8, 8, 3), np.uint8)) or "x.gif",
                       "x.gif holds no settings"),
+    "video of another program": (
+        lambda: media.write_video("x.gif", np.zeros((2, 8, 8, 3), np.uint8), metadata={"a": 1}) or "x.gif",
+        "x.gif has no settings of mlx-unet3d in it",
+    ),
     "no folder": (lambda: "./nothing", "nothing does not exist; pass an existing folder or a hub id"),
     "no id": (lambda: "nothing", "'nothing' is neither an existing folder nor a hub id"),
     "empty folder": (lambda: Path("x").mkdir() or "x", "x has neither model_index.json (a pipeline)"),

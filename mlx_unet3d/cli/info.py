@@ -83,10 +83,7 @@ def of_local_file(path: Path, name: str) -> Iterator[str]:
     from mlx_unet3d_convert.recognition import read_any
 
     if path.suffix.lower() in SUFFIXES | READ_ONLY_SUFFIXES:
-        found = of_file(media.read_metadata(path), path)
-        yield f"{label('video')}made by this program, {size(path.stat().st_size)}"
-        yield from settings_lines(found)
-        yield f"{label('use')}generate --from {name}"
+        yield from of_video(path, size(path.stat().st_size), name)
         return
     header, pickled = read_any(path)
     if LATENTS in header.tensors and not pickled:
@@ -97,6 +94,19 @@ def of_local_file(path: Path, name: str) -> Iterator[str]:
         yield f"{label('use')}{'generate --resume' if saved.steps else 'decode'} {name}"
         return
     yield from describe_file(path, header, pickled, name)
+
+
+def of_video(path: Path, kind: str, name: str) -> Iterator[str]:
+    """Yield lines about a video, a file or a folder of pictures.
+
+    Raises ValueError for one that was not made here.
+    """
+    found = of_file(media.read_metadata(path), path)
+    if "prompt" not in found:
+        raise ValueError(f"{path} has no settings of mlx-unet3d in it; it was made by another program")
+    yield f"{label('video')}made by this program, {kind}"
+    yield from settings_lines(found)
+    yield f"{label('use')}generate --from {name}"
 
 
 def settings_lines(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -162,6 +172,9 @@ def of_folder(folder: Path, variant: str | None, name: str, hub: Hub | None, ins
     else:
         files = {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()} if folder.is_dir() else {}
     files = {n: files[n] for n in sorted(files) if n.endswith(WEIGHTS)}
+    if not files and hub is None and any(folder.glob("*.png")):
+        yield from of_video(folder, "a folder of pictures", word)
+        return
     if not files:
         raise CheckpointError(
             f"{name} has neither model_index.json (a pipeline) nor config.json (a component) nor weight files"
