@@ -174,6 +174,11 @@ def test_a_list_that_does_not_fit_leaves_the_unet_as_it_was(place):
     wrong = tensors | {"0009": mx.zeros((3, 3))}
     with pytest.raises(CheckpointError, match="tensors without names"):
         unet.load_lora_adapter(wrong)
+    key = "unet.time_embedding.cond_proj.lora_"
+    for columns in (0, 3):
+        narrow = {f"{key}A.weight": mx.ones((2, columns)), f"{key}B.weight": mx.ones((8, 2))}
+        with pytest.raises(CheckpointError, match="fit no layer of the unet"):
+            unet.load_lora_adapter(narrow)
     assert unet.config.time_cond_proj_dim is None
     assert "cond_proj" not in unet.time_embedding
 

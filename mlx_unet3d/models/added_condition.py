@@ -17,6 +17,7 @@ from ..checkpoints.adapter_keys import entry_of, is_list
 from ..checkpoints.adapters import AdapterFile, read_adapter
 from ..checkpoints.hub import Hub, takes_hub
 from ..layers.adapted import AdaptedLayer
+from ..layers.embeddings import NARROWEST
 from .adapters import LoRAMixin
 
 _ADDED, _BEFORE = "time_embedding.cond_proj", "time_embedding.linear_1"
@@ -86,14 +87,15 @@ class AddedCondition(LoRAMixin):
         if not is_list(file):
             found = entry_of(file, _ADDED)
             array = next((found[role] for role in ("down", "weight", "change") if role in found), None)
-            return array.shape[1] if array is not None and array.ndim == 2 else None
+            fits = array is not None and array.ndim == 2 and array.shape[1] >= NARROWEST
+            return array.shape[1] if fits else None
         arrays, layers = list(file.tensors.values()), list(self._adaptable())
         if len(arrays) != 2 * (len(layers) + 1):
             return None
         place = 2 * (layers.index(_BEFORE) + 1)
         up, down = arrays[place : place + 2]
         fits = up.ndim == down.ndim == 2 and up.shape == (rows, down.shape[0])
-        return down.shape[1] if fits else None
+        return down.shape[1] if fits and down.shape[1] >= NARROWEST else None
 
     def add_condition(self, dim: int) -> None:
         """Give the UNet a projection of `dim` columns, all zeros, until the adapter for it is deleted."""
