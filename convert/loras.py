@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_unet3d.checkpoints.adapters import AdapterFile, read_adapter
-from mlx_unet3d.checkpoints.config import blame
+from mlx_unet3d.checkpoints.adapter_keys import is_list
+from mlx_unet3d.checkpoints.adapters import read_adapter
 from mlx_unet3d.errors import CheckpointError
-from mlx_unet3d.layers.adapted import CHANGEABLE, LowRank
-from mlx_unet3d.models.adapter_changes import change_of
+from mlx_unet3d.layers.adapted import LowRank
 from mlx_unet3d.models.adapters import LoRAMixin, networks_of
 from mlx_unet3d.models.added_condition import AddedCondition
 from mlx_unet3d.pipelines.few_steps import T2V_TURBO, training_of_lora
@@ -45,11 +44,11 @@ def _with_lora(plan: CheckpointPlan, source: str, weight: float, hub: dict[str, 
     counts = []
     for component in networks_of(file, networks):
         network, owner = networks[component], owners[component]
-        dim = network._condition_of(file) if isinstance(network, AddedCondition) else None
+        dim = network.missing_condition(file) if isinstance(network, AddedCondition) else None
         if dim is not None:
-            network._add_condition(dim)
-            training = T2V_TURBO
-        changes = _changes(file, network, weight)
+            network.add_condition(dim)
+            training = T2V_TURBO if is_list(file) else training
+        changes = {path: (one, weight) for path, one in network.lora_changes(file, weights=False).items()}
         counts.append(f"{len(changes)} layers of the {owner or component}")
         parts = kind_of(type(network)).parts  # networks that have some of its parameters too
         components = [
@@ -74,23 +73,6 @@ def _with_lora(plan: CheckpointPlan, source: str, weight: float, hub: dict[str, 
 def _bare(component: ComponentPlan) -> dict[str, Any]:
     """The config of a network without its quantization, which comes after LoRA."""
     return {key: value for key, value in component.config.items() if key != "quantization"}
-
-
-def _changes(file: AdapterFile, network: Any, weight: float) -> dict[str, tuple[LowRank, float]]:
-    """Return the change of each layer, by path, and its weight."""
-    layers = network._adaptable(CHANGEABLE)
-    made = {}
-    with blame(file.name):
-        for path, entry in network._parse(file, layers).items():
-            if entry.weight is not None or entry.bias is not None:
-                raise CheckpointError(
-                    f"{file.name} holds {path} in full ({entry.shown()}), which a conversion cannot add; use "
-                    "the file with --lora of generate"
-                )
-            change = change_of(file, network.lora_component, path, entry, layers[path])
-            if change is not None:
-                made[path] = change, weight
-    return made
 
 
 def _changed(

@@ -129,7 +129,7 @@ def test_refusals(place, tmp_path, monkeypatch, capsys):
     mx.save_safetensors("other.safetensors", {"unet.nowhere.lora_A.weight": mx.zeros((2, 2))})
     for words, message in (
         (["nowhere.safetensors"], "does not exist"),
-        (["whole.safetensors"], "which a conversion cannot add; use the file with --lora of generate"),
+        (["whole.safetensors"], "holds parameters in full"),
         (["other.safetensors"], "fit no layer of the unet"),
         (["unet_lora.safetensors", "much"], "the weight must be a finite number"),
     ):

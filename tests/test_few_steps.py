@@ -147,12 +147,38 @@ def test_a_list_that_brings_a_layer(place):
     assert mx.array_equal(again("a cat", **SHORT).frames, pipe("a cat", **SHORT).frames)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_names_that_bring_a_layer(place, full):
+    """The projection as a LoRA among others, or in full beside them."""
+    pipe = TextToVideoPipeline.from_pretrained(place)
+    key = "base_model.model.time_embedding.cond_proj"
+    tensors = {f"{key}.lora_A.weight": mx.ones((2, 6)), f"{key}.lora_B.weight": mx.ones((8, 2)) / 20}
+    if full:
+        tensors = {
+            f"{key}.modules_to_save.default.weight": mx.ones((8, 6)) / 10,
+            "base_model.model.conv_in.lora_A.weight": mx.zeros((1, 4, 3, 3)),
+            "base_model.model.conv_in.lora_B.weight": mx.zeros((8, 1, 1, 1)),
+        }
+    pipe.load_lora_weights(tensors)
+    assert pipe.unet.config.time_cond_proj_dim == 6
+    assert mx.allclose(pipe.unet.time_embedding.cond_proj.weight, mx.array(0.1))
+    weak, strong = (pipe("a cat", guidance_scale=w, **SHORT).frames for w in (2.0, 9.0))
+    assert not mx.allclose(weak, strong, atol=1e-3)
+    pipe.unload_lora_weights()
+    assert not pipe.embeds_guidance
+
+
 def test_a_list_that_does_not_fit_leaves_the_unet_as_it_was(place):
     unet = TextToVideoPipeline.from_pretrained(place).unet
     tensors = read_adapter("unet_lora.safetensors").tensors
     wrong = tensors | {"0009": mx.zeros((3, 3))}
     with pytest.raises(CheckpointError, match="tensors without names"):
         unet.load_lora_adapter(wrong)
+    key = "unet.time_embedding.cond_proj.lora_"
+    for columns in (0, 3):
+        narrow = {f"{key}A.weight": mx.ones((2, columns)), f"{key}B.weight": mx.ones((8, 2))}
+        with pytest.raises(CheckpointError, match="fit no layer of the unet"):
+            unet.load_lora_adapter(narrow)
     assert unet.config.time_cond_proj_dim is None
     assert "cond_proj" not in unet.time_embedding
 

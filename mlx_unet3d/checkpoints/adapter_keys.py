@@ -114,6 +114,16 @@ def components_of(file: AdapterFile) -> set[str]:
     return {_named(_role(key)[1])[0] or "unet" for key in file.tensors}
 
 
+def entry_of(file: AdapterFile, layer: str) -> dict[str, mx.array]:
+    """Return the arrays that a file has for one layer, by their fields of `LayerLoRA`."""
+    roles = {key: _role(key) for key in file.tensors}
+    return {
+        role: file.tensors[key]
+        for key, (kind, stem, role) in roles.items()
+        if kind is not None and _named(stem)[1] == flat(layer)
+    }
+
+
 def parse_lora(file: AdapterFile, component: str, names: Mapping[str, str]) -> dict[str, LayerLoRA]:
     """Read the entries of a file for the layers of one network.
 

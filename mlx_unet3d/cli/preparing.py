@@ -11,6 +11,7 @@ from PIL import Image
 
 from .. import __version__, media, memory
 from ..checkpoints import checksum, read_component_config
+from ..checkpoints.adapter_keys import is_list
 from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, inside_hub, read_adapter
 from ..chips import working_set
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
@@ -54,7 +55,7 @@ def load(args: argparse.Namespace, family: Family, settings: dict[str, Any]) -> 
         options.say(f"LoRA {path}: {layers}, weight {weight:g}")
         settings["weights"] += "+" + checksum([file.path])
         training = training_of_lora(path, file.path.name)
-        if pipe.embeds_guidance and not embedded:  # no other LoRA brings that
+        if pipe.embeds_guidance and not embedded and is_list(file):
             training = T2V_TURBO
         if training is not None and weight:
             said = sample_as(pipe, training, settings["scheduler"])

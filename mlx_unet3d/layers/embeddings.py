@@ -26,17 +26,21 @@ def timestep_sinusoid(timesteps: mx.array, dim: int, max_period: float = 10_000.
     return mx.concatenate(columns, axis=-1)
 
 
+NARROWEST = 4
+"""Columns of the narrowest embedding of a guidance scale: sine and cosine of two frequencies."""
+
+
 def guidance_embedding(scale: float, dim: int, rows: int) -> mx.array:
     """Sinusoid of a guidance scale, the same in all rows -> (rows, dim) in fp32: sines first, then cosines.
 
     The frequencies are 1000 / 10000^(k / (n - 1)), k = 0 ... n - 1 of n = dim // 2; for odd `dim` the last
     column is zero. Equals `get_guidance_scale_embedding` of diffusers' pipelines and `get_w_embedding` of
-    T2V-Turbo. Raises ValueError for fewer than 4 columns, which hold no two frequencies.
+    T2V-Turbo. Raises ValueError for fewer than `NARROWEST` columns.
     """
     half = dim // 2
-    if half < 2:
+    if dim < NARROWEST:
         raise ValueError(
-            f"time_cond_proj_dim={dim} is too narrow for a guidance scale; it must be at least 4"
+            f"time_cond_proj_dim={dim} is too narrow for a guidance scale; it must be at least {NARROWEST}"
         )
     # Rounded to fp32 where torch rounds: at 1000 * scale the last bit of a frequency is seen in its sine.
     spacing = np.float32(math.log(10_000.0)) / np.float32(half - 1)

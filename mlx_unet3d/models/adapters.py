@@ -22,6 +22,7 @@ from ..layers.adapted import (
     CHANGEABLE,
     AdaptedLayer,
     Branch,
+    LowRank,
     layout_of,
     replace_module,
     walk,
@@ -77,20 +78,7 @@ class LoRAMixin:
         self._refuse_fused("load another adapter")
         weight = as_finite(f"the weight of {adapter_name}", weight)
         file = read_adapter(source, weight_name=weight_name, subfolder=subfolder, hub=hub)
-        layers = self._adaptable(CHANGEABLE)
-        with blame(file.name):
-            parsed = self._parse(file, layers)
-            if not parsed:
-                raise CheckpointError(
-                    f"{file.name} has nothing for the {self.lora_component}: none of its {len(file.tensors)} "
-                    "tensors names a layer of it"
-                )
-            made = {
-                path: change_of(file, self.lora_component, path, entry, layers[path])
-                for path, entry in parsed.items()
-            }
-        made = {path: low_rank for path, low_rank in made.items() if low_rank is not None}
-        dtype = self.dtype
+        layers, made, dtype = self._adaptable(CHANGEABLE), self.lora_changes(file), self.dtype
         for path, low_rank in made.items():
             layer = layers[path]
             if not isinstance(layer, AdaptedLayer):
@@ -99,6 +87,32 @@ class LoRAMixin:
             layer.branches[adapter_name] = Branch(low_rank, weight, dtype).eval()
             mx.eval(layer.branches[adapter_name].parameters())
         return len(made)
+
+    def lora_changes(self, file: AdapterFile, *, weights: bool = True) -> dict[str, LowRank]:
+        """Return what a file adds to each layer that it is for, by path; arguments and errors as above.
+
+        `weights=False` is for a network whose own weights are not there: CheckpointError for a parameter that
+        the file holds in full, as its change is the difference from them.
+        """
+        layers = self._adaptable(CHANGEABLE)
+        with blame(file.name):
+            parsed = self._parse(file, layers)
+            if not parsed:
+                raise CheckpointError(
+                    f"{file.name} has nothing for the {self.lora_component}: none of its {len(file.tensors)} "
+                    "tensors names a layer of it"
+                )
+            full = [entry for entry in parsed.values() if entry.weight is not None or entry.bias is not None]
+            if full and not weights:
+                raise CheckpointError(
+                    f"{file.name} holds parameters in full ({full[0].shown()}), which a conversion cannot "
+                    "add; load it with the model, by --lora of generate"
+                )
+            made = {
+                path: change_of(file, self.lora_component, path, entry, layers[path])
+                for path, entry in parsed.items()
+            }
+        return {path: low_rank for path, low_rank in made.items() if low_rank is not None}
 
     def list_adapters(self) -> dict[str, float]:
         """Return the adapters and their weights."""

@@ -13,14 +13,15 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoints.adapter_keys import is_list
+from ..checkpoints.adapter_keys import entry_of, is_list
 from ..checkpoints.adapters import AdapterFile, read_adapter
 from ..checkpoints.hub import Hub, takes_hub
 from ..layers.adapted import AdaptedLayer
+from ..layers.embeddings import NARROWEST
 from .adapters import LoRAMixin
 
-_BEFORE = "time_embedding.linear_1"
-"""The layer that the added one is registered after."""
+_ADDED, _BEFORE = "time_embedding.cond_proj", "time_embedding.linear_1"
+"""The added layer, and the one that it is registered after."""
 
 
 class AddedCondition(LoRAMixin):
@@ -39,12 +40,12 @@ class AddedCondition(LoRAMixin):
         subfolder: str | None = None,
         hub: Hub,
     ) -> int:
-        """See `LoRAMixin.load_lora_adapter`. The list of T2V-Turbo also sets `time_cond_proj_dim` in the
-        config, until it is deleted."""
+        """See `LoRAMixin.load_lora_adapter`. A file with the projection of a guidance scale, such as
+        T2V-Turbo's list, also sets `time_cond_proj_dim` in the config, until it is deleted."""
         file = read_adapter(source, weight_name=weight_name, subfolder=subfolder, hub=hub)
-        dim = self._condition_of(file)
+        dim = self.missing_condition(file)
         if dim is not None:
-            self._add_condition(dim)
+            self.add_condition(dim)
         try:
             return super().load_lora_adapter(file, adapter_name, weight=weight)
         except BaseException:
@@ -54,10 +55,10 @@ class AddedCondition(LoRAMixin):
 
     def layers_of_list(self, file: AdapterFile) -> dict[tuple[str, ...], str]:
         """See `LoRAMixin.layers_of_list`; of a list that brings a layer, with that layer."""
-        dim = self._condition_of(file)
+        dim = self.missing_condition(file)
         if dim is None:
             return super().layers_of_list(file)
-        self._add_condition(dim)
+        self.add_condition(dim)
         try:
             return super().layers_of_list(file)
         finally:
@@ -78,20 +79,26 @@ class AddedCondition(LoRAMixin):
         elif self._condition_is_added:
             self._remove_condition()
 
-    def _condition_of(self, file: AdapterFile) -> int | None:
-        """Return the columns of the projection that a list brings; None for other files."""
-        if not is_list(file) or self.config.time_cond_proj_dim is not None:
+    def missing_condition(self, file: AdapterFile) -> int | None:
+        """Return the columns of the projection that a file brings and the UNet lacks; None for others."""
+        if self.config.time_cond_proj_dim is not None:
             return None
+        rows = self.config.block_out_channels[0]
+        if not is_list(file):
+            found = entry_of(file, _ADDED)
+            array = next((found[role] for role in ("down", "weight", "change") if role in found), None)
+            fits = array is not None and array.ndim == 2 and array.shape[1] >= NARROWEST
+            return array.shape[1] if fits else None
         arrays, layers = list(file.tensors.values()), list(self._adaptable())
         if len(arrays) != 2 * (len(layers) + 1):
             return None
         place = 2 * (layers.index(_BEFORE) + 1)
         up, down = arrays[place : place + 2]
-        rows = self.config.block_out_channels[0]
         fits = up.ndim == down.ndim == 2 and up.shape == (rows, down.shape[0])
-        return down.shape[1] if fits else None
+        return down.shape[1] if fits and down.shape[1] >= NARROWEST else None
 
-    def _add_condition(self, dim: int) -> None:
+    def add_condition(self, dim: int) -> None:
+        """Give the UNet a projection of `dim` columns, all zeros, until the adapter for it is deleted."""
         embedding, rows = self.time_embedding, self.config.block_out_channels[0]
         last = embedding.pop("linear_2")
         embedding.cond_proj = nn.Linear(dim, rows, bias=False)
