@@ -136,6 +136,29 @@ def test_bad_calls(pipe, name):
         pipe("a cat", **SHORT | change)
 
 
+def test_without_a_text_encoder(folder, pipe, tmp_path):
+    """A folder whose index lists none, as diffusers writes it, and `text_encoder=None`: prompts as states."""
+    states = pipe.encode_prompt("a cat")
+    given = dict(prompt_embeds=states[0], negative_prompt_embeds=states[1])
+    expected = pipe(**given, **SHORT).frames
+    bare = AnimateDiffPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    assert np.array_equal(bare(**given, **SHORT).frames, expected)
+    bare.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["text_encoder"] == index["tokenizer"] == [None, None]
+    again = AnimateDiffPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(again(**given, **SHORT).frames, expected)
+    assert AnimateDiffVideoToVideoPipeline.from_pipe(again).text_encoder is None
+    with pytest.raises(ValueError, match="made without a text encoder; give prompt_embeds"):
+        again("a cat", **SHORT)
+    plan = memory.plan(memory.read_networks(tmp_path), num_frames=2, height=32, width=32, budget=2**30)
+    assert [stage.name for stage in plan.stages] == ["denoise", "decode"]
+    index.pop("text_encoder")
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="has no text_encoder"):
+        AnimateDiffPipeline.from_pretrained(tmp_path)
+
+
 def test_an_ip_adapter_wants_images_and_is_not_saved(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(4, 12, 4)])

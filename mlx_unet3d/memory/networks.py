@@ -173,7 +173,8 @@ def read_networks(path_or_id: str | Path, *, hub: Hub) -> Networks:
     networks = {"unet": _network("unet", config, folder)}
     family = FAMILIES[networks["unet"].kind]
     optional = (name for name in family.optional if _lists(index, name))
-    for name in ("vae", *family.encoders, *optional):
+    encoders = (name for name in family.encoders if index.get(name) != [None, None])
+    for name in ("vae", *encoders, *optional):
         networks[name] = _network(name, config_of(name), folder)
     recommended = Recommended.of_index(index, folder / "model_index.json")
     return Networks(**networks, num_frames=recommended.num_frames)

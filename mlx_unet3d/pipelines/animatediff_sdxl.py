@@ -25,8 +25,8 @@ class AnimateDiffSDXLPipeline(PooledTextPrompts, MotionPipeline):
 
     parts: ClassVar[dict[str, Part]] = {
         **MotionPipeline.parts,
-        "text_encoder_2": Part((CLIPTextModelWithProjection,)),
-        "tokenizer_2": Part((CLIPTokenizer,)),
+        "text_encoder_2": Part((CLIPTextModelWithProjection,), may_be_none=True),
+        "tokenizer_2": Part((CLIPTokenizer,), may_be_none=True),
     }
     class_names = ("AnimateDiffSDXLPipeline", "StableDiffusionXLPipeline")
     default_guidance_scale = 5.0
@@ -34,6 +34,8 @@ class AnimateDiffSDXLPipeline(PooledTextPrompts, MotionPipeline):
 
     def _check_parts(self) -> None:
         super()._check_parts()
+        if self.text_encoder_2 is None:
+            return
         config, pooled = self.unet.config, self.text_encoder_2.config.projection_dim
         wanted = None
         if config.addition_embed_type is not None:

@@ -33,11 +33,13 @@ class Part:
     Attributes:
         kinds: classes that it may be of; the entry of `model_index.json` says which.
         is_optional: True if a pipeline works without it.
+        may_be_none: True if calls can give what it makes; None must be said, in the index or as an argument.
         is_wide: True if it is read in `vae_dtype`, as half precision may overflow in it.
     """
 
     kinds: tuple[type, ...]
     is_optional: bool = False
+    may_be_none: bool = False
     is_wide: bool = False
 
     @property
@@ -87,11 +89,14 @@ class Components:
             setattr(self, name, bound.arguments.pop(name))
         for name, value in bound.arguments.items():
             part = self.parts[name]
-            if not (isinstance(value, part.kinds) or (value is None and part.is_optional)):
+            may_be_none = part.is_optional or part.may_be_none
+            if not (isinstance(value, part.kinds) or (value is None and may_be_none)):
                 kinds = " or ".join(kind.__name__ for kind in part.kinds)
                 raise TypeError(f"{name} is a {type(value).__name__}; give a {kinds}")
             setattr(self, name, value)
         self.recommended: Recommended
+        absent = (name for name, part in self.parts.items() if part.may_be_none)
+        self._absent = frozenset(name for name in absent if getattr(self, name) is None)
         self.sequential_guidance = False
         self._releases = False
         self.vae_scale_factor: int = self.vae.spatial_factor
@@ -165,7 +170,10 @@ class Components:
                 "plain ones",
                 stacklevel=2,
             )
-        made: dict[str, Any] = dict(components)
+        made: dict[str, Any] = {
+            name: None for name, part in cls.parts.items() if part.may_be_none and name not in listed
+        }
+        made |= components
         for name in listed:
             if name in made:
                 continue
@@ -221,7 +229,12 @@ class Components:
         Raises ValueError where a part is missing or was released.
         """
         found = {name: components.get(name, getattr(pipe, name, None)) for name in cls.parts}
-        missing = [name for name, part in cls.parts.items() if found[name] is None and not part.is_optional]
+        given = components.keys() | pipe._absent
+        missing = [
+            name
+            for name, part in cls.parts.items()
+            if found[name] is None and not (part.is_optional or (part.may_be_none and name in given))
+        ]
         if missing:
             raise ValueError(
                 f"{cls.__name__} needs {', '.join(missing)}, which this {type(pipe).__name__} does not have; "
@@ -236,7 +249,8 @@ class Components:
         `layout="diffusers"` makes a folder that diffusers reads.
         """
         present = {name: part for name, part in self.components.items() if part is not None}
-        self._need(*(name for name, part in self.parts.items() if part.is_network and not part.is_optional))
+        needed = (name for name, part in self.parts.items() if part.is_network and not part.is_optional)
+        self._need(*(name for name in needed if name not in self._absent))
         for part in present.values():
             if hasattr(part, "refuse_adapters"):
                 part.refuse_adapters("saving")
@@ -251,6 +265,7 @@ class Components:
         for name, part in present.items():
             part.save_pretrained(folder / name, **({"layout": layout} if self.parts[name].is_network else {}))
             index[name] = [self.parts[name].library, type(part).__name__]
+        index |= {name: [None, None] for name in sorted(self._absent)}
         if self.recommended.to_dict():
             index["_recommended"] = self.recommended.to_dict()
         write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
@@ -344,6 +359,11 @@ class Components:
 
     def _need(self, *names: str) -> None:
         for name in names:
+            if name in self._absent:
+                raise ValueError(
+                    f"this pipeline was made without a {name.replace('_', ' ')}; give prompt_embeds and "
+                    f"negative_prompt_embeds, or {name}= when it is made"
+                )
             if getattr(self, name) is None:
                 raise ValueError(
                     f"the {name.replace('_', ' ')} of this pipeline was released; load the pipeline again, "
@@ -352,8 +372,9 @@ class Components:
 
 
 def is_listed(index: Mapping[str, Any], name: str, part: Part) -> bool:
-    """Return True if a folder has a part; an index may list an optional one as [null, null]."""
-    return name in index and not (part.is_optional and index[name] in (None, [None, None]))
+    """Return True if a folder has a part; an index may list one that can be missing as [null, null]."""
+    may_be_null = part.is_optional or part.may_be_none
+    return name in index and not (may_be_null and index[name] in (None, [None, None]))
 
 
 def part_class(index: Mapping[str, Any], name: str, part: Part) -> type:

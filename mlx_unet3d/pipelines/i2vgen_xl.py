@@ -30,8 +30,8 @@ class I2VGenXLPipeline(TextPrompts, AdapterMethods, VideoPipeline):
 
     parts: ClassVar[dict[str, Part]] = {
         "vae": Part((AutoencoderKL,), is_wide=True),
-        "text_encoder": Part((CLIPTextModel,)),
-        "tokenizer": Part((CLIPTokenizer,)),
+        "text_encoder": Part((CLIPTextModel,), may_be_none=True),
+        "tokenizer": Part((CLIPTokenizer,), may_be_none=True),
         "image_encoder": Part((CLIPVisionModelWithProjection,)),
         "feature_extractor": Part((CLIPImageProcessor,)),
         "unet": Part((I2VGenXLUNet,)),

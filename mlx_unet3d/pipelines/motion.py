@@ -47,8 +47,8 @@ class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMet
     parts: ClassVar[dict[str, Part]] = {
         "unet": Part((UNetMotionModel,)),
         "vae": Part((AutoencoderKL,), is_wide=True),
-        "text_encoder": Part((CLIPTextModel,)),
-        "tokenizer": Part((CLIPTokenizer,)),
+        "text_encoder": Part((CLIPTextModel,), may_be_none=True),
+        "tokenizer": Part((CLIPTokenizer,), may_be_none=True),
         "scheduler": Part((Scheduler,)),
         **IMAGE_PARTS,
     }

@@ -76,9 +76,9 @@ class TextPrompts(EmbeddedGuidance):
         width = self.unet.config.cross_attention_dim
         self._text_width: int = width[-1] if isinstance(width, tuple) else width
 
-    def _encoded_width(self) -> int:
-        """Channels of the states that the text encoder makes."""
-        return self.text_encoder.config.hidden_size
+    def _encoded_width(self) -> int | None:
+        """Channels of the states that the text encoder makes; None without one."""
+        return None if self.text_encoder is None else self.text_encoder.config.hidden_size
 
     def _check_parts(self) -> None:
         unet, latent_channels = self.unet.config, self.vae.config.latent_channels
@@ -89,7 +89,7 @@ class TextPrompts(EmbeddedGuidance):
             )
         width, wanted = self._encoded_width(), unet.cross_attention_dim
         wanted = wanted[-1] if isinstance(wanted, tuple) else wanted
-        if wanted != width:
+        if width is not None and wanted != width:
             raise ValueError(
                 f"the unet attends to text of {wanted} channels "
                 f"(cross_attention_dim), the text encoder has {width}; these parts do not belong together"

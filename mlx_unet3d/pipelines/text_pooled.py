@@ -50,7 +50,9 @@ class PooledTextPrompts(TextPrompts):
 
     index_options: ClassVar[dict[str, Any]] = {"force_zeros_for_empty_prompt": True}
 
-    def _encoded_width(self) -> int:
+    def _encoded_width(self) -> int | None:
+        if self.text_encoder is None or self.text_encoder_2 is None:
+            return None
         return self.text_encoder.config.hidden_size + self.text_encoder_2.config.hidden_size
 
     def encode_prompt(

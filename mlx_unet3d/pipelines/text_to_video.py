@@ -36,8 +36,8 @@ class UNet3DPipeline(TextPrompts, AdapterMethods, VideoPipeline):
     parts: ClassVar[dict[str, Part]] = {
         "unet": Part((UNet3DConditionModel,)),
         "vae": Part((AutoencoderKL,), is_wide=True),
-        "text_encoder": Part((CLIPTextModel,)),
-        "tokenizer": Part((CLIPTokenizer,)),
+        "text_encoder": Part((CLIPTextModel,), may_be_none=True),
+        "tokenizer": Part((CLIPTokenizer,), may_be_none=True),
         "scheduler": Part((Scheduler,)),
     }
     embedded_scale_offset = 0.0  # T2V-Turbo's w is the scale
