@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from .. import blas
 from ..errors import printable_lines
+from ..media import CODECS, MAX_SCALE
 from ..memory import parse_memory
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -90,6 +91,11 @@ def _at_most(value: int, most: int) -> int:
     if value > most:
         raise argparse.ArgumentTypeError(f"{str(value)[:40]} must be at most {most}")
     return value
+
+
+def scale(text: str) -> int:
+    """Parse how many pixels each way a pixel becomes."""
+    return _at_most(count(text), MAX_SCALE)
 
 
 def check_size(num_frames: int | None, height: int | None, width: int | None) -> None:
@@ -171,6 +177,21 @@ def add_model_options(parser: argparse.ArgumentParser, *, weights: bool = True) 
         action=argparse.BooleanOptionalAction,
         default=None,
         help="decode large frames in tiles, which blend where they meet: less memory, another result",
+    )
+
+
+def add_file_options(parser: argparse._ActionsContainer) -> None:
+    """Add --scale and --codec."""
+    parser.add_argument(
+        "--scale",
+        type=scale,
+        metavar="N",
+        help="make each pixel a square of N by N in the file, for small videos (default: 1)",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=CODECS,
+        help="of .mp4 and .mov: h264, hevc for smaller files, in .mov prores for editing (default: h264)",
     )
 
 
