@@ -18,6 +18,7 @@ from mlx_unet3d.checkpoints import (
     read_tensor,
     weight_files,
 )
+from mlx_unet3d.checkpoints.hub import Hub, takes_hub
 from mlx_unet3d.checkpoints.storage import parse_size, write_component
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.quantized import Quantization
@@ -38,6 +39,7 @@ _SIGNS = ("model_index.json", "config.json")
 """Files that make a folder a checkpoint."""
 
 
+@takes_hub
 def convert(
     source: str | Path,
     target: str | Path,
@@ -56,7 +58,7 @@ def convert(
     upload_repo: str | None = None,
     progress: bool = False,
     say: Callable[[str], None] = lambda line: None,
-    **hub: Any,
+    hub: Hub,
 ) -> CheckpointPlan:
     """Convert a checkpoint; memory use is a few tensors, not the model.
 
@@ -84,7 +86,7 @@ def convert(
     target = Path(target).expanduser()
     check_target(target, source, force)
     shard_bytes = parse_size(max_shard_size)
-    token = hub.get("token")
+    token = hub.token
     if upload_repo is not None:
         if upload_repo.lower() == str(source).lower():
             raise ValueError(f"{upload_repo} is the source; give another place to upload to")
@@ -99,7 +101,7 @@ def convert(
         variant=variant,
         quantization=quantization,
         recipe=recipe,
-        **hub,
+        hub=hub,
     )
     for line in summary(plan):
         say(line)

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_unet3d.checkpoints.adapter_keys import is_list
 from mlx_unet3d.checkpoints.adapters import read_adapter
+from mlx_unet3d.checkpoints.hub import Hub
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.layers.adapted import LowRank
 from mlx_unet3d.models.adapters import LoRAMixin, networks_of
@@ -23,20 +24,20 @@ Loras = Sequence[tuple[str | Path, float]]
 """Files, folders or hub ids of LoRAs, and their weights."""
 
 
-def with_loras(plan: CheckpointPlan, loras: Loras, hub: dict[str, Any]) -> CheckpointPlan:
+def with_loras(plan: CheckpointPlan, loras: Loras, hub: Hub) -> CheckpointPlan:
     """Return the plan with LoRAs added to the weights; of few steps, with their sampler, steps and guidance.
 
     Raises FileNotFoundError as `find_folder`; ValueError for a weight that is no number; CheckpointError for
     a LoRA that fits no network, only a part of its layers, or that holds parameters in full.
     """
-    where = {key: value for key, value in hub.items() if key != "revision"}  # the base model's
+    where = replace(hub, revision=None)  # the base model's
     for source, weight in loras:
         plan = _with_lora(plan, str(source), as_finite(f"the weight of {source}", weight), where)
     return plan
 
 
-def _with_lora(plan: CheckpointPlan, source: str, weight: float, hub: dict[str, Any]) -> CheckpointPlan:
-    file = read_adapter(source, **hub)
+def _with_lora(plan: CheckpointPlan, source: str, weight: float, hub: Hub) -> CheckpointPlan:
+    file = read_adapter(source, hub=hub)
     able = [c for c in plan.components if issubclass(c.cls, LoRAMixin)]
     networks = {c.cls.lora_component: c.cls.from_config(_bare(c)) for c in able}
     owners = {c.cls.lora_component: c.name for c in able}

@@ -19,6 +19,7 @@ from mlx_unet3d.checkpoints import (
     weight_files,
 )
 from mlx_unet3d.checkpoints.config import blame
+from mlx_unet3d.checkpoints.hub import Hub
 from mlx_unet3d.checkpoints.matching import Expected, file_format, majority_dtype, match
 from mlx_unet3d.checkpoints.pickles import is_pickle
 from mlx_unet3d.checkpoints.prefixes import unwrapped
@@ -85,9 +86,7 @@ class Source:
             return self.kind.cls.from_config(self.config)
 
 
-def source_in_folder(
-    source: str | Path, name: str, kind: Kind, variant: str | None, hub: dict[str, Any]
-) -> Source:
+def source_in_folder(source: str | Path, name: str, kind: Kind, variant: str | None, hub: Hub) -> Source:
     """Return a network of a diffusers folder."""
     folder, files, reason = _find_weights(source, name, kind.cls, variant, hub)
     config = read_json(folder / "config.json")
@@ -288,9 +287,9 @@ def _config(model: PretrainedModel, tensors: list[TensorPlan]) -> dict[str, Any]
 
 
 def _find_weights(
-    source: str | Path, name: str, cls: type[PretrainedModel], variant: str | None, hub: dict[str, Any]
+    source: str | Path, name: str, cls: type[PretrainedModel], variant: str | None, hub: Hub
 ) -> tuple[Path, list[Path], str]:
-    where = dict(subfolder=name or None, variant=variant, stem=cls.weights_stem, **hub)
+    where = dict(subfolder=name or None, variant=variant, stem=cls.weights_stem, hub=hub)
     folder = find_folder(source, **where)
     if has_weights(folder, cls.weights_stem, variant):
         return folder, weight_files(folder, cls.weights_stem, variant), "safetensors"

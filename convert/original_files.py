@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from mlx_unet3d.checkpoints.hub import Hub
 from mlx_unet3d.checkpoints.source import find_file
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.pipelines.motion_training import Training, training_of
@@ -18,14 +18,14 @@ from .tokenizers import find_tokenizer, padded_as_trained, with_tokenizer
 MOTION_ADAPTER = "motion_adapter"
 
 
-def find_adapter(path_or_id: str | Path, hub: dict[str, Any]) -> Source:
+def find_adapter(path_or_id: str | Path, hub: Hub) -> Source:
     """Find a motion adapter: a folder or hub id in diffusers' format, or one file, here or on the hub.
 
     Raises FileNotFoundError as `find_folder`, and CheckpointError for anything else.
     """
     kind = BY_NAME["MotionAdapter"]
-    where = {key: value for key, value in hub.items() if key != "revision"}  # the base model's
-    file = find_file(path_or_id, **where)
+    where = replace(hub, revision=None)  # the base model's
+    file = find_file(path_or_id, hub=where)
     if file is None:
         return source_in_folder(path_or_id, "", kind, None, where)
     networks = recognize(file)
@@ -44,7 +44,7 @@ def plan_originals(
     tokenizer: str | Path | None,
     adapter: Source | None,
     ways: Ways,
-    hub: dict[str, Any],
+    hub: Hub,
 ) -> CheckpointPlan:
     """Plan weight files without a config, or a single file: one network, or those of a pipeline."""
     recognized = [recognize(path) for path in files]

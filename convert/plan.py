@@ -11,6 +11,7 @@ import mlx_unet3d
 import mlx.core as mx
 from mlx_unet3d.checkpoints import Deferred, TensorInfo, read_tensor, to_diffusers, to_mlx
 from mlx_unet3d.checkpoints.headers import AHEAD
+from mlx_unet3d.checkpoints.hub import Hub
 from mlx_unet3d.layers.quantized import Quantization
 from mlx_unet3d.models.pretrained import PretrainedModel
 
@@ -168,7 +169,7 @@ class CheckpointPlan:
         folder: where its files are; the file itself if one was given.
         index: the `model_index.json` to write; None for a single network.
         components: its networks.
-        hub: keywords of `find_folder` that say where to look; of a hub id, always the same commit.
+        hub: how the hub is reached; of a hub id, always the same commit.
         tokenizers: those to write, by their names in the pipeline; none for a single network.
         scheduler, feature_extractor: the configs to write, as the source has them; None for a single network,
             or a pipeline without.
@@ -179,7 +180,7 @@ class CheckpointPlan:
     folder: Path
     index: dict[str, Any] | None
     components: list[ComponentPlan]
-    hub: dict[str, Any] = field(default_factory=dict)
+    hub: Hub = field(default_factory=Hub)
     tokenizers: dict[str, mlx_unet3d.CLIPTokenizer] = field(default_factory=dict)
     scheduler: dict[str, Any] | None = None
     feature_extractor: dict[str, Any] | None = None

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_unet3d import image_processor
 from mlx_unet3d.checkpoints import find_folder, read_component_config, read_json
 from mlx_unet3d.checkpoints.config import blame
-from mlx_unet3d.checkpoints.hub import Hub
+from mlx_unet3d.checkpoints.hub import Hub, takes_hub
 from mlx_unet3d.checkpoints.source import choose_variants, find_file, pinned
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.image_processor import CLIPImageProcessorConfig
@@ -47,6 +47,7 @@ PUBLISHED_FILES = (
 """Files to download from a repository on the hub without a config; in folders, names do not matter."""
 
 
+@takes_hub
 def plan_checkpoint(
     source: str | Path,
     *,
@@ -58,7 +59,7 @@ def plan_checkpoint(
     variant: str | None = None,
     quantization: Quantization | None = None,
     recipe: str = "mixed",
-    **hub: Any,
+    hub: Hub,
 ) -> CheckpointPlan:
     """Plan a conversion without reading tensors of the source.
 
@@ -80,7 +81,7 @@ def plan_checkpoint(
             quantization. The linear layers of a pipeline's text encoder then have 8 bits; a text encoder
             converted alone is quantized as requested. The VAE, which is small and whose errors are visible,
             is not quantized.
-        hub: `revision`, `local_files_only`, `token`, `cache_dir`, as in `find_folder`.
+        hub: how the hub is reached: `revision`, `local_files_only`, `token`, `cache_dir`.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `find_folder`.
@@ -102,18 +103,18 @@ def _plan(
     tokenizer: str | Path | None,
     adapter: Source | None,
     ways: Ways,
-    hub: dict[str, Any],
+    hub: Hub,
 ) -> CheckpointPlan:
     """Plan a source of any kind, without LoRAs."""
-    if hub.get("revision") is not None and Path(source).expanduser().is_file():
-        raise ValueError(f"revision={hub['revision']!r} is for hub ids, but {source} is a file; leave it out")
-    if (file := find_file(source, **hub)) is not None:
+    if hub.revision is not None and Path(source).expanduser().is_file():
+        raise ValueError(f"revision={hub.revision!r} is for hub ids, but {source} is a file; leave it out")
+    if (file := find_file(source, hub=hub)) is not None:
         return plan_originals(source, file, [file], tokenizer, adapter, ways, hub)
-    folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), **hub)
-    hub = {**hub, "revision": pinned(Hub(hub.get("revision")), source, folder).revision}
+    folder = find_folder(source, files=("model_index.json", "config.json", "README.md"), hub=hub)
+    hub = pinned(hub, source, folder)
     if not (folder / "model_index.json").is_file():
         if not (folder / "config.json").exists():
-            folder = find_folder(source, files=PUBLISHED_FILES, **hub)
+            folder = find_folder(source, files=PUBLISHED_FILES, hub=hub)
             if folder.is_dir() and weight_files_in(folder):  # nothing downloaded, no folder
                 files = weight_files_in(folder)
                 return plan_originals(source, folder, files, tokenizer, adapter, ways, hub)
@@ -130,7 +131,7 @@ def _plan_pipeline(
     tokenizer: str | Path | None,
     adapter: Source | None,
     ways: Ways,
-    hub: dict[str, Any],
+    hub: Hub,
 ) -> CheckpointPlan:
     """Plan a folder with a `model_index.json`."""
     path = folder / "model_index.json"
@@ -149,7 +150,7 @@ def _plan_pipeline(
             f"{path} has no UNet of Stable Diffusion, into which the motion adapter {adapter.where} could "
             "go; give the base model, or leave out --motion-adapter"
         )
-    config = {} if base is None else read_component_config(source, "config.json", subfolder="unet", **hub)
+    config = {} if base is None else read_component_config(source, "config.json", subfolder="unet", hub=hub)
     pipeline = None if base is None else base.pipeline(config)
     if base is not None and base.combine is not None:
         videos = index.get("_class_name") == pipeline.name
@@ -185,7 +186,7 @@ def _plan_pipeline(
             )
         kinds[name] = kind
     stems = {name: kind.cls.weights_stem for name, kind in kinds.items()}
-    variants = choose_variants(source, stems, ways.variant, pickles=True, **hub)
+    variants = choose_variants(source, stems, ways.variant, pickles=True, hub=hub)
     components = []
     for name, kind in kinds.items():
         own = source_in_folder(source, name, kind, variants[name], hub)
@@ -196,9 +197,9 @@ def _plan_pipeline(
     words = {}
     for name in TOKENIZERS if tokenizer is None else ():
         if lists(index, name):
-            words[name] = mlx_unet3d.CLIPTokenizer.from_pretrained(source, subfolder=name, **hub)
+            words[name] = mlx_unet3d.CLIPTokenizer.from_pretrained(source, subfolder=name, hub=hub)
     if "scheduler" in index:
-        where = find_folder(source, subfolder="scheduler", files=(SCHEDULER_CONFIG,), **hub)
+        where = find_folder(source, subfolder="scheduler", files=(SCHEDULER_CONFIG,), hub=hub)
         scheduler = read_json(where / SCHEDULER_CONFIG)
         if training is not None:
             with blame(where / SCHEDULER_CONFIG):
@@ -211,7 +212,7 @@ def _plan_pipeline(
         scheduler |= {"_class_name": type(made).__name__}
     processor = None
     if _is_image_processor(index.get(FEATURE_EXTRACTOR)):
-        processor = read_component_config(source, PREPROCESSOR_CONFIG, subfolder=FEATURE_EXTRACTOR, **hub)
+        processor = read_component_config(source, PREPROCESSOR_CONFIG, subfolder=FEATURE_EXTRACTOR, hub=hub)
         with blame(folder / FEATURE_EXTRACTOR / PREPROCESSOR_CONFIG):
             CLIPImageProcessorConfig.from_dict(processor)
     recommended: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import mlx_unet3d
 from mlx_unet3d.checkpoints import find_folder
 from mlx_unet3d.checkpoints.config import blame
+from mlx_unet3d.checkpoints.hub import Hub
 from mlx_unet3d.errors import CheckpointError
 from mlx_unet3d.tokenizer_files import FILES, read_tokenizer
 
@@ -22,23 +23,23 @@ class _Component(Protocol):
 
 
 def find_tokenizer(
-    path_or_id: str | Path, name: str, components: Iterable[_Component], hub: dict[str, Any]
+    path_or_id: str | Path, name: str, components: Iterable[_Component], hub: Hub
 ) -> mlx_unet3d.CLIPTokenizer:
     """The tokenizer of a folder or hub id, in its folder `name` or `tokenizer` where it has that.
 
     Raises FileNotFoundError as `find_folder`, and CheckpointError for a tokenizer that is damaged or has more
     tokens than its text encoder among `components`.
     """
-    where = {key: value for key, value in hub.items() if key != "revision"}  # which is the source's
+    where = replace(hub, revision=None)  # which is the source's
     folder = None
     for subfolder in dict.fromkeys((name, "tokenizer")):
         try:
-            folder = find_folder(path_or_id, subfolder=subfolder, files=FILES, **where)
+            folder = find_folder(path_or_id, subfolder=subfolder, files=FILES, hub=where)
             break
         except FileNotFoundError:
             pass
     if folder is None:
-        folder = find_folder(path_or_id, files=FILES, **where)
+        folder = find_folder(path_or_id, files=FILES, hub=where)
     with blame(folder):
         tokenizer = mlx_unet3d.CLIPTokenizer(**read_tokenizer(folder))
     encoder = name.replace("tokenizer", "text_encoder")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mlx_unet3d.media import mp4
 
-HAS_FFMPEG = any(ffmpeg.has_x264 for ffmpeg in mp4.installed())
+HAS_FFMPEG = any("h264" in ffmpeg.codecs for ffmpeg in mp4.installed())
 needs_ffmpeg = pytest.mark.skipif(
     not HAS_FFMPEG, reason="neither ffmpeg nor imageio-ffmpeg: MP4 is not tested"
 )

@@ -1,6 +1,7 @@
 """Every format is written, read back and compared: pixels, times, metadata."""
 
 import os
+import re
 import subprocess
 
 import numpy as np
@@ -9,7 +10,7 @@ from mlx_unet3d.media import check_writable, mp4, read_metadata, read_video, wri
 from mlx_unet3d.media.frames import durations, even_rate
 from mlx_unet3d.media.gif import quantize
 from PIL import Image
-from scenes import METADATA, NAMES, mean_error, moving_scene, needs_ffmpeg, psnr
+from scenes import METADATA, NAMES, PILLOW_NAMES, mean_error, moving_scene, needs_ffmpeg, psnr
 
 # --- there and back -------------------------------------------------------------------------------
 
@@ -91,29 +92,64 @@ def test_quantize_keeps_indices_below_256_colours():
     assert len(np.unique(indices)) > 200  # the palette is used
 
 
-@needs_ffmpeg
-def test_mp4_is_near_in_every_channel(tmp_path):
-    frames = moving_scene()
-    frames[:, :16, :16] = (255, 0, 0)
-    frames[:, :16, 16:32] = (0, 0, 255)
-    back, _ = read_video(write_video(tmp_path / "clip.mp4", frames))
-    assert psnr(back, frames) > 32
-    # the wrong colour matrix moves these by more than 20 levels
-    assert mean_error(back[:, 4:12, 4:12], np.array([255, 0, 0])) < 6
-    assert mean_error(back[:, 4:12, 20:28], np.array([0, 0, 255])) < 6
+def ffmpeg(*arguments):
+    return subprocess.run([mp4.find_encoder().executable, "-hide_banner", *arguments], capture_output=True)
+
+
+KINDS = [
+    ("clip.mp4", "h264", "h264 (High) (avc1", "yuv420p(tv, bt709, progressive)"),
+    ("clip.mov", "h264", "h264 (High) (avc1", "yuv420p(tv, bt709, progressive)"),
+    ("clip.mp4", "hevc", "hevc (Main) (hvc1", "yuv420p(tv, bt709, progressive)"),
+    ("clip.mov", "prores", "prores (HQ) (apch", "yuv422p10le(tv, bt709, progressive)"),
+]
 
 
 @needs_ffmpeg
-def test_mp4_starts_with_its_index_and_plays_everywhere(tmp_path):
-    path = write_video(tmp_path / "clip.mp4", moving_scene())
+@pytest.mark.parametrize(("name", "codec", "kind", "tags"), KINDS)
+def test_colours_are_tagged_and_do_not_shift(tmp_path, name, codec, kind, tags):
+    """Primaries, transfer and matrix are all declared, and the pixels are converted by that matrix."""
+    if codec not in mp4.find_encoder().codecs:
+        pytest.skip(f"this ffmpeg has no {codec}")
+    colours = np.array(
+        [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255), (0, 0, 0), (200, 100, 50)]
+    )
+    frames = moving_scene(8)
+    frames[1:] = colours[:, None, None]
+    path = write_video(tmp_path / name, frames, metadata=METADATA | {"long": "x" * 70_000}, codec=codec)
+    assert read_metadata(path)["long"] == "x" * 70_000
     data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
-    shown = subprocess.run(
-        [mp4.find_encoder().executable, "-hide_banner", "-i", path], capture_output=True, text=True
-    ).stderr
-    assert "h264" in shown
-    assert "yuv420p(tv, bt709" in shown
-    assert "64x48" in shown
+    assert re.search(rb"colrncl[xc](\x00\x01){3}", data)  # QuickTime reads this and not the stream
+    shown = ffmpeg("-i", path).stderr.decode()
+    assert kind in shown
+    assert tags in shown
+    back, _ = read_video(path)
+    assert psnr(back[0], frames[0]) > 30
+    assert abs(back[1:].astype(int) - frames[1:]).max() <= 3
+    assert mean_error(back[1:], frames[1:]) < 0.6
+    planes = np.frombuffer(ffmpeg("-i", path, "-pix_fmt", "yuv444p", "-f", "rawvideo", "-").stdout, np.uint8)
+    luma = planes.reshape(8, 3, 48, 64)[1:, 0, 20, 20]
+    np.testing.assert_allclose(luma, 16 + 219 / 255 * colours @ [0.2126, 0.7152, 0.0722], atol=1.5)
+
+
+@pytest.mark.parametrize("name", [*PILLOW_NAMES, pytest.param("clip.mov", marks=needs_ffmpeg)])
+def test_scale_repeats_pixels(tmp_path, name):
+    frames = moving_scene(2, 16, 20)
+    path = write_video(tmp_path / name, frames, metadata={"width": 20}, scale=3)
+    back, _ = read_video(path)
+    assert back.shape == (2, 48, 60, 3)
+    assert read_metadata(path) == {"width": 20}
+    if name in ("clip.png", "clip.apng", "clip"):
+        np.testing.assert_array_equal(back, np.kron(frames, np.ones((1, 3, 3, 1), np.uint8)))
+    else:
+        assert psnr(back[:, 1::3, 1::3], frames) > 28
+
+
+@needs_ffmpeg
+def test_hevc_of_few_pixels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="use at least 16x16, for example by a scale"):
+        write_video(tmp_path / "clip.mp4", moving_scene(2, 8, 8), codec="hevc")
+    assert os.listdir(tmp_path) == []
 
 
 @needs_ffmpeg
@@ -125,7 +161,7 @@ def test_mp4_cuts_odd_sizes_with_a_warning(tmp_path):
     back, _ = read_video(path)
     assert back.shape == (6, 46, 62, 3)
     assert psnr(back, frames[:, :46, :62]) > 30
-    with pytest.raises(ValueError, match=r"1x47 pixels are too few for \.mp4; use at least 2x2"):
+    with pytest.raises(ValueError, match=r"1x47 pixels are too few for \.mp4 in H\.264; use at least 2x2"):
         write_video(tmp_path / "thin.mp4", frames[:, :, :1])
     assert os.listdir(tmp_path) == ["clip.mp4"]
 

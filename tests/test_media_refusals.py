@@ -13,6 +13,8 @@ import pytest
 from mlx_unet3d import atomic, media
 from mlx_unet3d.errors import NonFiniteError
 from mlx_unet3d.media import check_writable, mp4, read_metadata, read_video, to_uint8, write_video
+from mlx_unet3d.media import frames as frames_module
+from mlx_unet3d.media.ffmpeg import Ffmpeg
 from PIL import Image
 from scenes import HAS_FFMPEG, METADATA, PILLOW_NAMES, moving_scene, needs_ffmpeg
 
@@ -227,8 +229,8 @@ def test_errors_of_ffmpeg_are_shown(tmp_path, monkeypatch):
 
 def test_ffmpeg_on_the_path_comes_first(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", fake_ffmpeg(tmp_path / "bin", ""))
-    assert mp4.find_encoder() == mp4.Ffmpeg(f"{tmp_path}/bin/ffmpeg", "0.1-fake", True)
-    assert media.encoders()[".mp4"] == f"ffmpeg 0.1-fake ({tmp_path}/bin/ffmpeg)"
+    assert mp4.find_encoder() == Ffmpeg(f"{tmp_path}/bin/ffmpeg", "0.1-fake", ("h264",))
+    assert media.encoders()[".mp4"] == f"ffmpeg 0.1-fake ({tmp_path}/bin/ffmpeg): h264"
 
 
 def test_no_encoder_says_what_to_install(tmp_path, monkeypatch):
@@ -248,15 +250,45 @@ def test_ffmpeg_without_x264_is_named(tmp_path, monkeypatch):
     script.write_text(script.read_text().replace("libx264", "libx265"))
     monkeypatch.setenv("PATH", folder)
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    with pytest.raises(ValueError, match="bin/ffmpeg lacks libx264"):
+    with pytest.raises(ValueError, match=r"no encoder of h264.*bin/ffmpeg lacks libx264 and can do hevc"):
         check_writable(tmp_path / "clip.mp4")
 
 
 def test_encoders_of_this_machine():
     found = media.encoders()
-    assert list(found) == [".gif", ".webp", ".png", ".mp4"]
+    assert list(found) == [".gif", ".webp", ".png", ".mp4", ".mov"]
     assert found[".gif"].startswith("Pillow ")
     assert (found[".mp4"] is not None) == HAS_FFMPEG
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "message"),
+    [
+        ("clip.gif", "h264", r"a \.gif holds no h264; write \.mp4 or \.mov"),
+        ("clip/", "hevc", "a folder holds no hevc"),
+        ("clip.mp4", "prores", r"write \.mov, or choose h264 or hevc"),
+        ("clip.mp4", "av1", "none of h264, hevc, prores"),
+    ],
+)
+def test_codecs_that_a_file_does_not_hold(tmp_path, name, codec, message):
+    with pytest.raises(ValueError, match=message):
+        check_writable(f"{tmp_path}/{name}", codec=codec)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (0, ValueError, "1 <= scale <= 64"),
+        (65, ValueError, "1 <= scale <= 64"),
+        (2.0, TypeError, "give an integer"),
+        (64, ValueError, r"2 frames of 19200x128 pixels.*use scale <= 2"),
+    ],
+)
+def test_scales_that_are_refused(tmp_path, monkeypatch, scale, error, message):
+    monkeypatch.setattr(frames_module, "MAX_PIXELS", 2400)
+    with pytest.raises(error, match=message):
+        write_video(tmp_path / "clip.png", np.zeros((2, 2, 300, 3), np.uint8), scale=scale)
+    assert os.listdir(tmp_path) == []
 
 
 # --- reading what others wrote --------------------------------------------------------------------

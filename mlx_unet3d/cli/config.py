@@ -10,7 +10,7 @@ from ..atomic import write_text
 from ..errors import printable
 from . import options
 
-FORMATS = ("gif", "webp", "png", "mp4")
+FORMATS = ("gif", "webp", "png", "mp4", "mov")
 
 
 def folder(text: str) -> str:

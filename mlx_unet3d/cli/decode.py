@@ -11,11 +11,14 @@ from ..models.autoencoder_kl import AutoencoderKL
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..pipelines.decoding import decode_latents
 from . import options
-from .outputs import add_json, announce, check_free
+from .outputs import add_json, announce, check_free, drop_codec, file_options
 from .settings import DEFAULTS, is_same_model, of_file, public, trusted
 
 # Settings of the file that the command line can override.
-_CHANGED = ("model", "revision", "variant", "fps", "vae_dtype", "vae_tiling", "decode_chunk_size")
+_CHANGED = (
+    *("model", "revision", "variant", "fps", "scale", "codec"),
+    *("vae_dtype", "vae_tiling", "decode_chunk_size"),
+)
 _FPS = 8.0
 
 
@@ -41,6 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add_json(parser)
     options.add_loudness(parser)
     parser.add_argument("--fps", type=options.rate, help="frames a second (default: as asked then)")
+    options.add_file_options(parser)
     parser.add_argument(
         "--decode-chunk-size",
         type=options.count,
@@ -57,15 +61,19 @@ def run(args: argparse.Namespace) -> int:
     given = {key: getattr(args, key) for key in _CHANGED if getattr(args, key) is not None}
     if args.model is not None and not is_same_model(args.model, settings["model"]):
         settings |= {"revision": None, "variant": None}  # they belong to the other model
+    output = options.output_of(args.latents) if args.output is None else args.output
+    drop_codec(output, settings)
     settings |= given
     if settings["model"] is None:
         raise ValueError(f"{saved.path} does not name its model; give --model")
     options.check_latents(saved.path, saved.shape, settings)
     trusted({"model": settings["model"]}, saved.path, given)
-    output = options.output_of(args.latents) if args.output is None else args.output
     rate = settings["fps"] or _FPS
     check_free(output, args.overwrite)
-    media.check_writable(output, fps=rate, metadata=public(settings), overwrite=args.overwrite)
+    media.check_scale(settings["scale"], [settings[n] for n in ("num_frames", "height", "width")])
+    media.check_writable(
+        output, fps=rate, metadata=public(settings), overwrite=args.overwrite, **file_options(settings)
+    )
     make_video(args, saved, settings, output)
     return 0
 
@@ -93,5 +101,6 @@ def make_video(args: argparse.Namespace, saved: SavedLatents, settings: dict[str
     with options.stage("decode", stages):
         chunk = settings["decode_chunk_size"]
         frames = decode_latents(vae, latents, decode_chunk_size=chunk, progress=not options.is_quiet())
-    media.write_video(output, media.to_uint8(frames[0]), fps=rate, metadata=public(settings))
+    own = dict(metadata=public(settings), **file_options(settings))
+    media.write_video(output, media.to_uint8(frames[0]), fps=rate, **own)
     announce(args, output, settings, stages)

@@ -21,7 +21,7 @@ from ..schedulers import SCHEDULERS
 from . import decode, families, long_clips, options
 from .families import Family
 from .keeping import Keeper, swapped
-from .outputs import add_json, announce, check_free, hold_outputs
+from .outputs import add_json, announce, check_free, file_options, hold_outputs
 from .preparing import fit, load, read_frames, read_picture
 from .requests import collect_settings, given, resumed_settings, take_prompt
 from .settings import public
@@ -52,8 +52,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--output",
         type=options.path,
         default=None,
-        help=".gif, .webp, .png (animated), .mp4, or a folder/ of images (default: a free name of prompt and "
-        "seed, see mlx-unet3d config)",
+        help=".gif, .webp, .png (animated), .mp4, .mov, or a folder/ of images (default: a free name of "
+        "prompt and seed, see mlx-unet3d config)",
     )
     parser.add_argument("--from", dest="replay", type=Path, metavar="FILE", help="take settings from a video")
     parser.add_argument(
@@ -82,6 +82,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="frames a second of the file, and of the motion where models take it (default: the model's, or "
         "8; of Stable Video Diffusion 7, of I2VGen-XL 16)",
     )
+    options.add_file_options(group)
     group.add_argument("--num-videos", type=options.count, default=1, help="so many seeds, counting up")
 
     group = parser.add_argument_group("sampling")
@@ -266,7 +267,9 @@ def check_output(args: argparse.Namespace, output: str, settings: dict[str, Any]
     """Raise what would keep a video, or the latents beside it, from being written after the long work."""
     check_free(output, args.overwrite)
     fps = 8.0 if settings["fps"] is None else settings["fps"]
-    media.check_writable(output, fps=fps, metadata=public(settings), overwrite=args.overwrite)
+    media.check_writable(
+        output, fps=fps, metadata=public(settings), overwrite=args.overwrite, **file_options(settings)
+    )
     left = options.latents_path(output)
     check_place(left)
     if left.exists() and "resume" not in args and not args.overwrite:
@@ -286,6 +289,7 @@ def make_videos(args: argparse.Namespace, family: Family, job: Job) -> int:
     with options.stage("load", stages):
         pipe = load(args, family, settings)
         families.complete(family, pipe, settings, image)
+        media.check_scale(settings["scale"], [settings[n] for n in ("num_frames", "height", "width")])
         fit(pipe, settings, args.memory)
     options.say("\n".join(f"{name}: {value}" for name, value in public(settings).items()), options.VERBOSE)
     with options.stage("encode", stages):
@@ -313,7 +317,8 @@ def make_videos(args: argparse.Namespace, family: Family, job: Job) -> int:
                     progress=not options.is_quiet(),
                 )
             frames = media.to_uint8(frames[0])
-            media.write_video(output, frames, fps=settings["fps"], metadata=public(keeper.settings))
+            own = dict(metadata=public(keeper.settings), **file_options(settings))
+            media.write_video(output, frames, fps=settings["fps"], **own)
             finished.pop(0)
             if not args.keep_latents:
                 keeper.clear()

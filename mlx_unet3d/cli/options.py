@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from .. import blas
 from ..errors import printable_lines
+from ..media import CODECS, MAX_SCALE
 from ..memory import parse_memory
 from ..values import (  # noqa: F401  kinds of arguments, beside those below
     LONGEST_TEXT,
@@ -55,6 +56,11 @@ def seed(text: str) -> int:
     if not -(2**63) <= value < 2**64:
         raise argparse.ArgumentTypeError("a seed of more than 64 bits; use 0 <= seed < 2**64")
     return value
+
+
+def scale(text: str) -> int:
+    """Parse how many pixels each way a pixel becomes."""
+    return at_most(count(text), MAX_SCALE)
 
 
 def check_latents(path: Path, shape: tuple[int, ...], settings: Mapping[str, Any]) -> None:
@@ -112,6 +118,21 @@ def add_model_options(parser: argparse.ArgumentParser, *, weights: bool = True) 
         action=argparse.BooleanOptionalAction,
         default=None,
         help="decode large frames in tiles, which blend where they meet: less memory, another result",
+    )
+
+
+def add_file_options(parser: argparse._ActionsContainer) -> None:
+    """Add --scale and --codec."""
+    parser.add_argument(
+        "--scale",
+        type=scale,
+        metavar="N",
+        help="make each pixel a square of N by N in the file, for small videos (default: 1)",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=CODECS,
+        help="of .mp4 and .mov: h264, hevc for smaller files, in .mov prores for editing (default: h264)",
     )
 
 

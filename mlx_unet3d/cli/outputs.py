@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from .. import media
 from ..atomic import claim
 from ..errors import printable
 from . import options
@@ -28,6 +29,9 @@ def hold_outputs(args: argparse.Namespace, settings: Mapping[str, Any], claims: 
     """
     if args.output is None and "resume" not in args:
         folder, suffix = preference("folder")[0], f".{preference('format')[0]}"
+        suffixes = media.codec_suffixes(settings["codec"])
+        if settings["codec"] is not None and suffix not in suffixes:
+            suffix = suffixes[0]
         stems = [f"{title(settings)}_seed{settings['seed'] + i}" for i in range(args.num_videos)]
         return [claims.enter_context(free_output(folder, stem, suffix)) for stem in stems]
     output = options.output_of(args.resume) if args.output is None else args.output
@@ -35,6 +39,19 @@ def hold_outputs(args: argparse.Namespace, settings: Mapping[str, Any], claims: 
     for output in outputs:
         claims.enter_context(claim(options.latents_path(output)))
     return outputs
+
+
+def file_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `media.write_video` takes of the settings about files."""
+    return {name: settings[name] for name in ("scale", "codec")}
+
+
+def drop_codec(output: str | None, settings: dict[str, Any]) -> None:
+    """Leave out the codec of a replayed video where the new output is of a kind that does not hold it."""
+    if settings["codec"] is not None and output is not None:
+        suffix = "" if output.endswith("/") else os.path.splitext(output)[1].lower()
+        if suffix not in media.codec_suffixes(settings["codec"]):
+            settings["codec"] = None
 
 
 def check_free(output: str, overwrite: bool) -> None:

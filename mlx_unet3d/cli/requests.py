@@ -15,6 +15,7 @@ from ..latents import SavedLatents
 from . import long_clips, options
 from .config import preference
 from .options import flag
+from .outputs import drop_codec
 from .settings import (
     DEFAULTS,
     INPUTS,
@@ -38,6 +39,7 @@ def collect_settings(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{args.replay} has no settings of mlx-unet3d in it; give a video that it made")
         settings |= {key: value for key, value in found.items() if key in SETTINGS}
         settings |= replayed(found)
+        drop_codec(args.output, settings)
         if "model" in args and not is_same_model(args.model, settings["model"]):
             settings |= {"revision": None, "variant": None}  # they were the other model's
     settings |= given(args)

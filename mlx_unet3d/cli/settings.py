@@ -14,6 +14,7 @@ import numpy as np
 from ..checkpoints import DEMO
 from ..errors import printable
 from ..layers.convolution import MODES as CONVOLUTIONS
+from ..media import CODECS
 from ..pipelines.windows import FUSES, SCHEDULES, ContextWindows
 from ..schedulers import scheduler_from_config
 from ..values import Setting
@@ -69,6 +70,8 @@ SETTINGS: dict[str, Setting] = {
     "vae_dtype": Setting("float32", options.one_of(*options.DTYPES)),
     "vae_tiling": Setting(False, bool, bool),
     "fps": Setting(None, options.rate, float),
+    "scale": Setting(1, options.scale, int),
+    "codec": Setting(None, options.one_of(*CODECS)),
     "model": Setting(None, options.path),
     "revision": Setting(None, options.path),
     "variant": Setting(None, options.path),

@@ -1,12 +1,17 @@
 """Frames <-> files: GIF, WebP, PNG, folders of PNG and MP4, with the settings of the video inside."""
 
+from .ffmpeg import CODECS, codec_suffixes
 from .files import check_writable, encoders, read_image, read_metadata, read_video, write_video
-from .frames import to_uint8
+from .frames import MAX_SCALE, check_scale, to_uint8
 from .metadata import MetadataValue
 
 __all__ = [
+    "CODECS",
+    "MAX_SCALE",
     "MetadataValue",
+    "check_scale",
     "check_writable",
+    "codec_suffixes",
     "encoders",
     "read_image",
     "read_metadata",

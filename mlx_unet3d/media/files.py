@@ -11,7 +11,19 @@ from PIL import Image, ImageOps, features
 from ..atomic import check_place, whole_file, whole_folder
 from ..scalars import as_python
 from . import gif, images, mp4
-from .frames import DEFAULT_FPS, MAX_FPS, Frames, Reading, Size, as_frames, check_fps, check_frames
+from .ffmpeg import CODECS, DEFAULT_CODEC, check_codec, installed
+from .frames import (
+    DEFAULT_FPS,
+    MAX_FPS,
+    Frames,
+    Reading,
+    Size,
+    as_frames,
+    check_fps,
+    check_frames,
+    check_scale,
+    scaled,
+)
 from .metadata import MetadataValue, decode_metadata, encode_metadata
 
 SUFFIXES = {
@@ -20,8 +32,9 @@ SUFFIXES = {
     ".png": "png",
     ".apng": "png",
     ".mp4": "mp4",
+    ".mov": "mp4",
 }
-READ_ONLY_SUFFIXES = {".m4v": "mp4", ".mov": "mp4"}  # the same container format
+READ_ONLY_SUFFIXES = {".m4v": "mp4"}  # the same container format
 
 # Other files that a folder of frames may contain when it is replaced; macOS makes the second.
 OWN_FILES = re.compile(r"\d{5,}\.png|\.DS_Store")
@@ -37,13 +50,16 @@ def write_video(
     loop: int = 0,
     *,
     overwrite: bool = True,
+    scale: int = 1,
+    codec: str | None = None,
 ) -> Path:
     """Write a clip in the format of the suffix; the file is written completely or not at all.
 
     - `.gif`: one palette of 256 colours for all frames, ordered dithering; at most 50 fps.
     - `.webp`: lossy at quality 90; small and near.
     - `.png`, `.apng`: animated PNG, lossless.
-    - `.mp4`: H.264 (yuv420p, BT.709) by ffmpeg; an odd last row or column is cut off with a warning.
+    - `.mp4`, `.mov`: H.264, or another `codec`, by ffmpeg, declared and converted as BT.709; an odd last row
+      or column is cut off with a warning.
     - no suffix, a slash at the end, or an existing folder: 00000.png, ... in that folder, lossless. Frames of
       an earlier clip are replaced; a folder with other files is refused.
 
@@ -54,15 +70,17 @@ def write_video(
         fps: frames a second, 0.1 to 240. Durations are multiples of 10 ms in GIF and of 1 ms in WebP and PNG:
             frames of two durations alternate there, so that the rate is right over the clip.
         metadata: settings of the clip, stored in the file as flat JSON, see `read_metadata`.
-        loop: 0 repeats forever, n shows the clip n times. Only 0 for .mp4 and folders, where the player
+        loop: 0 repeats forever, n shows the clip n times. Only 0 for .mp4, .mov and folders, where the player
             decides.
         overwrite: False refuses an existing path.
+        scale: each pixel becomes a square of so many each way.
+        codec: of .mp4 and .mov: "h264" (the default), "hevc", or in .mov "prores".
 
     Returns:
         The path written.
 
     Raises:
-        TypeError, ValueError: frames, fps, loop or metadata that cannot be written.
+        TypeError, ValueError: frames, fps, loop, metadata, scale or codec that cannot be written.
         OSError: as `check_writable`.
         RuntimeError: ffmpeg failed; contains the last lines of its output.
     """
@@ -70,7 +88,10 @@ def write_video(
     check_frames(frames)
     fps = as_python(fps)
     loop, metadata = as_python(loop), metadata and {key: as_python(value) for key, value in metadata.items()}
-    check_writable(path, fps=fps, metadata=metadata, loop=loop, overwrite=overwrite)
+    scale = as_python(scale)
+    options = dict(fps=fps, metadata=metadata, loop=loop, overwrite=overwrite, scale=scale, codec=codec)
+    check_writable(path, **options)
+    frames = scaled(frames, scale)
     kind, target = _kind(path), Path(path)
     comment = None if metadata is None else encode_metadata(metadata)
     if kind == "folder":
@@ -79,7 +100,7 @@ def write_video(
         return target
     with whole_file(target) as file:
         if kind == "mp4":
-            mp4.write_mp4(file, frames, fps, comment)
+            mp4.write_mp4(file, frames, fps, comment, codec or DEFAULT_CODEC)
         else:
             writers = {"gif": gif.write_gif, "webp": images.write_webp, "png": images.write_png}
             writers[kind](file, frames, fps, comment, loop)
@@ -93,11 +114,14 @@ def check_writable(
     metadata: Mapping[str, MetadataValue] | None = None,
     loop: int = 0,
     overwrite: bool = True,
+    scale: int = 1,
+    codec: str | None = None,
 ) -> None:
     """Raise the errors of `write_video` early, before the frames are computed.
 
     Raises:
-        ValueError: the suffix is unknown or has no encoder here, or a value is out of range.
+        ValueError: the suffix is unknown or has no encoder here, a value is out of range, or a codec does not
+            go with the suffix.
         TypeError: a value has the wrong type.
         FileNotFoundError, NotADirectoryError, PermissionError: the parent folder is missing, not a folder, or
             not writable.
@@ -116,9 +140,9 @@ def check_writable(
         raise ValueError(f"loop={loop}: {target} holds no loop count; use 0, or .gif, .webp or .png")
     if metadata is not None:
         encode_metadata(metadata)
+    check_scale(scale)
     _check_place(target, kind, overwrite)
-    if kind == "mp4":
-        mp4.find_encoder()
+    check_codec(codec, "" if kind == "folder" else target.suffix.lower())
     if kind == "webp" and not features.check("webp"):
         raise ValueError(f"{target}: this Pillow was built without WebP; write .gif or .png")
 
@@ -167,8 +191,8 @@ def read_video(
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: unknown suffix, a damaged file, no ffmpeg for MP4, or too many pixels: more than 2**25 a
-            frame, or 2**29 bytes in all, after resizing.
+        ValueError: unknown suffix, a damaged file, no ffmpeg for MP4 and MOV, or too many pixels: more than
+            2**25 a frame, or 2**29 bytes in all, after resizing.
     """
     kind, source = _existing(path)
     reading = Reading(source, num_frames, size)
@@ -208,12 +232,15 @@ def read_metadata(path: PathLike) -> dict[str, MetadataValue]:
 
 
 def encoders() -> dict[str, str | None]:
-    """Return the encoder of each format and its version; None without one."""
+    """Return the encoder of each format, its version and its codecs; None without one."""
     pillow = f"Pillow {PIL.__version__}"
     webp = f"{pillow}, libwebp {features.version('webp')}" if features.check("webp") else None
-    ffmpegs = [ffmpeg for ffmpeg in mp4.installed() if ffmpeg.has_x264]
-    video = f"ffmpeg {ffmpegs[0].version} ({ffmpegs[0].executable})" if ffmpegs else None
-    return {".gif": pillow, ".webp": webp, ".png": pillow, ".mp4": video}
+    found = {".gif": pillow, ".webp": webp, ".png": pillow, ".mp4": None, ".mov": None}
+    ffmpegs = [ffmpeg for ffmpeg in installed() if DEFAULT_CODEC in ffmpeg.codecs]
+    for suffix in (".mp4", ".mov") if ffmpegs else ():
+        codecs = [name for name in ffmpegs[0].codecs if suffix in CODECS[name].suffixes]
+        found[suffix] = f"ffmpeg {ffmpegs[0].version} ({ffmpegs[0].executable}): {', '.join(codecs)}"
+    return found
 
 
 def _kind(path: PathLike, suffixes: Mapping[str, str] = SUFFIXES) -> str:

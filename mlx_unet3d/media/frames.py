@@ -23,6 +23,7 @@ MIN_FPS, MAX_FPS = 0.1, 240.0
 MAX_PIXELS = 2**25  # of a frame: 8K video
 MAX_BYTES = 2**29  # of the frames of a clip
 MAX_FRAMES = 10_000
+MAX_SCALE = 64
 
 Size = tuple[int | None, int | None]
 """Height and width to which frames are resized, each None for no change."""
@@ -91,6 +92,34 @@ def check_fps(fps: float, highest: float = MAX_FPS) -> None:
         raise TypeError(f"fps={fps!r} is a {type(fps).__name__}; give a number")
     if not (math.isfinite(fps) and MIN_FPS <= fps <= highest):
         raise ValueError(f"fps={fps} is out of range; use {MIN_FPS:g} <= fps <= {highest:g}")
+
+
+def check_scale(scale: int, shape: Sequence[int] | None = None) -> None:
+    """Raise TypeError or ValueError unless each pixel can become a square of `scale` pixels each way.
+
+    Args:
+        scale: 1 to 64.
+        shape: (F, H, W, ...) of the frames; None where it is not known yet.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, int):
+        raise TypeError(f"scale={scale!r} is a {type(scale).__name__}; give an integer")
+    if not 1 <= scale <= MAX_SCALE:
+        raise ValueError(f"scale={scale} is out of range; use 1 <= scale <= {MAX_SCALE}")
+    if shape is None or scale == 1:
+        return
+    count, height, width = shape[:3]
+    most = math.isqrt(min(MAX_PIXELS // (height * width), MAX_BYTES // (3 * count * height * width)))
+    if scale > most:
+        raise ValueError(
+            f"scale={scale} makes {count} frames of {width * scale}x{height * scale} pixels, too many to "
+            f"read back; use scale <= {max(most, 1)}"
+        )
+
+
+def scaled(frames: Frames, scale: int) -> Frames:
+    """Repeat each pixel of frames (F, H, W, 3) `scale` times each way; errors as `check_scale`."""
+    check_scale(scale, frames.shape)
+    return frames if scale == 1 else frames.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
 def durations(count: int, fps: float, unit: int) -> list[int]:

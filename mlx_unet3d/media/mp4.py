@@ -1,13 +1,11 @@
-"""MP4: H.264 through an ffmpeg process; the atoms of the container are read here."""
+"""MP4 and QuickTime through an ffmpeg process; the atoms of the container are read here."""
 
 import os
-import shutil
 import struct
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import IO
@@ -16,84 +14,51 @@ import numpy as np
 
 from ..errors import printable_lines
 from ..inputs import open_input
+from .ffmpeg import CODECS, INSTALL, find_encoder, installed, run
 from .frames import MAX_PIXELS, Frames, Reading
 
-CRF = 17  # x264's constant rate factor: no visible loss
-INSTALL = 'install ffmpeg (`brew install ffmpeg`), or `pip install "mlx-unet3d[video]"`'
+ACCURATE = "accurate_rnd+full_chroma_int+full_chroma_inp"  # of the scaler: no bias by cut-off bits
 COMMENT = "\u00a9cmt"  # the name of a comment in iTunes and ffmpeg
 # The movie header takes about 20 bytes a frame; a file has a few atoms, or one a fragment.
 _MAX_MOVIE_BYTES, _MAX_ATOMS = 2**26, 100_000
 
 
-@dataclass(frozen=True)
-class Ffmpeg:
-    """An ffmpeg executable: its path, its version, and whether it encodes H.264 with x264."""
+def write_mp4(path: Path, frames: Frames, fps: float, comment: str | None, codec: str) -> None:
+    """Write MP4, or QuickTime for `.mov`, in one of `CODECS`, BT.709, index first.
 
-    executable: str
-    version: str
-    has_x264: bool
-
-
-def installed() -> list[Ffmpeg]:
-    """Return the ffmpeg on PATH and that of imageio-ffmpeg, if they exist and run."""
-    executables = [shutil.which("ffmpeg"), _imageio_ffmpeg()]
-    found = []
-    for executable in dict.fromkeys(filter(None, executables)):
-        banner = _run([executable, "-version"])
-        encoders = _run([executable, "-hide_banner", "-encoders"])
-        if banner.returncode == 0 == encoders.returncode:
-            words = banner.stdout.decode(errors="replace").split()  # "ffmpeg version 7.1 ..."
-            version = words[2] if len(words) > 2 else "unknown"
-            found.append(Ffmpeg(executable, version, b" libx264 " in encoders.stdout))
-    return found
-
-
-def _imageio_ffmpeg() -> str | None:
-    try:
-        import imageio_ffmpeg
-
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError):  # not installed, or installed without an executable
-        return None
-
-
-def find_encoder() -> Ffmpeg:
-    """Return the first ffmpeg with x264; ValueError, which says how to install one, if there is none."""
-    candidates = installed()
-    for ffmpeg in candidates:
-        if ffmpeg.has_x264:
-            return ffmpeg
-    lacking = "".join(f"; {ffmpeg.executable} lacks libx264" for ffmpeg in candidates)
-    raise ValueError(f"no encoder for .mp4{lacking}: {INSTALL}, or write .gif or .webp")
-
-
-def write_mp4(path: Path, frames: Frames, fps: float, comment: str | None) -> None:
-    """Write H.264 in yuv420p, BT.709, index first; an odd row or column is cut off with a warning."""
+    A row or column too many for the codec is cut off with a warning.
+    """
+    known = CODECS[codec]
     _, height, width, _ = frames.shape
-    even_height, even_width = height - height % 2, width - width % 2
-    if (even_height, even_width) != (height, width):
-        if 0 in (even_height, even_width):
-            raise ValueError(f"{width}x{height} pixels are too few for .mp4; use at least 2x2")
-        warnings.warn(
-            f".mp4 needs even sizes: {width}x{height} is cut to {even_width}x{even_height}",
-            stacklevel=3,
+    rows, columns = (n - n % unit for n, unit in zip((height, width), known.unit, strict=True))
+    if min(rows, columns) < known.least:
+        raise ValueError(
+            f"{width}x{height} pixels are too few for {path.suffix} in {known.title}; use at least "
+            f"{known.least}x{known.least}, for example by a scale"
         )
-        frames = frames[:, :even_height, :even_width]
+    if (rows, columns) != (height, width):
+        warnings.warn(
+            f"{path.suffix} needs even sizes: {width}x{height} is cut to {columns}x{rows}", stacklevel=3
+        )
+        frames = frames[:, :rows, :columns]
     rate = Fraction(fps).limit_denominator(100_000)
-    command = [find_encoder().executable, "-hide_banner", "-loglevel", "error", "-y"]
-    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{even_width}x{even_height}"]
+    command = [find_encoder(codec).executable, "-hide_banner", "-loglevel", "error", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{columns}x{rows}"]
     command += ["-framerate", f"{rate.numerator}/{rate.denominator}", "-i", "pipe:0", "-an"]
-    # Without a declared matrix, players guess one from the size of the picture, and colours shift.
-    colours = "out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"
-    command += ["-vf", f"scale={colours},format=yuv420p", "-color_range", "tv"]
+    # Players guess undeclared colours from the size of the picture. Frames carry their own declarations,
+    # which go before those of the command line: only a filter sets them all.
+    scale = f"scale=out_color_matrix=bt709:out_range=tv:flags={ACCURATE}"
+    tags = "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+    command += ["-vf", f"{scale},format={known.pixels},{tags}", "-color_range", "tv"]
     command += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
-    command += ["-c:v", "libx264", "-preset", "medium", "-crf", str(CRF)]
-    command += ["-movflags", "+faststart"]
+    command += ["-c:v", known.encoder, *known.arguments]
+    container = "mov" if path.suffix.lower() == ".mov" else "mp4"
+    # Comments of QuickTime end at 64 KiB, its keys do not.
+    command += ["-movflags", "+faststart" + ("+use_metadata_tags" if container == "mov" else "")]
     if comment is not None:
         command += ["-metadata", f"comment={comment}"]
-    command += ["-f", "mp4", f"file:{path.absolute()}"]
-    pixels = memoryview(np.ascontiguousarray(frames)).cast("B")
-    done = _run(command, input=pixels)
+    command += ["-f", container, f"file:{path.absolute()}"]
+    done = run(command, input=memoryview(np.ascontiguousarray(frames)).cast("B"))
     if done.returncode != 0:
         raise RuntimeError(f"ffmpeg failed with status {done.returncode}: {_tail(done.stderr)}")
 
@@ -112,6 +77,7 @@ def read_mp4(reading: Reading) -> tuple[Frames, float]:
     command += ["-r", f"{rate.numerator}/{rate.denominator}"]
     if reading.num_frames is not None:
         command += ["-frames:v", str(reading.num_frames)]
+    command += ["-sws_flags", f"bicubic+{ACCURATE}"]
     command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1"]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
@@ -143,23 +109,27 @@ def _next_ppm(pipe: IO[bytes], reading: Reading) -> Frames | None:
     return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
 
 
-def _run(command: Sequence[str], input: memoryview | None = None) -> subprocess.CompletedProcess[bytes]:
-    given = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
-    try:
-        return subprocess.run(command, capture_output=True, check=False, **given)
-    except OSError as error:  # not executable, of another architecture
-        return subprocess.CompletedProcess(command, -1, b"", str(error).encode())
-
-
 def _tail(stderr: bytes, lines: int = 10) -> str:
     text = "\n".join(stderr.decode(errors="replace").strip().splitlines()[-lines:])
     return printable_lines(text) or "it said nothing"
 
 
 def read_comment(path: Path) -> bytes | None:
-    """Read the comment tag (moov/udta/meta/ilst/©cmt) of an MP4 file; None without one."""
-    data = _first(_movie(path), "udta", "meta", "ilst", COMMENT, "data")
-    return None if data is None else bytes(data[8:])  # after type and locale
+    """Read the comment of a file: moov/udta/meta/ilst/©cmt of MP4, the key "comment" of QuickTime; None
+    without one."""
+    for meta in _find(_movie(path), "udta", "meta"):
+        data = _first(meta, "ilst", COMMENT, "data") or _first(meta, "ilst", _key(meta, b"comment"), "data")
+        if data is not None:
+            return bytes(data[8:])  # after type and locale
+    return None
+
+
+def _key(meta: memoryview, name: bytes) -> str:
+    """Return the name of the atom that has the value of a key: its number among the keys, 4 bytes."""
+    keys = _first(meta, "keys")
+    names = [] if keys is None else [bytes(body) for _, body in _atoms(keys[8:])]
+    number = names.index(name) + 1 if name in names else 0
+    return number.to_bytes(4, "big").decode("latin-1")
 
 
 def video_rate(path: Path) -> Fraction:
