@@ -1,4 +1,4 @@
-"""What MLX's Metal backend will do with the networks, predicted from their graphs: tables in Markdown.
+"""The work of MLX's Metal backend on the networks, predicted from their graphs: tables in Markdown.
 
     python benchmarks/metal_routes.py
     python benchmarks/metal_routes.py --model svd-xt --chip M5

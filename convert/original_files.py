@@ -129,7 +129,7 @@ def training_of_adapter(adapter: Source) -> Training:
 
 
 def about_training(training: Training) -> list[str]:
-    """What to say of the sampler that an adapter wants."""
+    """Return the line about the sampler that an adapter wants."""
     settings = ", ".join(f"{key}={value!r}" for key, value in training.settings.items())
     said = f"scheduler: {training.scheduler} with {settings}, as {training.title} were trained"
     return [said, *([f"{MOTION_ADAPTER}: {training.advice}"] if training.advice else [])]
@@ -199,7 +199,7 @@ def _choose(
 
 
 def _is_checkpoint(networks: list[Recognized]) -> bool:
-    """Whether a file holds more than one network; the two towers of a CLIP are one."""
+    """Return True if a file holds more than one network; the two towers of a CLIP are one."""
     return len(networks) > 1 and not _is_clip(networks)
 
 

@@ -40,6 +40,6 @@ def with_recommendation(
 
 
 def lists(index: Mapping[str, Any], name: str) -> bool:
-    """Whether a `model_index.json` has a component of that name, and not only a place for it."""
+    """Return True if a `model_index.json` has a component of that name, and not only a place for it."""
     entry = index.get(name)
     return isinstance(entry, list) and len(entry) == 2 and None not in entry

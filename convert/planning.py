@@ -251,7 +251,7 @@ def _of_videos(index: dict[str, Any], pipeline: Pipeline) -> tuple[dict[str, Any
 
 
 def _is_image_processor(entry: Any) -> bool:
-    """Whether an entry of `model_index.json` is CLIP's image processor, which has had several names."""
+    """Return True for an entry of `model_index.json` of CLIP's image processor, under any of its names."""
     return isinstance(entry, list) and len(entry) == 2 and str(entry[1]).startswith(_IMAGE_PROCESSORS)
 
 

@@ -1,4 +1,4 @@
-"""What the memory options of the networks change: the peak of a forward and of a decode with each.
+"""Effects of the memory options of the networks: the peak of a forward and of a decode with each.
 
     python examples/memory.py
 

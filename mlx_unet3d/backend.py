@@ -1,4 +1,4 @@
-"""Whether MLX runs here: on Linux its package comes without a backend, which is chosen at installation."""
+"""Check that MLX runs here: on Linux its package comes without a backend, chosen at installation."""
 
 import functools
 import sys

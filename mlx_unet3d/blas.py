@@ -2,8 +2,8 @@
 
 MLX's Linux wheel is linked against the reference BLAS, which is 20 to 30 times slower in fp32. A copy
 of OpenBLAS that is loaded with global symbols before `mlx.core` takes its place: the system's, or else the
-one inside numpy's wheel. That has other names and wider integers, so a C compiler, which MLX needs on a CPU
-itself, builds a few lines between the two. macOS (Accelerate, Metal) is left alone.
+one inside numpy's wheel. The latter has other names and wider integers, so a C compiler, which MLX needs on
+a CPU itself, builds a few lines between the two. macOS (Accelerate, Metal) is left alone.
 """
 
 import ctypes

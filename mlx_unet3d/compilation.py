@@ -43,11 +43,11 @@ class CompiledForward:
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledForward":
-        """That of a copy of the module, which has compiled nothing yet."""
+        """Return the value of a copy of the module, which has compiled nothing yet."""
         return type(self)(copy.deepcopy(self._module, memo))
 
     def __call__(self, *args: Any) -> Any:
-        """What `forward` returns for these arguments."""
+        """Return the result of `forward` for these arguments."""
         tracer = active_tracer()
         if tracer is not None:
             return tracer.compiled(self.forward, *args)

@@ -1,4 +1,4 @@
-"""What the networks are made of, in the form that suits MLX's CPU backend.
+"""Operations of the networks in the forms that suit MLX's CPU backend.
 
 That backend runs each element-wise operation on one thread, calls exp, erf and tanh element by element
 (12 to 30 ns each), and unfolds attention scores and convolutions in memory as a whole. The forms here
@@ -29,13 +29,13 @@ _SMALL = 2**13
 
 
 def chosen() -> bool:
-    """Whether the default device is the CPU, or what `routes` says in its place."""
+    """Return True if the default device is the CPU, or the answer that `routes` gives in its place."""
     forced = _forced.get()
     return mx.default_device() == mx.Device(mx.cpu) if forced is None else forced
 
 
 def active(x: mx.array) -> bool:
-    """Whether `x` is to be computed in these forms: float32, on the CPU."""
+    """Return True if `x` is to be computed in these forms: float32, on the CPU."""
     return x.dtype == mx.float32 and chosen()
 
 

@@ -29,7 +29,7 @@ def open_input(path: str | Path) -> BinaryIO:
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISSOCK(mode) and not stat.S_ISDIR(mode):
-        # What a name stands for can change, so the open file is looked at; without O_NONBLOCK, opening a
+        # A name can change its meaning, so the open file is looked at; without O_NONBLOCK, opening a
         # pipe waits for who writes to it.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         file = open(os.open(path, flags), "rb")  # noqa: SIM115

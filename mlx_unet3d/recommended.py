@@ -1,4 +1,4 @@
-"""What a checkpoint recommends for its use, in `model_index.json` under "_recommended"."""
+"""A checkpoint's recommendations for its use, in `model_index.json` under "_recommended"."""
 
 from __future__ import annotations
 

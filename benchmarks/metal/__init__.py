@@ -1,4 +1,4 @@
-"""What MLX's Metal backend will do with a forward, told from its graph and MLX's own rules.
+"""The work of MLX's Metal backend on a forward, from its graph and MLX's own rules.
 
 `trace.trace` records a forward without running it; `predict.predict` reads from the record which kernels will
 run, what they compute, move and keep, and how long that takes at best. All of it is prediction; none was

@@ -53,7 +53,7 @@ class Convolution:
 
 @dataclass
 class Execution:
-    """What happened, in the order of evaluation.
+    """The events of a forward, in the order of evaluation.
 
     Attributes:
         matmul_flops: of products of matrices outside attention kernels.

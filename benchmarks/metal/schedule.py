@@ -1,4 +1,4 @@
-"""What `mx.compile` makes of a graph: fused element-wise kernels.
+"""The result of `mx.compile` for a graph: fused element-wise kernels.
 
 Read from MLX "0.32.2": mlx/compile.cpp (`compile_fuse`, `max_compile_depth`, `max_compile_arrays`).
 """

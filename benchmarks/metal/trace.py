@@ -202,7 +202,7 @@ def trace(fn: Callable[..., mx.array], *args: mx.array, model: nn.Module) -> Gra
 
 
 def _place_constants(graph: Graph) -> None:
-    """What is made of constants alone is marked nowhere: it belongs to who uses it."""
+    """Leave arrays of constants alone without a mark: they belong to their users."""
     fixed = set(graph.constants)
     consumers: dict[str, int] = {}
     alone = []

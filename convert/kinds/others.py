@@ -35,7 +35,7 @@ class Other:
     facts: Callable[[Shapes], Iterator[str]] = lambda shapes: iter(())
 
     def fits(self, shapes: Shapes) -> bool:
-        """Whether a file with tensors of these shapes is of this kind."""
+        """Return True if a file with tensors of these shapes is of this kind."""
         return (
             any(map(self.sign.search, shapes))
             and any(self.beside in key for key in shapes)
@@ -82,7 +82,7 @@ def of_embedding(shapes: Shapes) -> Iterator[str]:
 
 
 def is_embedding(shapes: Shapes) -> bool:
-    """Whether a file has nothing but vectors, under a name that says so, or as wide as texts."""
+    """Return True if a file has nothing but vectors, under a name that says so, or as wide as texts."""
     if all(map(_NAMELESS.fullmatch, shapes)):
         return True
     rows = [shape if len(shape) == 2 else (1, *shape) for shape in shapes.values()]

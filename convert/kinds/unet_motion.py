@@ -153,7 +153,7 @@ def _recommend(guidance_scale: float) -> Callable[[Config, str], dict[str, Any]]
     return recommend
 
 
-# That of Stable Diffusion 1.5 and XL, which the training of the motion modules changes.
+# The schedule of Stable Diffusion 1.5 and XL, which the training of the motion modules changes.
 _OF_BASE = dict(
     beta_start=0.00085,
     beta_end=0.012,

@@ -29,7 +29,7 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a clip shows; words of world.ATTRIBUTES, or "unclear".
+    """The contents of a clip; words of world.ATTRIBUTES, or "unclear".
 
     Attributes:
         steadiness: 1 - mean change between frames of the figure's colour and, but for its trend, of its area.

@@ -221,7 +221,7 @@ def load_vae(out: Path) -> AutoencoderKL:
 
 
 def decoder_of(vae: AutoencoderKL) -> nn.ModuleDict:
-    """What stands between the latents and the frames."""
+    """The network between the latents and the frames."""
     return nn.ModuleDict(dict(decoder=vae.decoder, post_quant_conv=vae.post_quant_conv))
 
 

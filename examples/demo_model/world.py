@@ -80,7 +80,7 @@ def vocabulary() -> list[str]:
 
 
 def is_held_out(attributes: Attributes) -> bool:
-    """Whether this (colour, shape, motion) is kept from training, one in five; by hash, for good."""
+    """Return True if this (colour, shape, motion) is kept from training, one in five; by hash, for good."""
     key = "/".join(str(attributes[name]) for name in ("colour", "shape", "motion"))
     return hashlib.sha256(key.encode()).digest()[0] % 6 == 0
 
@@ -127,7 +127,7 @@ def render(attributes: Attributes, seed: int | np.random.Generator) -> np.ndarra
     direction = np.array(_DIRECTIONS.get(motion, (0, 0)), float)
     path = np.outer(time, direction) * _TRAVEL * rng.uniform(0.92, 1.04)  # (F, 2) in x, y around the middle
     room = SIZE / 2 - 1 - radii.max() * _REACH[shape] - np.abs(path).max(axis=0)
-    # What moves crosses the middle, what grows or shrinks is near it: the words alone then say where, when.
+    # Moving shapes cross the middle, growing and shrinking ones are near it: words alone say where and when.
     spread = np.where(direction != 0, 2.0, room if growth == 1 else 6.0)
     centres = SIZE / 2 + rng.uniform(-1, 1, 2) * np.clip(room, 0, spread) + path
 

@@ -56,7 +56,7 @@ def label(name: str) -> str:
 
 @dataclass(frozen=True)
 class Component:
-    """What its files tell of a network.
+    """Facts about a network from its files.
 
     Attributes:
         config: the content of its `config.json`.
@@ -215,7 +215,7 @@ def _stem(names: Collection[str]) -> str:
 
 
 def _is_of_hub(folder: Path) -> bool:
-    """Whether a folder lies in the hub's cache, which may have its config alone."""
+    """Return True if a folder lies in the hub's cache, which may have its config alone."""
     return any(part.startswith("models--") for part in folder.parts)
 
 

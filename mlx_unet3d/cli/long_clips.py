@@ -20,7 +20,7 @@ _NEEDED = {
     ),
     **dict.fromkeys(("free_noise_length", "free_noise_stride"), "free_noise"),
 }
-"""What a setting has no meaning without."""
+"""Settings, and the one without which each has no meaning."""
 
 
 def add_options(parser: argparse.ArgumentParser, *, sampling: bool = True) -> None:

@@ -120,12 +120,12 @@ def embedding_setting(values: Sequence[str]) -> tuple[str, str | None]:
     return path, rest[0] if rest else None
 
 
-# What names files; the rest of a run is as it was begun.
+# Settings that name files; the rest of a run is as it was begun.
 _PLACES = {*MODELS, *LISTS, *INPUTS}
 
 
 def resumed_settings(args: argparse.Namespace, saved: SavedLatents) -> dict[str, Any]:
-    """What an unfinished run was doing."""
+    """Return the settings of an unfinished run."""
     own = given(args)
     changed = sorted(own.keys() - _PLACES)
     changed += ["from"] * ("replay" in args) + ["num-videos"] * (args.num_videos > 1)

@@ -52,7 +52,7 @@ def embeddings(text: str) -> str:
     return text
 
 
-# What a file remembers and `--from` takes up again.
+# Settings that a file remembers and `--from` takes up again.
 SETTINGS: dict[str, Setting] = {
     "prompt": Setting(None, options.text),
     "negative_prompt": Setting(None, options.text),
@@ -114,7 +114,7 @@ INPUTS = ("video", "image", "ip_image")
 
 DEFAULTS: dict[str, Any] = {name: setting.default for name, setting in SETTINGS.items()}
 
-# What a file says besides of how it was made; text, but for the number of steps.
+# Further records of a file about its making; text, but for the number of steps.
 RECORDED = {"video": "video_frames", "image": "image_pixels", "ip_image": "ip_image_pixels"}
 """The record of an input's fingerprint."""
 _RECORDS = ("weights", *RECORDED.values(), "program", "mlx")
@@ -165,7 +165,7 @@ def check(settings: Mapping[str, Any]) -> None:
 
 
 def is_local(path: str) -> bool:
-    """Whether a model, LoRA or video is named by a path, rather than by the id of a repository."""
+    """Return True if a model, LoRA or video is named by a path, rather than by the id of a repository."""
     if path == DEMO:
         return False
     plain = path.startswith((".", "/", "~", "\\")) or "/" not in path or ".." in Path(path).parts
@@ -197,7 +197,7 @@ def public(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_same_model(given: str, named: str | None) -> bool:
-    """Whether a model of the command line may be the one that a file names."""
+    """Return True if a model of the command line may be the one that a file names."""
     return named is not None and _public(given) == _public(named)
 
 
@@ -222,7 +222,7 @@ def trusted(settings: Mapping[str, Any], source: str | Path, given: Mapping[str,
 
 
 def _is_inside(path: str) -> bool:
-    """Whether a path exists and lies in the current folder, links followed."""
+    """Return True if a path exists and lies in the current folder, links followed."""
     try:
         found = Path(path).expanduser().resolve(strict=True)
         return Path.cwd().resolve() in (found, *found.parents)

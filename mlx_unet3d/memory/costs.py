@@ -1,4 +1,4 @@
-"""What MLX's backends take for an operation: scratch memory, and how far they run ahead.
+"""Costs of an operation in MLX's backends: scratch memory, and how far they run ahead.
 
 Everything that differs between backends, and may change with MLX, is in this file. Source: MLX 0.32,
 `backend/cpu` and `backend/metal` (`conv.cpp`, `matmul.cpp`, `scaled_dot_product_attention.cpp`).
@@ -50,7 +50,7 @@ class Backend:
         return buffers
 
     def is_matrix(self, view: View) -> bool:
-        """Whether a product reads it where it lies."""
+        """Return True if a product reads it where it lies."""
         rows, columns = view.steps[-2:]
         height, width = view.shape[-2:]
         return (rows, columns) in ((width, 1), (1, height))

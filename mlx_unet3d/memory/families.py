@@ -12,7 +12,7 @@ from ..models.unet_spatio_temporal import UNetSpatioTemporalConditionModel
 
 @dataclass(frozen=True)
 class Family:
-    """What the pipelines with one class of UNet have in common.
+    """Facts that the pipelines with one class of UNet have in common.
 
     Attributes:
         encoders: networks beside UNet and VAE that a folder must have.

@@ -18,7 +18,7 @@ _MAX_WIDTH = 20  # MLX_BFS_MAX_WIDTH
 
 @dataclass(frozen=True)
 class Memory:
-    """What a graph takes beside what was given: bytes at the peak, of the largest buffer, and where.
+    """Memory of a graph beside its inputs: bytes at the peak, of the largest buffer, and where.
 
     Attributes:
         peak: bytes at the worst moment.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LongClip:
-    """What decides how many frames and texts a forward takes; see `plan` for the attributes."""
+    """Settings that decide how many frames and texts a forward takes; see `plan` for the attributes."""
 
     free_noise: FreeNoise | None = None
     context_windows: ContextWindows | None = None
@@ -51,7 +51,7 @@ class LongClip:
 
     @property
     def projects_anew(self) -> bool:
-        """Whether keys and values of the text are made for each window; else they stay for all steps."""
+        """True if keys and values of the text are made for each window; else they stay for all steps."""
         return self.text_of_frames and self.context_windows is not None
 
     def context(self, text: mx.array) -> Any:

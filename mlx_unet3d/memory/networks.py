@@ -43,7 +43,7 @@ class Network:
 
     @classmethod
     def of(cls, model: PretrainedModel) -> "Network":
-        """That of a loaded model."""
+        """Return the network of a loaded model."""
         bare = cls(type(model), model.config, quantizations(model))
         loaded = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
         return replace(bare, adapters=max(loaded - bare.nbytes(model.dtype), 0))
@@ -97,7 +97,7 @@ class Networks:
 
     @classmethod
     def of(cls, pipe: Any) -> "Networks":
-        """Those of a loaded pipeline, none of which was released."""
+        """Return the networks of a loaded pipeline, none of which was released."""
         parts = {name: getattr(pipe, name, None) for name in _KINDS}
         networks = {name: Network.of(part) for name, part in parts.items() if part is not None}
         return cls(**networks, num_frames=pipe.recommended.num_frames)
@@ -181,7 +181,7 @@ def read_networks(path_or_id: str | Path, *, hub: Hub) -> Networks:
 
 
 def _lists(index: dict[str, Any], name: str) -> bool:
-    """Whether a `model_index.json` has a component of that name."""
+    """Return True if a `model_index.json` has a component of that name."""
     entry = index.get(name)
     return isinstance(entry, list) and None not in entry
 

@@ -65,5 +65,5 @@ def _traffic(graph: Graph) -> Iterator[tuple[Node, int]]:
 
 
 def _repeats(view) -> bool:
-    """Whether an array is the same few elements again and again, which stay in caches."""
+    """Return True if an array is the same few elements again and again, which stay in caches."""
     return any(stride == 0 and n > 1 for stride, n in zip(view.steps, view.shape, strict=True))

@@ -87,7 +87,7 @@ class Marks(Tracer):
 
     @staticmethod
     def number(constant: mx.array) -> int | None:
-        """That of a mark; None for any other array."""
+        """Return the number of a mark; None for any other array."""
         if constant.dtype != mx.int32 or constant.shape != (2,):
             return None
         magic, number = memoryview(constant).tolist()

@@ -44,7 +44,7 @@ class View:
 
     @property
     def contiguous(self) -> bool:
-        """Whether its elements lie in order without gaps."""
+        """True if its elements lie in order without gaps."""
         if self.strides is None:
             return True
         expected = row_major(self.shape)
@@ -52,7 +52,7 @@ class View:
 
     @property
     def dense(self) -> bool:
-        """Whether its elements lie without gaps and repeats, in any order."""
+        """True if its elements lie without gaps and repeats, in any order."""
         axes = sorted((s, n) for s, n in zip(self.steps, self.shape, strict=True) if n != 1)
         reach = 1
         for stride, n in axes:
