@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 
 from .. import blas
+from ..dtypes import FLOAT_DTYPES as DTYPES
 from ..errors import printable_lines
 from ..memory import parse_memory
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Far above the training of any network, and low enough to plan quickly.
 _MOST_FRAMES, _LONGEST_SIDE, _MOST_PIXELS = 4096, 2**15, 2**28
 LONGEST_TEXT = 100_000

@@ -1,5 +1,6 @@
 """Frames <-> files: GIF, WebP, PNG, folders of PNG and MP4, with the settings of the video inside."""
 
+from .export import export_to_gif, export_to_video
 from .files import check_writable, encoders, read_image, read_metadata, read_video, write_video
 from .frames import to_uint8
 from .metadata import MetadataValue
@@ -8,6 +9,8 @@ __all__ = [
     "MetadataValue",
     "check_writable",
     "encoders",
+    "export_to_gif",
+    "export_to_video",
     "read_image",
     "read_metadata",
     "read_video",

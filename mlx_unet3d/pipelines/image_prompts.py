@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..checkpoints.hub import Hub, takes_hub
+from ..diffusers_names import answers_diffusers
 from ..image_processor import CLIPImageProcessor, Pictures
 from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.ip_adapter_files import IPAdapterSource
@@ -29,6 +30,7 @@ class PromptImages(NamedTuple):
 class ImagePrompts(Components):
     """A pipeline whose UNet takes IP-Adapters: images as prompts beside the text (arXiv:2308.06721)."""
 
+    @answers_diffusers
     @takes_hub
     def load_ip_adapter(
         self,
@@ -78,6 +80,7 @@ class ImagePrompts(Components):
         self._need("unet")
         self.unet.unload_ip_adapter()
 
+    @answers_diffusers
     def save_pretrained(self, folder: str | Path, *, layout: str = "mlx") -> None:
         """See `Components.save_pretrained`; ValueError while an IP-Adapter is loaded, before anything is
         written."""

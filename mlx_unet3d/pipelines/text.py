@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..diffusers_names import answers_diffusers
 from ..tokenizer import CLIPTokenizer
 from .components import Components
 
@@ -93,6 +94,7 @@ class TextPrompts(Components):
                 f"(cross_attention_dim), the text encoder has {width}; these parts do not belong together"
             )
 
+    @answers_diffusers
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None,
@@ -169,7 +171,7 @@ class TextPrompts(Components):
         if known and unknown:
             warnings.warn(
                 f"this model does not know {', '.join(map(repr, unknown))}; it knows {', '.join(known)}",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 
+from ..diffusers_names import answers_diffusers
 from ..scalars import as_count
 from .text import TextPrompts, TextStates, checked_states, checked_texts, repeated_rows, token_ids
 
@@ -51,6 +52,7 @@ class PooledTextPrompts(TextPrompts):
     def _encoded_width(self) -> int:
         return self.text_encoder.config.hidden_size + self.text_encoder_2.config.hidden_size
 
+    @answers_diffusers
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None,
