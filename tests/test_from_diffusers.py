@@ -156,15 +156,16 @@ def test_a_notebook_shows_the_videos(pipe, monkeypatch):
 @pytest.mark.parametrize("kind", ["webp", "gif"])
 def test_what_a_notebook_keeps_is_bounded(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(export.features, "check", lambda name: kind == "webp")
-    noise = clip(8, 200, 600)
+    monkeypatch.setattr(export, "MAX_SIDE", 96)
+    noise = clip(8, 40, 120)
     data, found = export._small(noise, 8)
     assert found == kind
     (tmp_path / f"a.{kind}").write_bytes(data)
     frames, fps = media.read_video(tmp_path / f"a.{kind}")
-    assert (frames.shape, round(fps)) == ((8, 171, 512, 3), 8)
-    monkeypatch.setattr(export, "MAX_BYTES", 2000)
+    assert (frames.shape, round(fps)) == ((8, 32, 96, 3), 8)
+    monkeypatch.setattr(export, "MAX_BYTES", 4000)
     data, _ = export._small(noise, 8)
-    assert len(data) <= 2000
+    assert len(data) <= 4000
     (tmp_path / f"a.{kind}").write_bytes(data)
     assert media.read_video(tmp_path / f"a.{kind}")[0].shape[0] < 8
 
