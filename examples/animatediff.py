@@ -3,13 +3,13 @@
     python examples/animatediff.py "a corgi walking in the park"
 
 The base is any Stable Diffusion 1.5 folder or hub id, or a folder that `mlx-unet3d convert` wrote, which
-holds the motion modules already: give --motion-adapter "" for it.
+holds the motion modules already: give --motion-adapter "" for it. There is no small model of this family in
+the package: the defaults are downloaded in the first run.
 """
 
 import argparse
 
 import mlx_unet3d
-import mlx.core as mx
 
 parser = argparse.ArgumentParser()
 parser.add_argument("prompt", nargs="?", default="a corgi walking in the park")
@@ -22,10 +22,7 @@ parser.add_argument("--output", default="animatediff.gif")
 args = parser.parse_args()
 
 mlx_unet3d.media.check_writable(args.output)  # before the long part
-dtype = mx.float16 if mx.default_device() == mx.gpu else mx.float32
-pipe = mlx_unet3d.AnimateDiffPipeline.from_pretrained(
-    args.model, motion_adapter=args.motion_adapter or None, dtype=dtype
-)
+pipe = mlx_unet3d.AnimateDiffPipeline.from_pretrained(args.model, motion_adapter=args.motion_adapter or None)
 # The motion modules were trained on this schedule, with the betas of the base model
 pipe.scheduler = mlx_unet3d.DDIMScheduler.from_config(
     pipe.scheduler.config,
@@ -43,7 +40,6 @@ frames = pipe(
     num_inference_steps=args.steps,
     negative_prompt="bad quality, worse quality",
     seed=7,
-    progress=True,
 ).frames  # (B, F, H, W, 3) in [0, 1]
 mlx_unet3d.media.write_video(
     args.output, mlx_unet3d.media.to_uint8(frames[0]), fps=8, metadata={"prompt": args.prompt}

@@ -2,13 +2,13 @@
 
     python examples/i2vgen_xl.py photo.jpg "a boat rocks on the waves"
 
-The middle of the picture is cut out in the aspect ratio of the video.
+The middle of the picture is cut out in the aspect ratio of the video. There is no small model of this
+family in the package: the default is downloaded in the first run.
 """
 
 import argparse
 
 import mlx_unet3d
-import mlx.core as mx
 
 parser = argparse.ArgumentParser()
 parser.add_argument("image")
@@ -20,8 +20,7 @@ parser.add_argument("--output", default="i2vgen_xl.gif")
 args = parser.parse_args()
 
 mlx_unet3d.media.check_writable(args.output, fps=16)  # before the long part
-dtype = mx.float16 if mx.default_device() == mx.gpu else mx.float32
-pipe = mlx_unet3d.I2VGenXLPipeline.from_pretrained(args.model, dtype=dtype, variant=args.variant)
+pipe = mlx_unet3d.I2VGenXLPipeline.from_pretrained(args.model, variant=args.variant)
 frames = pipe(
     args.prompt,
     args.image,
@@ -29,7 +28,6 @@ frames = pipe(
     negative_prompt="distorted, low resolution, static",
     target_fps=16,
     seed=7,
-    progress=True,
 ).frames
-mlx_unet3d.media.write_video(args.output, mlx_unet3d.media.to_uint8(frames[0]), fps=16)
+mlx_unet3d.export_to_video(frames[0], args.output, fps=16)
 print(args.output)

@@ -1,7 +1,9 @@
 """Effects of the memory options of the networks: the peak of a forward and of a decode with each.
 
     python examples/memory.py
+    python examples/memory.py --model damo-vilab/text-to-video-ms-1.7b --variant fp16 --size 256
 
+The first takes seconds, by the model that comes in the package.
 The results stay the same; the peaks are above the weights. On a Mac the fused attention needs no slices:
 try forward chunking and small decode chunks first, and half precision before both.
 """
@@ -14,21 +16,16 @@ import mlx_unet3d
 import mlx.core as mx
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--model", default="damo-vilab/text-to-video-ms-1.7b")
+parser.add_argument("--model", default="demo", help="a folder or hub id")
 parser.add_argument("--variant", help="weight files to read, such as fp16")
-parser.add_argument("--frames", type=int, default=16)
-parser.add_argument("--size", type=int, default=256, help="pixels each way, a multiple of 64")
+parser.add_argument("--frames", type=int, default=8)
+parser.add_argument("--size", type=int, default=64, help="pixels each way, a multiple of 64")
 args = parser.parse_args()
 
 # Without a limit MLX prepares work ahead of the device, and the peak shows that instead.
 mx.set_memory_limit(1)
-dtype = mx.float16 if mx.default_device() == mx.gpu else mx.float32
-unet = mlx_unet3d.UNet3DConditionModel.from_pretrained(
-    args.model, subfolder="unet", dtype=dtype, variant=args.variant
-)
-vae = mlx_unet3d.AutoencoderKL.from_pretrained(
-    args.model, subfolder="vae", dtype=mx.float32, variant=args.variant
-)
+pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained(args.model, variant=args.variant)
+unet, vae = pipe.unet, pipe.vae
 
 
 def measure(name, fn):
@@ -41,8 +38,9 @@ def measure(name, fn):
 
 
 side = args.size // vae.spatial_factor
-sample = mx.random.normal((2, 4, args.frames, side, side)).astype(dtype)  # prompt and negative prompt
-text = mx.random.normal((2, 77, unet.config.cross_attention_dim)).astype(dtype)
+# Prompt and negative prompt
+sample = mx.random.normal((2, unet.config.in_channels, args.frames, side, side)).astype(unet.dtype)
+text = mx.random.normal((2, 77, unet.config.cross_attention_dim)).astype(unet.dtype)
 
 
 def forward():
@@ -63,7 +61,7 @@ measure(
     "UNet, two passes of one", lambda: [unet(sample[i : i + 1], 500, text[i : i + 1]).sample for i in (0, 1)]
 )
 
-latents = mx.random.normal((args.frames, 4, side, side))
+latents = mx.random.normal((args.frames, vae.config.latent_channels, side, side))
 for chunk in (args.frames, None, 1):
     name = f"{vae.frames_per_chunk(args.size, args.size)} (default)" if chunk is None else chunk
     measure(f"VAE, frames at once: {name}", lambda chunk=chunk: vae.decode(latents, chunk_size=chunk))

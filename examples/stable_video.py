@@ -3,13 +3,13 @@
     python examples/stable_video.py photo.jpg
 
 The video is 576x1024 pixels, or a portrait's on its side. More motion: a higher `motion_bucket_id` or
-`noise_aug_strength`. `decode_chunk_size` bounds the memory of the decoder.
+`noise_aug_strength`. `decode_chunk_size` bounds the memory of the decoder. There is no small model of this
+family in the package: the default is downloaded in the first run.
 """
 
 import argparse
 
 import mlx_unet3d
-import mlx.core as mx
 
 parser = argparse.ArgumentParser()
 parser.add_argument("image")
@@ -21,8 +21,7 @@ args = parser.parse_args()
 
 mlx_unet3d.media.check_writable(args.output, fps=7)  # before the long part
 image = mlx_unet3d.media.read_image(args.image)
-dtype = mx.float16 if mx.default_device() == mx.gpu else mx.float32
-pipe = mlx_unet3d.StableVideoDiffusionPipeline.from_pretrained(args.model, dtype=dtype, variant=args.variant)
+pipe = mlx_unet3d.StableVideoDiffusionPipeline.from_pretrained(args.model, variant=args.variant)
 pipe.enable_release()  # each network goes when it is done with
 
 height, width = sorted(pipe.default_size())
@@ -35,7 +34,6 @@ frames = pipe(
     motion_bucket_id=127,
     decode_chunk_size=4,
     seed=7,
-    progress=True,
 ).frames
-mlx_unet3d.media.write_video(args.output, mlx_unet3d.media.to_uint8(frames[0]), fps=7)
+mlx_unet3d.export_to_video(frames[0], args.output, fps=7)
 print(args.output)

@@ -1,5 +1,6 @@
 """3D-UNet video diffusion in MLX: diffusers' UNet3DConditionModel and what surrounds it."""
 
+import sys
 from typing import Any
 
 from . import blas
@@ -7,12 +8,14 @@ from .backend import missing_backend
 
 blas.preload()  # before anything imports mlx.core
 
+from .diffusers_names import instead  # noqa: E402
 from .version import __version__  # noqa: E402
 
 if missing_backend() is None:
     from . import media, memory
     from .image_processor import CLIPImageProcessor
     from .layers.text_context import TextContext
+    from .media import export_to_gif, export_to_video
     from .models.autoencoder_kl import AutoencoderKL
     from .models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
     from .models.clip_text import CLIPTextModel, CLIPTextModelOutput, CLIPTextModelWithProjection
@@ -32,6 +35,7 @@ if missing_backend() is None:
         AnimateDiffVideoToVideoPipeline,
         ContextWindows,
         DenoisingStep,
+        DiffusionPipeline,
         I2VGenXLPipeline,
         ImageStates,
         Sampling,
@@ -56,12 +60,22 @@ if missing_backend() is None:
         UniPCMultistepScheduler,
     )
     from .tokenizer import CLIPTokenizer
-else:
-    # Importing the package works, so that the command can say in one line how to mend it.
-    def __getattr__(name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
+
+    # diffusers' names of them.
+    TextToVideoSDPipeline = TextToVideoPipeline
+    VideoToVideoSDPipeline = VideoToVideoPipeline
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if missing_backend() is not None:
+        # Importing the package works, so that the command can say in one line how to mend it.
         raise ImportError(missing_backend())
+    message = f"mlx_unet3d has no {name}{instead(name)}"
+    # `from mlx_unet3d import ...` makes another message of an AttributeError.
+    imported = sys._getframe(1).f_globals.get("__name__") == "importlib._bootstrap"
+    raise (ImportError if imported else AttributeError)(message)
 
 
 __all__ = [
@@ -83,6 +97,7 @@ __all__ = [
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DenoisingStep",
+    "DiffusionPipeline",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FeatureCache",
@@ -100,6 +115,7 @@ __all__ = [
     "TextContext",
     "TextStates",
     "TextToVideoPipeline",
+    "TextToVideoSDPipeline",
     "UNet3DConditionModel",
     "UNet3DConditionOutput",
     "UNetMotionModel",
@@ -109,7 +125,10 @@ __all__ = [
     "UniPCMultistepScheduler",
     "VideoOutput",
     "VideoToVideoPipeline",
+    "VideoToVideoSDPipeline",
     "__version__",
+    "export_to_gif",
+    "export_to_video",
     "load_pipeline",
     "media",
     "memory",

@@ -3,6 +3,7 @@
 The checkpoint of the README is a tiny untrained one here, in a hub cache as a download leaves it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -11,13 +12,15 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import tiny
-from mlx_unet3d import TextToVideoPipeline, UNet3DConditionModel, media
+from mlx_unet3d import MotionAdapter, TextToVideoPipeline, UNet3DConditionModel, media
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "from_diffusers.md").read_text(encoding="utf-8")
 HUB_ID = "damo-vilab/text-to-video-ms-1.7b"
 LORA = (("A", (1, 4, 3, 3)), ("B", (8, 1, 1, 1)))  # of the tiny network's first layer
 BY_CI = ("Make a video", "With uv", "With pip", "Tests")  # sections whose commands `.ci/run` runs
@@ -46,9 +49,13 @@ def cached(hub: Path, hub_id: str) -> Path:
     model = hub / f"models--{hub_id.replace('/', '--')}"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text("0" * 40)
-    snapshot = model / "snapshots" / ("0" * 40)
+    snapshot = snapshot_of(hub, hub_id)
     snapshot.mkdir(parents=True)
     return snapshot
+
+
+def snapshot_of(hub: Path, hub_id: str) -> Path:
+    return hub / f"models--{hub_id.replace('/', '--')}" / "snapshots" / ("0" * 40)
 
 
 @pytest.fixture(scope="module")
@@ -140,25 +147,94 @@ def test_programs(place, number):
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
+DEMO = {  # on the model of the package
+    "memory.py": ["--frames", "2"],
+    "text_to_video.py": [],
+    "video_to_video.py": [],
+    "windows.py": ["--loop", "--frames", "12", "--steps", "2"],
+}
 SMALL = {
     "animatediff.py": ["--frames", "2", "--steps", "2"],
-    "memory.py": ["--frames", "2", "--size", "64"],
-    "text_to_video.py": ["--frames", "2"],
-    "video_to_video.py": ["--frames", "2"],
     "stable_video.py": ["photo.jpg", "--steps", "2"],
     "i2vgen_xl.py": ["photo.jpg", "a boat", "--steps", "2"],
+    "windows.py": ["--model", HUB_ID, "--length", "3", "--frames", "5", "--steps", "2"],
+    "text_to_video.py": [
+        "--model",
+        HUB_ID,
+        "--variant",
+        "fp16",
+        "--frames",
+        "2",
+        "--negative-prompt",
+        "blurry",
+    ],
 }
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(place, name):
-    assert run(place, [sys.executable, f"examples/{name}", *SMALL[name]])
-    assert name in (place[0] / "examples" / name).read_text()  # its command stands in its docstring
+    for table in (DEMO, SMALL):
+        if name in table:
+            assert run(place, [sys.executable, f"examples/{name}", *table[name]])
+    text = (place[0] / "examples" / name).read_text()
+    assert f"python examples/{name}" in text  # its command stands in its docstring
+    assert (name in DEMO) != ("There is no small model of this family" in " ".join(text.split()))
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("path", ["README.md", "docs/from_diffusers.md"])
+def test_links_lead_somewhere(path):
+    page = ROOT / path
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+OURS = [block for block in blocks(PAGE, "python") if "mlx_unet3d" in block]
+THEIRS = [block for block in blocks(PAGE, "python") if "mlx_unet3d" not in block]
+
+
+@pytest.fixture(scope="module")
+def page_place(place):
+    """The models of the page about diffusers besides."""
+    hub = place[0] / "hub"
+    tiny.write_pipeline(cached(hub, "cerspense/zeroscope_v2_XL"))
+    snapshot = tiny.write_stable_diffusion_xl(cached(hub, "stabilityai/stable-diffusion-xl-base-1.0"))
+    adapter = MotionAdapter.from_pretrained(snapshot_of(hub, MOTION_ADAPTER))
+    adapter.save_pretrained(cached(hub, "guoyww/animatediff-motion-adapter-sdxl-beta"))
+    for where in (snapshot, *(snapshot_of(hub, hub_id) for hub_id in IMAGE_MODELS)):
+        for file in where.glob("*/*.safetensors"):
+            shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+    models = cached(hub, "h94/IP-Adapter") / "models"
+    tiny.write_ip_adapter(models, "ip-adapter_sd15.safetensors")
+    key = "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q.lora.{}.weight"
+    lora = {key.format("down"): mx.ones((1, 8)), key.format("up"): mx.ones((8, 1))}
+    zoom_out = cached(hub, "guoyww/animatediff-motion-lora-zoom-out")
+    mx.save_safetensors(str(zoom_out / "diffusion_pytorch_model.safetensors"), lora)
+    clip = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    media.write_video(place[0] / "clip.gif", clip)
+    return place
+
+
+def test_programs_of_the_page_about_diffusers(page_place):
+    """All in one process, each in names of its own, in two steps and at the size of the tiny models."""
+    assert len(OURS) == len(THEIRS) > 15
+    programs = [block.replace("(576, 1024)", "(32, 48)") for block in OURS]
+    if media.encoders()[".mp4"] is None:
+        programs = [block.replace(".mp4", ".webp") for block in programs]
+    (page_place[0] / "programs.json").write_text(json.dumps(programs))
+    script = """
+import json, pathlib
+from mlx_unet3d.pipelines.calls import VideoPipeline
+VideoPipeline.num_inference_steps = lambda self, value=None: 2
+for number, program in enumerate(json.loads(pathlib.Path("programs.json").read_text())):
+    exec(compile(program, f"program {number}", "exec"), {"__name__": "__main__"})
+"""
+    run(page_place, [sys.executable, "-c", script])
+
+
+def test_the_programs_of_diffusers_are_programs():
+    """They need torch, and are compiled alone."""
+    for block in THEIRS:
+        compile(block, "diffusers", "exec")
 
 
 def test_names_of_the_package(place):

@@ -673,6 +673,8 @@ def test_save_and_load(short, tmp_path):
     assert saved["_class_name"] == type(scheduler).__name__
     again = type(scheduler).from_pretrained(tmp_path / "pipeline", subfolder="scheduler")
     assert again.config == scheduler.config
+    other = type(scheduler).from_pretrained(folder, beta_end=0.02)
+    assert other.config == {**scheduler.config, "beta_end": 0.02}
     assert scheduler_from_config(saved).config == scheduler.config
 
 

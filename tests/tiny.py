@@ -9,10 +9,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx_unet3d import (
+    AnimateDiffSDXLPipeline,
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
     CLIPImageProcessor,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
     DDIMScheduler,
@@ -178,6 +180,46 @@ def unnamed_lora(network, seed=0, size=0.3) -> dict[str, mx.array]:
         for shape in ((out, 2, *(1 for _ in kernel)), (2, channels, *kernel)):
             made.append(mx.array((size * rng.normal(size=shape)).astype(np.float32)))
     return {f"{i:04}": array for i, array in enumerate(made)}
+
+
+def write_stable_diffusion_xl(folder: Path) -> Path:
+    """A folder of AnimateDiff on SDXL, whose motion modules are those of `write_stable_diffusion`."""
+    base = TextToVideoPipeline.from_pretrained(_pipeline().name)
+    words = base.text_encoder.config.vocab_size
+    size = dict(addition_time_embed_dim=2, projection_class_embeddings_input_dim=12 + 8)
+    config = MOTION | size | {"addition_embed_type": "text_time", "cross_attention_dim": 24}
+    pipe = AnimateDiffSDXLPipeline(
+        **base.components
+        | {
+            "unet": randomize(UNetMotionModel(**config), 4),
+            "text_encoder_2": randomize(
+                CLIPTextModelWithProjection(vocab_size=words, **TEXT, projection_dim=8), 5
+            ),
+            "tokenizer_2": base.tokenizer,
+        }
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def write_ip_adapter(folder: Path, name: str) -> Path:
+    """A plain IP-Adapter of the network of `write_stable_diffusion`, in a folder with its image encoder."""
+    encoder = randomize(CLIPVisionModelWithProjection(**VISION), 3)
+    encoder.save_pretrained(folder / "image_encoder")
+    width, channels = MOTION["cross_attention_dim"], VISION["projection_dim"]
+    rng = np.random.default_rng(6)
+    shapes = {
+        "image_proj.proj.weight": (4 * width, channels),
+        "image_proj.proj.bias": (4 * width,),
+        "image_proj.norm.weight": (width,),
+        "image_proj.norm.bias": (width,),
+    }
+    for i, attention in enumerate(UNetMotionModel(**MOTION)._image_attentions().values()):
+        for letter in "kv":
+            shapes[f"ip_adapter.{2 * i + 1}.to_{letter}_ip.weight"] = (attention.query_dim, width)
+    arrays = {key: mx.array(rng.normal(size=shape).astype(np.float32)) for key, shape in shapes.items()}
+    mx.save_safetensors(str(folder / name), arrays)
+    return folder
 
 
 def processor() -> CLIPImageProcessor:

@@ -61,7 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe = mlx_unet3d.TextToVideoPipeline.from_pretrained(args.model, dtype=mx.float32)
     seeds = list(range(len(PROMPTS)))
-    frames = pipe(PROMPTS, num_frames=8, num_inference_steps=args.steps, seed=seeds, progress=True).frames
+    frames = pipe(PROMPTS, num_frames=8, num_inference_steps=args.steps, seed=seeds).frames
     sheet = contact_sheet(mlx_unet3d.media.to_uint8(frames), PROMPTS)
     metadata = {"model": args.model, "weights": pipe.weights_checksum}
     mlx_unet3d.media.write_video(args.output, sheet, fps=6, metadata=metadata)

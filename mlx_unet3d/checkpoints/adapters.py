@@ -32,6 +32,7 @@ LORA_NAMES = (
     "pytorch_lora_weights.bin",
     "adapter_model.safetensors",
     "adapter_model.bin",
+    "diffusion_pytorch_model.safetensors",  # motion LoRAs of AnimateDiff's authors
 )
 CUSTOM_DIFFUSION_NAMES = (
     "pytorch_custom_diffusion_weights.safetensors",

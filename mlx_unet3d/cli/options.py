@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import blas
+from ..dtypes import FLOAT_DTYPES as DTYPES
 from ..errors import printable_lines
 from ..media import CODECS, MAX_SCALE
 from ..memory import parse_memory
@@ -28,8 +29,6 @@ from ..values import (  # noqa: F401  kinds of arguments, beside those below
     side,
     text,
 )
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 def path(value: str) -> str:

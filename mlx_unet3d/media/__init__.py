@@ -1,5 +1,6 @@
 """Frames <-> files: GIF, WebP, PNG, folders of PNG and MP4, with the settings of the video inside."""
 
+from .export import export_to_gif, export_to_video
 from .ffmpeg import CODECS, codec_suffixes
 from .files import check_writable, encoders, read_image, read_metadata, read_video, write_video
 from .frames import MAX_SCALE, check_scale, to_uint8
@@ -13,6 +14,8 @@ __all__ = [
     "check_writable",
     "codec_suffixes",
     "encoders",
+    "export_to_gif",
+    "export_to_video",
     "read_image",
     "read_metadata",
     "read_video",

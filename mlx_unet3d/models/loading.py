@@ -20,8 +20,6 @@ from ..checkpoints.matching import Expected, file_format, majority_dtype, match
 from ..checkpoints.source import find_file, find_folder
 from ..checkpoints.weight_files import weight_files
 
-FLOAT_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -127,13 +125,6 @@ def read_parameters(
             yield names[key], array
 
 
-def checked_dtype(dtype: mx.Dtype | None) -> mx.Dtype | None:
-    """Return `dtype`; ValueError for any but float32, float16, bfloat16 and None."""
-    if dtype is not None and dtype not in FLOAT_DTYPES:
-        raise ValueError(f"dtype={dtype} must be mx.float32, mx.float16 or mx.bfloat16")
-    return dtype
-
-
 def common_dtype(folder: Path, headers: Mapping[Path, Header]) -> mx.Dtype | None:
     """Return the floating dtype of most bytes, with a warning where there are others; None for none."""
     dtype, nbytes = majority_dtype(headers)
@@ -141,6 +132,6 @@ def common_dtype(folder: Path, headers: Mapping[Path, Header]) -> mx.Dtype | Non
         sizes = ", ".join(f"{count} bytes of {name}" for name, count in sorted(nbytes.items()))
         warnings.warn(
             f"{folder} mixes floating dtypes ({sizes}); loading all as {dtype}, pass dtype= to choose",
-            stacklevel=5,
+            stacklevel=6,
         )
     return dtype

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from ..checkpoints.config import ModelConfig, blame, key
 from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.shapes import Shapes
+from ..diffusers_names import answers_diffusers
 from ..errors import CheckpointError
 from ..layers.blocks import Level, entry, motion_module
 from ..layers.convolution import Conv2d
@@ -117,6 +118,7 @@ class MotionAdapter(PretrainedModel):
         return motion_name(key)
 
     @classmethod
+    @answers_diffusers
     def from_pretrained(cls, path_or_id: str | Path, **options: Any) -> "MotionAdapter":
         """See `PretrainedModel.from_pretrained`. Also read a lone safetensors file, from diffusers or from
         AnimateDiff's authors, and infer its config from its shapes."""

@@ -16,13 +16,14 @@ from ..checkpoints.matching import Expected
 from ..checkpoints.quantization import choose, choose_as, quantizations, quantize_layers, to_config
 from ..checkpoints.source import read_component_config
 from ..checkpoints.storage import checksum, parse_size, write_component
+from ..diffusers_names import answers_diffusers
+from ..dtypes import as_dtype
 from ..errors import CheckpointError
 from ..layers.adapted import AdaptedLayer
 from ..layers.quantized import Quantization, QuantizedLayer
 from .loading import (
     Checkpoint,
     Source,
-    checked_dtype,
     common_dtype,
     find_checkpoint,
     matched,
@@ -101,6 +102,7 @@ class PretrainedModel(nn.Module):
         return read_component_config(path_or_id, "config.json", subfolder=subfolder, hub=hub)
 
     @classmethod
+    @answers_diffusers
     @takes_hub
     def from_pretrained(
         cls: type[Model],
@@ -108,7 +110,7 @@ class PretrainedModel(nn.Module):
         *,
         subfolder: str | None = None,
         variant: str | None = None,
-        dtype: mx.Dtype | None = None,
+        dtype: mx.Dtype | str | None = None,
         hub: Hub,
     ) -> Model:
         """Load a model, in evaluation mode, from a diffusers folder or one in the MLX layout.
@@ -121,9 +123,9 @@ class PretrainedModel(nn.Module):
             path_or_id: folder, or hub id `owner/name`.
             subfolder: the folder of the component inside it, such as "unet".
             variant: weight files such as "fp16", see `weight_files`; None takes the plain ones.
-            dtype: float32, float16 or bfloat16 for all floating parameters; None keeps the files'.
-                Files of mixed floating dtypes then load, with a warning, in the one that has the
-                most bytes.
+            dtype: float32, float16 or bfloat16 for all floating parameters, as MLX's dtype or torch's or
+                as a string; None keeps the files'. Files of mixed floating dtypes then load, with a warning,
+                in the one that has the most bytes. `torch_dtype` is another name of it.
             revision, local_files_only, token, cache_dir, hub: see `Hub`.
 
         Raises:
@@ -131,7 +133,7 @@ class PretrainedModel(nn.Module):
                 `weight_files`.
             CheckpointError: the files are damaged, or not those of this class and config.
         """
-        checked_dtype(dtype)
+        dtype = as_dtype(dtype)
         checkpoint = find_checkpoint(
             path_or_id, cls.weights_stem, subfolder=subfolder, variant=variant, hub=hub
         )
@@ -164,7 +166,8 @@ class PretrainedModel(nn.Module):
         Raises CheckpointError where a checkpoint does not fit, or parameters are left over.
         """
         names = [matched(self, source) for source in sources]
-        if checked_dtype(dtype) is None:
+        dtype = as_dtype(dtype)
+        if dtype is None:
             first = sources[0].checkpoint
             dtype = common_dtype(first.where, first.headers)
         loaded = dict(own or {})

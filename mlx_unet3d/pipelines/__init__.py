@@ -7,7 +7,7 @@ from .decoding import VideoOutput
 from .denoising import DenoisingStep
 from .i2vgen_xl import I2VGenXLPipeline
 from .image import ImageStates
-from .loading import load_pipeline
+from .loading import DiffusionPipeline, load_pipeline
 from .sampling import Sampling
 from .stable_video import StableVideoDiffusionPipeline
 from .text import TextStates
@@ -21,6 +21,7 @@ __all__ = [
     "AnimateDiffVideoToVideoPipeline",
     "ContextWindows",
     "DenoisingStep",
+    "DiffusionPipeline",
     "I2VGenXLPipeline",
     "ImageStates",
     "Sampling",

@@ -1,6 +1,6 @@
 """Adapters of a pipeline with text: LoRAs and textual inversions, for all networks that they are for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..checkpoints.adapters import TEXTUAL_INVERSION_NAMES, AdapterFile, learned_token, read_adapter
 from ..checkpoints.hub import Hub, takes_hub
+from ..diffusers_names import answers_diffusers
 from ..errors import CheckpointError
 from ..models.adapters import LoRAMixin, chosen_weights, networks_of
 from ..tokenizer import CLIPTokenizer
@@ -24,6 +25,7 @@ class AdapterMethods(Components):
         self._need(*names)
         return {name: getattr(self, name) for name in names}
 
+    @answers_diffusers
     def load_textual_inversion(
         self,
         source: str | Path | Mapping[str, mx.array] | AdapterFile,
@@ -90,6 +92,7 @@ class AdapterMethods(Components):
         self._need(name)
         return getattr(self, name.replace("text_encoder", "tokenizer")), getattr(self, name)
 
+    @answers_diffusers
     @takes_hub
     def load_lora_weights(
         self,
@@ -119,21 +122,46 @@ class AdapterMethods(Components):
         return loaded
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], weights: float | Sequence[float] = 1.0
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0
     ) -> None:
-        """Use these adapters with these weights, and no other; see `UNet3DConditionModel.set_adapters`."""
+        """Use these adapters with these weights, and no other; see `UNet3DConditionModel.set_adapters`.
+
+        `[]` uses none, until they are set again.
+        """
         networks = self._adaptable().values()
-        chosen = chosen_weights(adapter_names, weights)
-        known = {name: None for network in networks for name in network.list_adapters()}
-        missing = [name for name in chosen if name not in known]
-        if missing:
-            raise ValueError(f"there is no adapter {missing[0]!r}; there are: {', '.join(known) or 'none'}")
+        chosen = chosen_weights(adapter_names, adapter_weights)
+        self._check_adapters(chosen)
         for network in networks:
             own = network.list_adapters()
             if own:
                 its = {name: weight for name, weight in chosen.items() if name in own}
                 network.set_adapters(list(its), list(its.values()))
 
+    def _check_adapters(self, names: Iterable[str]) -> None:
+        known = {name: None for its in self.get_list_adapters().values() for name in its}
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise ValueError(f"there is no adapter {missing[0]!r}; there are: {', '.join(known) or 'none'}")
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Return the names of adapters of each network that has some."""
+        lists = {name: list(network.list_adapters()) for name, network in self._adaptable().items()}
+        return {name: adapters for name, adapters in lists.items() if adapters}
+
+    def get_active_adapters(self) -> list[str]:
+        """Return the names of adapters whose weight is not 0, in any network."""
+        weights = [network.list_adapters() for network in self._adaptable().values()]
+        return list({name: None for its in weights for name, weight in its.items() if weight})
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove adapters from all networks; ValueError for unknown names, or while they are fused."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_adapters(names)
+        for network in self._adaptable().values():
+            its = network.list_adapters()
+            network.delete_adapters([name for name in names if name in its])
+
+    @answers_diffusers
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
         """Make adapters part of the weights; see `UNet3DConditionModel.fuse_lora`."""
         adapted = [network for network in self._adaptable().values() if network.list_adapters()]
@@ -142,6 +170,7 @@ class AdapterMethods(Components):
         for network in adapted:
             network.fuse_lora(lora_scale)
 
+    @answers_diffusers
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`."""
         for network in self._adaptable().values():

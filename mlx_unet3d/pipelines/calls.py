@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
+from ..media.frames import DEFAULT_FPS
 from ..scalars import as_count
+from .components import first_given
 from .decoding import VideoOutput, as_output, decode_latents
 from .denoising import Steps
 from .embedded_guidance import EmbeddedGuidance
 from .guidance import Guidance, Inputs
 from .predict import Predict
+from .progress import is_shown, progress_bar
 from .sampling import Delivery, EmbeddedSampling, Sampling, divide
+from .switches import Switches
 from .windows import in_windows
 
 
-class VideoPipeline(EmbeddedGuidance):
+class VideoPipeline(EmbeddedGuidance, Switches):
     """Base of the pipelines: components, and what their calls have in common."""
 
     frames_axis = 2
@@ -70,7 +72,13 @@ class VideoPipeline(EmbeddedGuidance):
         self._need("vae")
         if self.frames_axis == 1:
             latents = latents.transpose(0, 2, 1, 3, 4)
-        return decode_latents(self.vae, latents, decode_chunk_size=decode_chunk_size, progress=progress)
+        return decode_latents(
+            self.vae,
+            latents,
+            decode_chunk_size=decode_chunk_size,
+            progress=progress,
+            bar=self.progress_bar_config,
+        )
 
     def _predict(
         self,
@@ -112,11 +120,20 @@ class VideoPipeline(EmbeddedGuidance):
         return given, Delivery(**delivery)
 
     def _deliver(
-        self, steps: Steps, delivery: Delivery, decode_chunk_size: int | None = None
+        self,
+        steps: Steps,
+        delivery: Delivery,
+        decode_chunk_size: int | None = None,
+        *,
+        fps: float | None = None,
     ) -> VideoOutput | tuple[Any]:
         """Run the steps, decode, and return frames in the form asked for."""
+        config = dict(self.progress_bar_config)
+        is_off = config.pop("disable", None)
+        given = delivery.progress if is_off is None else first_given(delivery.progress, not is_off)
+        shown = is_shown(given)
         latents, record = None, next(steps, None)
-        with tqdm(desc="denoise", unit="step", disable=not delivery.progress) as bar:
+        with progress_bar(shown, config, desc="denoise", unit="step") as bar:
             while record is not None:
                 bar.total = record.total
                 bar.update()
@@ -135,42 +152,9 @@ class VideoPipeline(EmbeddedGuidance):
                     record = None
         self._done_with("unet")
         if delivery.output_type == "latent":
-            frames = latents
+            frames, fps = latents, None
         else:
-            frames = self.decode(latents, decode_chunk_size=decode_chunk_size, progress=delivery.progress)
+            fps = first_given(fps, self.recommended.fps, DEFAULT_FPS)
+            frames = self.decode(latents, decode_chunk_size=decode_chunk_size, progress=shown)
             frames = as_output(frames, delivery.output_type)
-        return VideoOutput(frames) if delivery.return_dict else (frames,)
-
-    # Calls of diffusers' users that have nothing to do here.
-
-    def to(self, *args: Any, **kwargs: Any) -> VideoPipeline:
-        """Return the pipeline as it is, with a warning: memory is shared by CPU and GPU here.
-
-        Raises TypeError for a dtype, which is chosen when a pipeline is loaded.
-        """
-        dtypes = [value for value in (*args, *kwargs.values()) if not isinstance(value, str)]
-        if dtypes:
-            raise TypeError(
-                f"to({dtypes[0]!r}): choose the dtype when loading, from_pretrained(..., dtype=mx.float16)"
-            )
-        return self._nothing_to_do("to", "MLX computes on its default device, mx.set_default_device")
-
-    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
-        """Do nothing but warn; `enable_release` is the one that saves memory here."""
-        self._nothing_to_do("enable_model_cpu_offload", "CPU and GPU share memory; see enable_release()")
-
-    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
-        """Do nothing but warn; `enable_release` is the one that saves memory here."""
-        self._nothing_to_do("enable_sequential_cpu_offload", "CPU and GPU share memory; see enable_release()")
-
-    def enable_xformers_memory_efficient_attention(self, *_: Any, **__: Any) -> None:
-        """Do nothing but warn: attention is fused already."""
-        self._nothing_to_do("enable_xformers_memory_efficient_attention", "attention is fused already")
-
-    def set_progress_bar_config(self, **_: Any) -> None:
-        """Do nothing but warn; a call takes `progress`."""
-        self._nothing_to_do("set_progress_bar_config", "a call shows progress with progress=True")
-
-    def _nothing_to_do(self, name: str, why: str) -> VideoPipeline:
-        warnings.warn(f"{name} does nothing in mlx_unet3d: {why}", stacklevel=3)
-        return self
+        return VideoOutput(frames, fps) if delivery.return_dict else (frames,)

@@ -18,6 +18,8 @@ from ..checkpoints import find_folder, read_component_config, read_json
 from ..checkpoints.config import blame
 from ..checkpoints.hub import Hub, takes_hub
 from ..checkpoints.source import choose_variants, pinned
+from ..diffusers_names import answers_diffusers
+from ..dtypes import as_dtype, default_dtype
 from ..errors import CheckpointError
 from ..models.pretrained import DIFFUSERS_VERSION, PretrainedModel
 from ..recommended import Recommended
@@ -82,6 +84,7 @@ class Components:
             others = [inspect.Parameter(name, kind, default=value) for name, value in said.items()]
             cls.__signature__ = inspect.Signature([*named, *others])
 
+    @answers_diffusers
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(type(self)).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -121,13 +124,14 @@ class Components:
     # Folders.
 
     @classmethod
+    @answers_diffusers
     @takes_hub
     def from_pretrained(
         cls: type[Pipeline],
         path_or_id: str | Path,
         *,
-        dtype: mx.Dtype | None = None,
-        vae_dtype: mx.Dtype | None = mx.float32,
+        dtype: mx.Dtype | str | None = None,
+        vae_dtype: mx.Dtype | str | None = mx.float32,
         scheduler: Scheduler | str | None = None,
         variant: str | None = None,
         hub: Hub,
@@ -139,8 +143,9 @@ class Components:
         "demo" is the small model that comes in this package.
 
         Args:
-            dtype: of all networks but the VAE; None for that of their files, or on a CPU, where half
-                precision saves no time, for float32.
+            dtype: of all networks but the VAE, see
+                `UNet3DConditionModel.from_pretrained`; None for float16 on a GPU and float32 on a
+                CPU, where half precision saves no time. `torch_dtype` is another name of it.
             vae_dtype: of the VAE, which is prone to overflow in half precision; None as above.
             scheduler: to take for the checkpoint's own; or the name of one to make from the checkpoint's
                 config, of a class or from `schedulers.SCHEDULERS`.
@@ -152,12 +157,12 @@ class Components:
 
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
         """
+        dtype = as_dtype(dtype) or default_dtype()
+        vae_dtype = as_dtype(vae_dtype, "vae_dtype") or default_dtype()
         folder = find_folder(path_or_id, files=("model_index.json",), hub=hub)
         hub = pinned(hub, path_or_id, folder)
         index = cls._checked_index(path_or_id, read_json(folder / "model_index.json"), components)
         recommended = Recommended.of_index(index, folder / "model_index.json")
-        if dtype is None and mx.default_device() == mx.cpu:
-            dtype = mx.float32
         listed = {name: part for name, part in cls.parts.items() if is_listed(index, name, part)}
         kinds = {name: part_class(index, name, part) for name, part in listed.items()}
         networks = [name for name in listed if listed[name].is_network and name not in components]
@@ -168,7 +173,7 @@ class Components:
             warnings.warn(
                 f"{path_or_id} has no files of the variant {variant!r} for {' and '.join(plain)}; taking the "
                 "plain ones",
-                stacklevel=2,
+                stacklevel=4,
             )
         made: dict[str, Any] = {
             name: None for name, part in cls.parts.items() if part.may_be_none and name not in listed
@@ -219,6 +224,7 @@ class Components:
         return index
 
     @classmethod
+    @answers_diffusers
     def from_pipe(cls: type[Pipeline], pipe: Components, **components: Any) -> Pipeline:
         """Make a pipeline of the parts of another, which it shares: the weights are in memory once.
 
@@ -243,6 +249,7 @@ class Components:
         options = {name: getattr(pipe, name, default) for name, default in cls.index_options.items()}
         return cls(**found, **options, recommended=pipe.recommended)
 
+    @answers_diffusers
     def save_pretrained(self, folder: str | Path, *, layout: str = "mlx") -> None:
         """Write all components and `model_index.json`, that last: a failed save cannot be loaded.
 
@@ -306,35 +313,6 @@ class Components:
     def disable_sequential_guidance(self) -> None:
         """Run the network once a step."""
         self.sequential_guidance = False
-
-    def enable_attention_slicing(self, slice_size: str | int | list[int] | None = "auto") -> None:
-        """See `UNet3DConditionModel.set_attention_slice`; it saves where attention is not fused."""
-        self._need("unet")
-        self.unet.set_attention_slice(slice_size)
-
-    def disable_attention_slicing(self) -> None:
-        """Compute attention at once."""
-        self.enable_attention_slicing(None)
-
-    def enable_vae_slicing(self) -> None:
-        """Decode and encode frame by frame; see `AutoencoderKL.enable_slicing`."""
-        self._need("vae")
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Decode and encode some frames at a time."""
-        self._need("vae")
-        self.vae.disable_slicing()
-
-    def enable_vae_tiling(self) -> None:
-        """Decode and encode large frames in tiles, which changes them; see `AutoencoderKL.enable_tiling`."""
-        self._need("vae")
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Decode and encode frames without tiles."""
-        self._need("vae")
-        self.vae.disable_tiling()
 
     def enable_release(self) -> None:
         """Let go of encoders once prompts and images are encoded, and of the UNet before frames are decoded.

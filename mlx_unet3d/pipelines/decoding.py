@@ -1,28 +1,41 @@
 """Latents to frames, in chunks, and the forms that a call returns."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import NonFiniteError
+from ..media.export import as_html
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..models.outputs import ModelOutput
 from .denoising import fold_frames
+from .progress import progress_bar
 
 
 @dataclass
 class VideoOutput(ModelOutput):
-    """`frames` by `output_type`: "np", float32 in [0, 1] (B, F, H, W, 3); "mlx", the same as mx.array;
-    "pil", B lists of F images; "latent", latents as of a `DenoisingStep`, as mx.array."""
+    """Videos, which a notebook shows.
+
+    Attributes:
+        frames: by `output_type`: "np", float32 in [0, 1] (B, F, H, W, 3); "mlx", the same as mx.array; "pil",
+            B lists of F images; "latent", latents as of a `DenoisingStep`, as mx.array.
+        fps: frames a second, for showing them; None for latents, which are not shown. Not one of the values.
+    """
 
     frames: Any
+    fps: InitVar[float | None] = None
+
+    def __post_init__(self, fps: float | None) -> None:
+        self.fps = fps
+
+    def _repr_html_(self) -> str | None:
+        return None if self.fps is None else as_html(self.frames, self.fps)
 
 
 def decode_latents(
@@ -31,6 +44,7 @@ def decode_latents(
     *,
     decode_chunk_size: int | None = None,
     progress: bool = False,
+    bar: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """Decode latents (B, C, F, h, w) to frames (B, F, H, W, 3) in [0, 1], float32.
 
@@ -40,6 +54,7 @@ def decode_latents(
         decode_chunk_size: frames at a time, over the joined clips of a batch. None for all frames of a clip
             in a temporal decoder, as far as MLX can index them, and as many as the VAE takes well in another.
         progress: show a progress bar.
+        bar: options of tqdm for it.
 
     Raises ValueError for other channels than the VAE's, NonFiniteError where the VAE overflows.
     """
@@ -49,7 +64,7 @@ def decode_latents(
     folded = vae.unscale_latents(fold_frames(latents))
     n = folded.shape[0]
     chunks = []
-    with tqdm(total=n, desc="decode", unit="frame", disable=not progress) as bar:
+    with progress_bar(progress, bar, total=n, desc="decode", unit="frame") as shown:
         for start, images in _chunks(vae, folded, num_frames, decode_chunk_size):
             images = images.astype(mx.float32)
             # Before clipping, which would turn an infinity into plain black or white.
@@ -60,7 +75,7 @@ def decode_latents(
                 )
             images = mx.clip(images / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)  # (N, 3, H, W) -> (N, H, W, 3)
             chunks.append(np.array(images))
-            bar.update(len(chunks[-1]))
+            shown.update(len(chunks[-1]))
     frames = np.concatenate(chunks)
     return frames.reshape(batch, n // batch, *frames.shape[1:])
 

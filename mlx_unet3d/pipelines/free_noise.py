@@ -7,6 +7,7 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
+from ..diffusers_names import answers_diffusers
 from ..layers.free_noise import FreeNoise
 from ..noise import Generator
 from ..scalars import as_count, as_python
@@ -87,6 +88,7 @@ class FreeNoiseMethods(TextPrompts):
         ]
         return mx.concatenate(rows)
 
+    @answers_diffusers
     def encode_prompt(
         self,
         prompt: Prompts | None,

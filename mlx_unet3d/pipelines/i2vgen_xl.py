@@ -121,7 +121,7 @@ class I2VGenXLPipeline(TextPrompts, AdapterMethods, VideoPipeline):
             latents=latents,
             **settings,
         )
-        return self._deliver(steps, delivery, decode_chunk_size)
+        return self._deliver(steps, delivery, decode_chunk_size, fps=target_fps)
 
     def encode_image(
         self, image: Images, *, height: int | None = None, width: int | None = None

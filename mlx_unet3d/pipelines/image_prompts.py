@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..checkpoints import read_component_config
 from ..checkpoints.hub import Hub, takes_hub
+from ..diffusers_names import answers_diffusers
 from ..image_processor import CLIPImageProcessor, Pictures
 from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.ip_adapter_files import IPAdapterSource, encoders_needed, find_files
@@ -86,6 +87,7 @@ def find_encoder(
 class ImagePrompts(EmbeddedGuidance):
     """A pipeline whose UNet takes IP-Adapters: images as prompts beside the text (arXiv:2308.06721)."""
 
+    @answers_diffusers
     @takes_hub
     def load_ip_adapter(
         self,
@@ -142,6 +144,7 @@ class ImagePrompts(EmbeddedGuidance):
         self._need("unet")
         self.unet.unload_ip_adapter()
 
+    @answers_diffusers
     def save_pretrained(self, folder: str | Path, *, layout: str = "mlx") -> None:
         """See `Components.save_pretrained`; ValueError while an IP-Adapter is loaded, before anything is
         written."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import Hub, find_folder, read_json, takes_hub
+from ..diffusers_names import answers_diffusers
 from ..errors import CheckpointError
 from .animatediff import AnimateDiffPipeline
 from .animatediff_sdxl import AnimateDiffSDXLPipeline
@@ -49,6 +50,7 @@ def pipeline_class(path_or_id: str | Path, *, hub: Hub) -> type[VideoPipeline]:
     return PIPELINES[name]
 
 
+@answers_diffusers
 @takes_hub
 def load_pipeline(path_or_id: str | Path, *, hub: Hub, **options: Any) -> VideoPipeline:
     """Read a pipeline of any family; diffusers' `DiffusionPipeline.from_pretrained`.
@@ -61,3 +63,16 @@ def load_pipeline(path_or_id: str | Path, *, hub: Hub, **options: Any) -> VideoP
     Raises as that does, and CheckpointError for a pipeline of another kind.
     """
     return pipeline_class(path_or_id, hub=hub).from_pretrained(path_or_id, hub=hub, **options)
+
+
+class DiffusionPipeline:
+    """diffusers' name of what reads a pipeline of any family."""
+
+    from_pretrained = staticmethod(load_pipeline)
+    """See `load_pipeline`."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise TypeError(
+            "DiffusionPipeline is no class of a pipeline; write DiffusionPipeline.from_pretrained(model), or "
+            "one of " + ", ".join(dict.fromkeys(kind.__name__ for kind in PIPELINES.values()))
+        )

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..checkpoints import find_folder, read_component_config, read_json
 from ..checkpoints.hub import Hub
+from ..diffusers_names import answers_diffusers
 from ..errors import CheckpointError
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.clip_text import CLIPTextModel
@@ -54,6 +55,7 @@ class MotionPipeline(FreeNoiseMethods, FreeInitMethods, ImagePrompts, AdapterMet
     }
 
     @classmethod
+    @answers_diffusers
     def from_pretrained(
         cls,
         path_or_id: str | Path,

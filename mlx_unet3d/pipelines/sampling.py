@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from ..diffusers_names import ADVICE
 from ..models.video_unet import VideoUNet
 from ..noise import Generator, noise_source
 from ..scalars import as_count
@@ -75,8 +76,10 @@ class Sampling:
                 try:
                     operator.index(one)
                 except TypeError as error:
+                    drawn = getattr(one, "initial_seed", None)
+                    given = "a number or one a video" if drawn is None else f"seed={drawn()}"
                     raise TypeError(
-                        f"generator is a {type(one).__name__}; give seed=, a number or one a video: a seed "
+                        f"generator is a {type(one).__name__}; give seed=, {given}: a seed "
                         "draws the noise of torch.Generator('cpu').manual_seed(seed)"
                     ) from error
             object.__setattr__(self, "seed", generator)
@@ -158,7 +161,7 @@ class Delivery:
         callback_on_step_end: called as callback(pipe, step, timestep, {"latents": latents}) after each step;
             returns a dict, whose "latents" take the place of the run's.
         callback_on_step_end_tensor_inputs: names in that dict; "latents" is the only one.
-        progress: show progress bars.
+        progress: show progress bars; None for those that watch: in a terminal or a notebook.
     """
 
     output_type: str = "np"
@@ -168,7 +171,7 @@ class Delivery:
     callback_steps: int = 1
     callback_on_step_end: Callable[[Any, int, float, dict[str, mx.array]], dict[str, mx.array]] | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
-    progress: bool = False
+    progress: bool | None = None
 
     def __post_init__(self) -> None:
         as_count("callback_steps", self.callback_steps)
@@ -242,6 +245,8 @@ def divide(options: Mapping[str, Any], *kinds: type) -> list[dict[str, Any]]:
     known = [name for its in names for name in its]
     for name in options:
         if name not in known:
+            if name in ADVICE["__call__"]:
+                raise TypeError(f"a call takes no {name} here: {ADVICE['__call__'][name]}")
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
             raise TypeError(f"unexpected keyword argument {name!r}{hint}")

@@ -119,7 +119,7 @@ class StableVideoDiffusionPipeline(VideoPipeline):
             latents=latents,
             **settings,
         )
-        return self._deliver(steps, delivery, decode_chunk_size)
+        return self._deliver(steps, delivery, decode_chunk_size, fps=fps)
 
     def encode_image(
         self, image: Images, *, height: int | None = None, width: int | None = None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..diffusers_names import answers_diffusers
 from ..layers.adapted import scaled_adapters
 from ..tokenizer import CLIPTokenizer
 from .embedded_guidance import EmbeddedGuidance
@@ -95,6 +96,7 @@ class TextPrompts(EmbeddedGuidance):
                 f"(cross_attention_dim), the text encoder has {width}; these parts do not belong together"
             )
 
+    @answers_diffusers
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None,
@@ -175,7 +177,7 @@ class TextPrompts(EmbeddedGuidance):
         if known and unknown:
             warnings.warn(
                 f"this model does not know {', '.join(map(repr, unknown))}; it knows {', '.join(known)}",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

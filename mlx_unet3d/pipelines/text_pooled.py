@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 
+from ..diffusers_names import answers_diffusers
 from ..layers.adapted import scaled_adapters
 from ..scalars import as_count
 from .sampling import Sampling
@@ -55,6 +56,7 @@ class PooledTextPrompts(TextPrompts):
             return None
         return self.text_encoder.config.hidden_size + self.text_encoder_2.config.hidden_size
 
+    @answers_diffusers
     def encode_prompt(
         self,
         prompt: str | Sequence[str] | None,

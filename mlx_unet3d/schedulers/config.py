@@ -205,7 +205,12 @@ class ConfigMixin:
     @classmethod
     @takes_hub
     def from_pretrained(
-        cls, path_or_id: str | os.PathLike[str], *, subfolder: str | None = None, hub: Hub
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        hub: Hub,
+        **overrides: Any,
     ) -> Self:
         """Make a scheduler of this class from the scheduler_config.json in a folder or hub repository.
 
@@ -213,11 +218,12 @@ class ConfigMixin:
             path_or_id: a folder, or a hub id.
             subfolder: "scheduler" where `path_or_id` is a complete pipeline.
             hub: how the hub is reached: `revision`, `local_files_only`, `token`, `cache_dir`.
+            overrides: arguments of the class that replace values of the config, as in `from_config`.
         """
         from ..checkpoints import read_component_config
 
         config = read_component_config(path_or_id, CONFIG_NAME, subfolder=subfolder, hub=hub)
-        return cls.from_config(config)
+        return cls.from_config(config, **overrides)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write scheduler_config.json, which diffusers reads as well, into a folder, and make the folder if
