@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .families import Family
 from .keeping import Keeper, swapped
 from .outputs import add_json, announce, check_free, file_options, hold_outputs
 from .preparing import fit, load, read_frames, read_picture
+from .preview import Preview, check_file
 from .requests import collect_settings, given, resumed_settings, take_prompt
 from .settings import public
 
@@ -66,6 +67,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--overwrite", action="store_true", default=False, help="replace an existing output")
     parser.add_argument(
         "--keep-latents", action="store_true", default=False, help="keep them beside the video"
+    )
+    parser.add_argument(
+        "--preview",
+        action="store_true",
+        default=False,
+        help="show the video as it forms, in the terminal: by kitty's or iTerm2's pictures, else half blocks",
+    )
+    parser.add_argument(
+        "--preview-file",
+        type=options.path,
+        default=None,
+        metavar="FILE",
+        help="write the video as it forms to a small .gif or .webp, every few seconds",
     )
     add_json(parser)
     options.add_loudness(parser)
@@ -252,6 +266,7 @@ def run(args: argparse.Namespace) -> int:
         job = Job(settings, hold_outputs(args, settings, claims), left)
         for output in job.outputs:
             check_output(args, output, settings)
+        check_file(args.preview_file, job.outputs, args.overwrite)
         if saved is not None and saved.steps == 0:  # all but the decoding is done
             decode.make_video(args, saved, settings, job.outputs[0])
             if not args.keep_latents:
@@ -296,6 +311,7 @@ def make_videos(args: argparse.Namespace, family: Family, job: Job) -> int:
         states = families.encode(family, pipe, settings, image, ip_image)
         families.release_encoders(pipe)  # their memory is wanted from here on
 
+    preview = Preview(pipe.vae, pipe.frames_axis, args.preview, args.preview_file, settings["fps"])
     finished: list[tuple[str, mx.array, Keeper, dict[str, Any]]] = []
     try:
         for i, output in enumerate(job.outputs):
@@ -304,7 +320,7 @@ def make_videos(args: argparse.Namespace, family: Family, job: Job) -> int:
             keeper = Keeper(left, own, job.predictions, job.left, pipe.frames_axis)
             measured = dict(stages)
             with options.stage(f"denoise, seed {own['seed']}", measured):
-                latents = denoise(family, pipe, states, video, own, keeper, job.predictions)
+                latents = denoise(family, pipe, states, video, own, keeper, job.predictions, preview)
             keeper.finish(latents)
             finished.append((output, latents, keeper, measured))
         pipe.release("unet")
@@ -338,15 +354,17 @@ def denoise(
     settings: dict[str, Any],
     keeper: Keeper,
     predictions: Sequence[mx.array],
+    preview: Preview,
 ) -> mx.array:
     """Run the loop with a progress bar; where it is cut off, there is on disk what it takes to go on."""
     record = None
     try:
-        with tqdm(desc="denoise", unit="step", disable=options.is_quiet()) as bar:
+        with tqdm(desc="denoise", unit="step", disable=options.is_quiet()) as bar, closing(preview):
             for record in families.steps(family, pipe, states, video, settings, predictions):
                 bar.total = record.total
                 bar.update()
                 keeper.step(record)
+                preview.step(record)
     except NonFiniteError:
         keeper.discard()  # so would the rest of this run be
         raise

@@ -1,9 +1,11 @@
 """The ffmpeg at hand: where it is, and which video codecs it encodes."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 INSTALL = 'install ffmpeg (`brew install ffmpeg`), or `pip install "mlx-unet3d[video]"`'
 
@@ -75,18 +77,23 @@ class Ffmpeg:
 
 def installed() -> list[Ffmpeg]:
     """Return the ffmpeg on PATH and that of imageio-ffmpeg, if they exist and run."""
-    executables = [shutil.which("ffmpeg"), _imageio_ffmpeg()]
-    found = []
-    for executable in dict.fromkeys(filter(None, executables)):
-        banner = run([executable, "-version"])
-        encoders = run([executable, "-hide_banner", "-encoders"])
-        if banner.returncode == 0 == encoders.returncode:
-            words = banner.stdout.decode(errors="replace").split()  # "ffmpeg version 7.1 ..."
-            version = words[2] if len(words) > 2 else "unknown"
-            listed = encoders.stdout.decode(errors="replace").split()
-            able = tuple(name for name, codec in CODECS.items() if codec.encoder in listed)
-            found.append(Ffmpeg(executable, version, able))
-    return found
+    executables = dict.fromkeys(filter(None, [shutil.which("ffmpeg"), _imageio_ffmpeg()]))
+    probed = (_probe(executable, os.stat(executable).st_mtime_ns) for executable in executables)
+    return [ffmpeg for ffmpeg in probed if ffmpeg is not None]
+
+
+@cache
+def _probe(executable: str, stamp: int) -> Ffmpeg | None:
+    """Ask an executable, as of the time `stamp`, what it is; None where it does not run."""
+    banner = run([executable, "-version"])
+    encoders = run([executable, "-hide_banner", "-encoders"])
+    if not banner.returncode == 0 == encoders.returncode:
+        return None
+    words = banner.stdout.decode(errors="replace").split()  # "ffmpeg version 7.1 ..."
+    version = words[2] if len(words) > 2 else "unknown"
+    listed = encoders.stdout.decode(errors="replace").split()
+    able = tuple(name for name, codec in CODECS.items() if codec.encoder in listed)
+    return Ffmpeg(executable, version, able)
 
 
 def _imageio_ffmpeg() -> str | None:
