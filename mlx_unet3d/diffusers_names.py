@@ -4,6 +4,7 @@
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -175,14 +176,17 @@ NAMES: dict[str, str] = {
 def answers_diffusers(function: Callable[..., Result]) -> Callable[..., Result]:
     """Let a method take the arguments of diffusers' method of its name, or say what to write.
 
-    See `RENAMED`, `USELESS`, which warn, and `ADVICE`, which raise TypeError.
+    See `RENAMED`, `USELESS`, which warn, and `ADVICE`, which raise TypeError; the method's own arguments go
+    before them.
     """
     name = "from_pretrained" if function.__name__ == "load_pipeline" else function.__name__
     renamed, useless, advice = (table.get(name, {}) for table in (RENAMED, USELESS, ADVICE))
+    own = inspect.signature(function).parameters.keys()
+    foreign = (renamed.keys() | useless.keys() | advice.keys()) - own
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Result:
-        for other in kwargs.keys() & (renamed.keys() | useless.keys() | advice.keys()):
+        for other in kwargs.keys() & foreign:
             if other in advice:
                 raise TypeError(f"{name} takes no {other}: {advice[other]}")
             value = kwargs.pop(other)
