@@ -5,7 +5,7 @@ import shutil
 
 import mlx.core as mx
 import pytest
-from mlx_unet3d import media, memory
+from mlx_unet3d import MotionAdapter, media, memory
 from mlx_unet3d.chips import working_set
 from mlx_unet3d.cli import generate, main
 from seeded import CONFIGS
@@ -135,6 +135,29 @@ def family_folder(configs, kind):
         index[name] = ["diffusers", config["_class_name"]]
     (configs / "model_index.json").write_text(json.dumps(index))
     return configs
+
+
+def test_plan_of_a_motion_adapter_elsewhere(configs, tmp_path, capsys):
+    """Stable Diffusion and motion modules: a folder, a file of theirs, and models into which none go."""
+    whole = memory.read_networks(family_folder(configs, "MotionAdapter"))
+    index = json.loads((configs / "model_index.json").read_text())
+    index.pop("motion_adapter")
+    (configs / "model_index.json").write_text(json.dumps(index))
+    elsewhere = (configs / "motion_adapter").rename(tmp_path / "elsewhere")
+    config = {k: v for k, v in ADAPTER.items() if k != "_class_name"}
+    MotionAdapter(**config).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "mm.safetensors")
+    for adapter in (elsewhere, tmp_path / "mm.safetensors"):
+        found = memory.read_networks(configs, motion_adapter=adapter)
+        assert found.unet.kind is whole.unet.kind
+        assert found.unet.nbytes(mx.float16) == whole.unet.nbytes(mx.float16)
+        words = ["plan", "--model", str(configs), "--motion-adapter", str(adapter), "--num-frames", "2"]
+        assert main(words) == 0
+        assert "2 frames of 64x64" in capsys.readouterr().out
+    assert main(["plan", "--model", str(configs)]) == 2
+    assert "give a motion adapter" in capsys.readouterr().err
+    assert main(["plan", "--motion-adapter", str(elsewhere)]) == 2
+    assert "UNet3DConditionModel, into which no motion adapter goes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     options.add_model_options(parser)
     parser.add_argument(
         "--lora",
+        "--motion-lora",
         nargs="+",
         action="append",
         metavar=("PATH_OR_ID", "WEIGHT"),

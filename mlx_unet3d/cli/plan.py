@@ -60,6 +60,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     options.add_model_options(parser, weights=False)
     parser.add_argument(
+        "--motion-adapter",
+        type=options.path,
+        metavar="PATH_OR_ID",
+        help="motion modules that make a Stable Diffusion model move: a folder, a file or a hub id",
+    )
+    parser.add_argument(
         "--dtype",
         choices=options.DTYPES,
         help="of the network (default: float16 on a GPU, float32 on a CPU)",
@@ -85,7 +91,8 @@ class Machine:
 
 def run(args: argparse.Namespace) -> int:
     model = args.model if args.model is not None else preference("model")[0]
-    networks = memory.read_networks(model, revision=args.revision, local_files_only=args.local_files_only)
+    where = dict(revision=args.revision, local_files_only=args.local_files_only)
+    networks = memory.read_networks(model, motion_adapter=args.motion_adapter, **where)
     machines = machines_of(args)
     metal = args.chip is not None or args.memory is not None or mx.default_device() == mx.gpu
     dtype = args.dtype if args.dtype is not None else "float16" if metal else "float32"

@@ -11,13 +11,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..checkpoints import Hub, find_folder, read_component_config, takes_hub
 from ..checkpoints.config import ModelConfig, blame
 from ..checkpoints.quantization import from_config, quantizations, quantize_layers
-from ..checkpoints.source import pinned
+from ..checkpoints.source import find_file, pinned
+from ..errors import CheckpointError
 from ..layers.quantized import Quantization, can_quantize
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.autoencoder_kl_temporal import AutoencoderKLTemporalDecoder
 from ..models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
 from ..models.clip_vision import CLIPVisionModelWithProjection
-from ..models.motion_adapter import MotionAdapterConfig, motion_config
+from ..models.loading import find_checkpoint
+from ..models.motion_adapter import STEM, MotionAdapterConfig, adapter_config, motion_config
 from ..models.pretrained import PretrainedModel
 from ..models.unet_motion import UNetMotionModel
 from ..recommended import Recommended
@@ -148,13 +150,20 @@ _KINDS: dict[str, tuple[type[PretrainedModel], ...]] = {
 
 
 @takes_hub
-def read_networks(path_or_id: str | Path, *, hub: Hub) -> Networks:
+def read_networks(path_or_id: str | Path, *, motion_adapter: str | Path | None = None, hub: Hub) -> Networks:
     """The networks of a pipeline folder, a hub id, or "demo"; of the hub, configs alone are downloaded.
 
     A 2-D UNet beside a `motion_adapter` is planned as the network of both. Of a quantized network, all layers
     that can be are taken for quantized, as the recipes "mixed" and "uniform" have it.
 
-    Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
+    Args:
+        path_or_id: the pipeline.
+        motion_adapter: folder, hub id or file of motion modules, in place of the folder's own. Of a hub id
+            the config alone is read, of a file the header.
+        revision, local_files_only, token, cache_dir, hub: see `Hub`.
+
+    Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError, also for a
+    motion adapter that does not go with the UNet.
     """
     folder = find_folder(path_or_id, files=("model_index.json",), hub=hub)
     hub = pinned(hub, path_or_id, folder)
@@ -164,12 +173,20 @@ def read_networks(path_or_id: str | Path, *, hub: Hub) -> Networks:
         return read_component_config(path_or_id, "config.json", subfolder=name, hub=hub)
 
     config = config_of("unet")
-    if config.get("_class_name") == "UNet2DConditionModel" and _lists(index, "motion_adapter"):
-        with blame(folder / "motion_adapter" / "config.json"):
-            adapter = MotionAdapterConfig.from_dict(
-                {k: v for k, v in config_of("motion_adapter").items() if k != "quantization"}
+    name = config.get("_class_name")
+    if motion_adapter is not None and name not in ("UNet2DConditionModel", "UNetMotionModel"):
+        raise CheckpointError(f"{path_or_id} has a {name}, into which no motion adapter goes; leave it out")
+    if name == "UNet2DConditionModel" and (motion_adapter is not None or _lists(index, "motion_adapter")):
+        with blame(folder / "motion_adapter" / "config.json" if motion_adapter is None else motion_adapter):
+            found = (
+                config_of("motion_adapter")
+                if motion_adapter is None
+                else _adapter_config(motion_adapter, replace(hub, revision=None))
             )
+            adapter = MotionAdapterConfig.from_dict({k: v for k, v in found.items() if k != "quantization"})
             config = motion_config(UNetMotionModel, config, adapter) | {"_class_name": "UNetMotionModel"}
+    elif name == "UNet2DConditionModel":
+        raise CheckpointError(f"{path_or_id} makes images; it needs motion modules: give a motion adapter")
     networks = {"unet": _network("unet", config, folder)}
     family = FAMILIES[networks["unet"].kind]
     optional = (name for name in family.optional if _lists(index, name))
@@ -178,6 +195,13 @@ def read_networks(path_or_id: str | Path, *, hub: Hub) -> Networks:
         networks[name] = _network(name, config_of(name), folder)
     recommended = Recommended.of_index(index, folder / "model_index.json")
     return Networks(**networks, num_frames=recommended.num_frames)
+
+
+def _adapter_config(path_or_id: str | Path, hub: Hub) -> dict[str, Any]:
+    """The config of a motion adapter: that of its folder, or inferred from the header of a lone file."""
+    if find_file(path_or_id, hub=hub) is None:
+        return read_component_config(path_or_id, "config.json", hub=hub)
+    return adapter_config(find_checkpoint(path_or_id, STEM, files=True, hub=hub))
 
 
 def _lists(index: dict[str, Any], name: str) -> bool:
