@@ -47,7 +47,6 @@ ADVICE: dict[str, dict[str, str]] = {
     "encode_prompt": {
         "device": "leave it out, MLX computes on its default device",
         "do_classifier_free_guidance": "give guidance_scale, 1 for no guidance",
-        "lora_scale": "set_adapters(name, weight) sets it",
         "num_images_per_prompt": "give num_videos_per_prompt to the call",
         "num_videos_per_prompt": "give num_videos_per_prompt to the call",
     },
