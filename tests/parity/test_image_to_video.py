@@ -124,7 +124,7 @@ def svd_both(svd, seed=0, **settings):
         dict(latents=np.random.default_rng(3).normal(size=(1, 3, 4, 8, 6)).astype(np.float32)),
         dict(image=picture(40, 600), height=48, width=80),
     ],
-    ids=str,
+    ids=lambda settings: "-".join(settings) or "default",
 )
 def test_stable_video(svd, settings):
     settings = dict(image=picture(100, 80)) | settings
@@ -241,7 +241,7 @@ def text_model(monkeypatch):
         dict(image=picture(40, 600), height=48, width=80),
         dict(image=picture(300, 64), decode_chunk_size=2),
     ],
-    ids=str,
+    ids=lambda settings: "-".join(settings) or "default",
 )
 def test_i2vgen_xl(i2v, settings):
     theirs, ours = i2v
