@@ -146,7 +146,7 @@ class Components:
             dtype: of all networks but the VAE, see
                 `UNet3DConditionModel.from_pretrained`; None for float16 on a GPU and float32 on a
                 CPU, where half precision saves no time. `torch_dtype` is another name of it.
-            vae_dtype: of the VAE, which is prone to overflow in half precision; None as above.
+            vae_dtype: of the VAE, which is prone to overflow in half precision; None for that of the rest.
             scheduler: to take for the checkpoint's own; or the name of one to make from the checkpoint's
                 config, of a class or from `schedulers.SCHEDULERS`.
             variant: such as "fp16"; networks without it are read from their plain files, with a warning.
@@ -158,7 +158,7 @@ class Components:
         Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError.
         """
         dtype = as_dtype(dtype) or default_dtype()
-        vae_dtype = as_dtype(vae_dtype, "vae_dtype") or default_dtype()
+        vae_dtype = as_dtype(vae_dtype, "vae_dtype") or dtype
         folder = find_folder(path_or_id, files=("model_index.json",), hub=hub)
         hub = pinned(hub, path_or_id, folder)
         index = cls._checked_index(path_or_id, read_json(folder / "model_index.json"), components)
