@@ -1,5 +1,6 @@
 """Frames <-> files: GIF, WebP, PNG, folders of PNG and MP4, with the settings of the video inside."""
 
+from .comparing import compared, psnr, ssim
 from .ffmpeg import CODECS, codec_suffixes
 from .files import check_writable, encoders, read_image, read_metadata, read_video, write_video
 from .frames import MAX_SCALE, check_scale, to_uint8
@@ -12,10 +13,13 @@ __all__ = [
     "check_scale",
     "check_writable",
     "codec_suffixes",
+    "compared",
     "encoders",
+    "psnr",
     "read_image",
     "read_metadata",
     "read_video",
+    "ssim",
     "to_uint8",
     "write_video",
 ]
