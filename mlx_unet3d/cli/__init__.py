@@ -24,7 +24,7 @@ class Terminated(KeyboardInterrupt):
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     # Not at the top: without a backend, importing MLX fails, and the command must say so in one line.
-    from . import bench, completion, config, convert, decode, doctor, generate, info, plan
+    from . import bench, compare, completion, config, convert, decode, doctor, generate, info, plan
     from .parser import Parser
 
     parser = Parser(
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--traceback", action="store_true", help="show where in the program an error came from"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="mlx-unet3d")
-    for command in (generate, plan, decode, convert, info, doctor, bench, config, completion):
+    for command in (generate, plan, decode, compare, convert, info, doctor, bench, config, completion):
         command.add_parser(commands)
     parser.set_defaults(root=parser)
     return parser

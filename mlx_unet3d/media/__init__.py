@@ -1,5 +1,6 @@
 """Frames <-> files: GIF, WebP, PNG, folders of PNG and MP4, with the settings of the video inside."""
 
+from .comparing import compared, psnr, ssim
 from .export import export_to_gif, export_to_video
 from .ffmpeg import CODECS, codec_suffixes
 from .files import check_writable, encoders, read_image, read_metadata, read_video, write_video
@@ -13,12 +14,15 @@ __all__ = [
     "check_scale",
     "check_writable",
     "codec_suffixes",
+    "compared",
     "encoders",
     "export_to_gif",
     "export_to_video",
+    "psnr",
     "read_image",
     "read_metadata",
     "read_video",
+    "ssim",
     "to_uint8",
     "write_video",
 ]
