@@ -131,9 +131,9 @@ def ours(name: str, folder: Path) -> dict[str, float]:
     }
 
 
-def in_process(which: str, name: str, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--run", which, "--networks", name, "--folder", str(folder)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def in_process(script: str, *arguments: str) -> dict[str, float]:
+    """The figures that a script prints as JSON in its last line, run in a process of its own."""
+    done = subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -154,8 +154,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name in args.networks:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            theirs = in_process("reference", name, Path(folder))
-            mine = in_process("ours", name, Path(folder))
+            place = ("--networks", name, "--folder", folder)
+            theirs, mine = (in_process(__file__, "--run", which, *place) for which in ("reference", "ours"))
         assert mine["parameters"] == theirs["parameters"]
         print(
             f"| {NETWORKS[name][0]} | {mine['parameters']:,} | {mine['error']:.1e} | {mine['seconds']:.1f} "

@@ -9,15 +9,13 @@ its weights and frames, then ours reads them.
 import argparse
 import json
 import math
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from full_size_networks import gigabytes, seeded
+from full_size_networks import gigabytes, in_process, seeded
 
 SIZE, STEPS = 256, 2
 FRAMES = {"svd": 14, "animatediff": 16}
@@ -145,12 +143,6 @@ def ours(name: str, folder: Path) -> dict[str, float]:
     }
 
 
-def in_process(which: str, name: str, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--run", which, "--pipelines", name, "--folder", str(folder)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipelines", nargs="+", choices=FRAMES, default=list(FRAMES))
@@ -165,8 +157,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for name in args.pipelines:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            theirs = in_process("reference", name, Path(folder))
-            mine = in_process("ours", name, Path(folder))
+            place = ("--pipelines", name, "--folder", folder)
+            theirs, mine = (in_process(__file__, "--run", which, *place) for which in ("reference", "ours"))
         print(
             f"| {name} {SIZE}x{SIZE}x{FRAMES[name]}, {STEPS} steps | {mine['psnr']:.1f} "
             f"({mine['deviation']:.3f}) | {mine['seconds']:.0f} | {theirs['seconds']:.0f} | "

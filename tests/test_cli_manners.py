@@ -179,6 +179,17 @@ def test_a_quiet_run_that_stops_says_how_to_go_on(model, monkeypatch, capsys):
     assert "mlx-unet3d decode" in capsys.readouterr().err
 
 
+def test_a_local_model_is_preferred_from_everywhere(model, capsys):
+    shutil.copytree(model, "mine")
+    assert main(["config", "model", "mine"]) == main(["config", "model"]) == 0
+    assert capsys.readouterr().out == f"{Path('mine').absolute()}\n"
+
+
+def test_motion_lora_is_another_name_of_lora():
+    words = ["generate", "x", "--lora", "style", "--motion-lora", "pan", "0.8"]
+    assert build_parser().parse_args(words).lora == [["style"], ["pan", "0.8"]]
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion(shell, capsys):
     assert main(["completion", shell]) == 0

@@ -155,7 +155,7 @@ def test_plan_of_a_motion_adapter_elsewhere(configs, tmp_path, capsys):
         assert main(words) == 0
         assert "2 frames of 64x64" in capsys.readouterr().out
     assert main(["plan", "--model", str(configs)]) == 2
-    assert "give a motion adapter" in capsys.readouterr().err
+    assert "--motion-adapter" in capsys.readouterr().err
     assert main(["plan", "--motion-adapter", str(elsewhere)]) == 2
     assert "UNet3DConditionModel, into which no motion adapter goes" in capsys.readouterr().err
 

@@ -1,14 +1,20 @@
 """mlx-unet3d config: what holds for all runs, in a file of the user; and the variables of the environment."""
 
+from __future__ import annotations
+
 import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..atomic import write_text
 from ..errors import printable
 from . import options
+
+if TYPE_CHECKING:
+    from tomlkit import TOMLDocument
 
 FORMATS = ("gif", "webp", "png", "mp4", "mov")
 
@@ -19,6 +25,12 @@ def folder(text: str) -> str:
     if not found.is_dir():
         raise argparse.ArgumentTypeError(f"{found} is no folder; make it first")
     return str(found)
+
+
+def model(text: str) -> str:
+    """Parse a model; that of a local folder to its absolute path, as runs start in any folder."""
+    found = Path(options.path(text)).expanduser()
+    return str(found.absolute()) if found.is_dir() else text
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Preference:
 
 
 PREFERENCES = {
-    "model": Preference("demo", options.path, "the model of generate, plan and bench without --model"),
+    "model": Preference("demo", model, "the model of generate, plan and bench without --model"),
     "folder": Preference(".", folder, "the folder for videos without -o"),
     "format": Preference("gif", options.one_of(*FORMATS), f"their format: {', '.join(FORMATS)}"),
 }
@@ -68,22 +80,19 @@ def preference(name: str) -> tuple[str, str | None]:
     if given := os.environ.get(variable(name)):
         return own.read(given, variable(name)), variable(name)
     path = config_path()
-    document = _read(path)
-    if name in document:
-        return own.read(document.unwrap()[name], f"{name} in {path}"), str(path)
+    values = _read(path).unwrap() if path.exists() else {}
+    if name in values:
+        return own.read(values[name], f"{name} in {path}"), str(path)
     return own.default, None
 
 
-def _read(path: Path):
-    """Return the TOML document of the file, empty where it is missing."""
-    # Imported late: most runs have no file.
-    if not path.exists():
-        import tomlkit
-
-        return tomlkit.document()
-    import tomlkit
+def _read(path: Path) -> TOMLDocument:
+    """Return the document of the file, empty where it is missing; ValueError where it is no TOML."""
+    import tomlkit  # not at the top: most runs have no file
     from tomlkit.exceptions import TOMLKitError
 
+    if not path.exists():
+        return tomlkit.document()
     try:
         document = tomlkit.parse(path.read_text(encoding="utf-8"))
     except (TOMLKitError, UnicodeDecodeError) as error:

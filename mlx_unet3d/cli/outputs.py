@@ -116,15 +116,12 @@ def free_output(folder: str, stem: str, suffix: str) -> Iterator[str]:
         left = options.latents_path(output)
         if os.path.lexists(output) or os.path.lexists(left):
             continue
-        held = claim(left)
-        try:
-            held.__enter__()
-        except FileExistsError:
-            continue
-        try:
+        with ExitStack() as held:
+            try:
+                held.enter_context(claim(left))
+            except FileExistsError:
+                continue
             if os.path.lexists(output):  # finished while we looked
                 continue
             yield output
             return
-        finally:
-            held.__exit__(None, None, None)

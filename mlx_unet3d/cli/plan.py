@@ -63,7 +63,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--motion-adapter",
         type=options.path,
         metavar="PATH_OR_ID",
-        help="motion modules that make a Stable Diffusion model move: a folder, a file or a hub id",
+        help="motion modules that make a Stable Diffusion model move: a folder, a file or a hub id; a single "
+        "file on the hub is downloaded",
     )
     parser.add_argument(
         "--dtype",

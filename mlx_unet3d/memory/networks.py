@@ -159,7 +159,7 @@ def read_networks(path_or_id: str | Path, *, motion_adapter: str | Path | None =
     Args:
         path_or_id: the pipeline.
         motion_adapter: folder, hub id or file of motion modules, in place of the folder's own. Of a hub id
-            the config alone is read, of a file the header.
+            the config alone is read, of a file the header; a file on the hub is downloaded.
         revision, local_files_only, token, cache_dir, hub: see `Hub`.
 
     Raises FileNotFoundError, PermissionError, ConnectionError: see `find_folder`; CheckpointError, also for a
@@ -186,7 +186,10 @@ def read_networks(path_or_id: str | Path, *, motion_adapter: str | Path | None =
             adapter = MotionAdapterConfig.from_dict({k: v for k, v in found.items() if k != "quantization"})
             config = motion_config(UNetMotionModel, config, adapter) | {"_class_name": "UNetMotionModel"}
     elif name == "UNet2DConditionModel":
-        raise CheckpointError(f"{path_or_id} makes images; it needs motion modules: give a motion adapter")
+        raise CheckpointError(
+            f"{path_or_id} makes images; it needs motion modules: give motion_adapter=, on the "
+            "command line --motion-adapter"
+        )
     networks = {"unet": _network("unet", config, folder)}
     family = FAMILIES[networks["unet"].kind]
     optional = (name for name in family.optional if _lists(index, name))

@@ -22,9 +22,8 @@ class EmbeddedGuidance(Components):
     @property
     def embeds_guidance(self) -> bool:
         """True if the UNet takes the guidance scale as an embedding: one pass a step, no negative prompt."""
-        if (
-            self.embedded_scale_offset is None or self.unet is None
-        ):  # which may be released once steps are done
+        released = self.unet is None  # once its steps are done
+        if self.embedded_scale_offset is None or released:
             return False
         return self.unet.config.get("time_cond_proj_dim") is not None
 
